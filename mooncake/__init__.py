@@ -1,0 +1,3 @@
+"""Mooncake: disaggregated, KVCache-centric serving of large language models."""
+
+__version__ = "0.1.0"

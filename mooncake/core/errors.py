@@ -1,0 +1,93 @@
+"""Every error that this system raises on purpose.
+
+    MooncakeError
+    ├── ConfigError            a key or a value of the configuration; the message names both
+    ├── ModelError             a model that is missing, unreadable, or refused at load
+    ├── StoreError
+    │   ├── StoreUnavailable   the node cannot be reached, or was lost during the call
+    │   │   └── HandleLost     the connection that held this reservation or lease is gone, and with it the claim
+    │   ├── DeadlineExceeded   no answer in time; claims the node took for the call are given back when it comes
+    │   ├── AuthError          wrong cluster token
+    │   ├── ProtocolError      the peer broke the protocol, or says that we did
+    │   └── BadArgument        the caller's fault; the message names the argument
+    ├── TransportError
+    │   ├── OutOfRange         outside of the registered region, or without a claim on it
+    │   ├── PathLost           the path to the region broke
+    │   ├── TransferTimeout    the path made no progress in time
+    │   └── SegmentError       shared memory that is missing, too small, foreign, or owned by a live process
+    ├── RpcError               a control stream that broke, or a peer that refused us
+    └── ProcessError           a process of the cluster that does not come up
+
+A miss and a refusal are values and not in this tree. Rooms above transport never let a TransportError out: the store maps
+OutOfRange to BadArgument, TransferTimeout to DeadlineExceeded, PathLost to StoreUnavailable and SegmentError to StoreError.
+"""
+
+from __future__ import annotations
+
+
+class MooncakeError(Exception):
+    """Root of the tree: catch it to catch all."""
+
+
+class ConfigError(MooncakeError):
+    pass
+
+
+class ModelError(MooncakeError):
+    pass
+
+
+class StoreError(MooncakeError):
+    pass
+
+
+class StoreUnavailable(StoreError):
+    pass
+
+
+class HandleLost(StoreUnavailable):
+    pass
+
+
+class DeadlineExceeded(StoreError):
+    pass
+
+
+class AuthError(StoreError):
+    pass
+
+
+class ProtocolError(StoreError):
+    pass
+
+
+class BadArgument(StoreError):
+    pass
+
+
+class TransportError(MooncakeError):
+    pass
+
+
+class OutOfRange(TransportError):
+    pass
+
+
+class PathLost(TransportError):
+    pass
+
+
+class TransferTimeout(TransportError):
+    pass
+
+
+class SegmentError(TransportError):
+    pass
+
+
+class RpcError(MooncakeError):
+    pass
+
+
+class ProcessError(MooncakeError):
+    pass

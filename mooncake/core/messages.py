@@ -1,0 +1,299 @@
+"""Messages between processes, and the one command every core may give: `Send`.
+
+The same values travel over gRPC (`mooncake.rpc.codec` maps each to protobuf) and over the simulator's memory network.
+Messages may be lost with a broken connection or repeated; every handler is idempotent, and periodic snapshots repair
+what was lost. `REASONS` of failures are words that programs compare; `detail` is for people.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from mooncake.core.types import (
+    AttemptKey,
+    CostModel,
+    FinishReason,
+    InstanceInfo,
+    InstanceLoad,
+    InstanceState,
+    Job,
+    KvSource,
+    Slo,
+    TokenLogprobs,
+)
+
+CONDUCTOR = "conductor"
+"""The peer name of the Conductor; instances, frontends and store nodes have names of their own."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of everything that crosses a wire. Tagged, so that event logs can be read back."""
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Command: deliver `message` to the peer of that name. Delivery may fail silently."""
+
+    to: str
+    message: Message
+
+
+# ---------------------------------------------------------------- frontend -> Conductor
+
+
+class PlaceRequest(Message, frozen=True):
+    """Ask for a placement of one attempt. It is answered by exactly one `Placed` or `Rejected` with the same key.
+
+    `decode_only`: the KV of all tokens but the last few exists at `source`; only a decode instance is wanted.
+    `exclude`: instances that failed this request; used only if there is no other.
+    `first`: whether no token was sent to the client yet; only then may admission reject."""
+
+    key: AttemptKey
+    num_tokens: int
+    block_keys: tuple[bytes, ...]
+    max_tokens: int | None
+    """The client's limit on output tokens, or None."""
+    num_generated: int = 0
+    tenant: str = ""
+    priority: int = 0
+    slo: Slo = Slo()
+    exclude: tuple[str, ...] = ()
+    decode_only: bool = False
+    first: bool = True
+
+
+class PrefillDone(Message, frozen=True):
+    """The prefill part of a booking ended: first token seen, or the prefill failed. ttft_ns is the measured time from
+    placement to first token, or None."""
+
+    key: AttemptKey
+    ttft_ns: int | None = None
+
+
+class AttemptEnded(Message, frozen=True):
+    """The attempt is over, whatever way; what is left of its booking goes."""
+
+    key: AttemptKey
+    num_output: int = 0
+    completed: bool = False
+    """Whether the request ended by stop or length; then num_output teaches the length distribution."""
+    mean_itl_ns: int | None = None
+
+
+class BookingSnapshot(Message, frozen=True):
+    """All attempts of this frontend that are placed and not ended, with what is still booked. Sent at connection and then
+    periodically; it repairs lost messages in both directions. Tuple: key, prefill instance or "", decode instance, tokens."""
+
+    frontend: str
+    bookings: tuple[tuple[AttemptKey, str, str, int], ...]
+
+
+# ---------------------------------------------------------------- Conductor -> frontend
+
+
+class Prediction(msgspec.Struct, frozen=True):
+    """What the Conductor expects of a placement, in nanoseconds. ttft is the sum of the parts before it."""
+
+    queue_ns: int = 0
+    load_ns: int = 0
+    prefill_ns: int = 0
+    ttft_ns: int = 0
+    tbt_ns: int = 0
+
+
+class Placed(Message, frozen=True):
+    """prefill is "" when only a decode instance was asked for, or when the decode instance prefills in place."""
+
+    key: AttemptKey
+    prefill: str
+    decode: str
+    source: KvSource | None
+    prediction: Prediction
+
+
+class Rejected(Message, frozen=True):
+    """reason: overloaded_ttft, overloaded_tbt, no_instance, too_long, over_quota. Only `too_long` is the client's fault."""
+
+    key: AttemptKey
+    reason: str
+    detail: str
+    retry_after_ns: int
+    prediction: Prediction = Prediction()
+
+
+class Members(Message, frozen=True):
+    """All instances that are not gone. Complete every time, never a difference."""
+
+    instances: tuple[InstanceInfo, ...]
+
+
+# ---------------------------------------------------------------- frontend -> instance
+
+
+class Submit(Message, frozen=True):
+    """Run this job. A key that is known already is ignored."""
+
+    job: Job
+
+
+class Abort(Message, frozen=True):
+    keys: tuple[AttemptKey, ...]
+
+
+class HandoverDone(Message, frozen=True):
+    """The decode instance has the KV; the prefill instance may release its leases of these attempts."""
+
+    keys: tuple[AttemptKey, ...]
+
+
+class LiveAttempts(Message, frozen=True):
+    """All attempts this frontend still wants of this instance; others of this frontend that are older than the message are
+    aborted and their hand-overs released. `held`: hand-overs still needed."""
+
+    frontend: str
+    keys: tuple[AttemptKey, ...]
+    held: tuple[AttemptKey, ...] = ()
+
+
+# ---------------------------------------------------------------- instance -> frontend
+
+
+class TokenOutput(msgspec.Struct, frozen=True):
+    """Tokens of one attempt. `position` is the absolute position in the sequence (prompt counts) of the first of them.
+
+    cached_tokens: prompt tokens whose KV was reused; compute_ns: time since the engine gave the attempt its pages. Both come
+    with the first output of an attempt, else None."""
+
+    key: AttemptKey
+    position: int
+    token_ids: tuple[int, ...]
+    finish: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    cached_tokens: int | None = None
+    compute_ns: int | None = None
+
+
+class StepTokens(Message, frozen=True):
+    """All tokens of one step for one frontend."""
+
+    instance: str
+    outputs: tuple[TokenOutput, ...]
+
+
+class KvReady(Message, frozen=True):
+    """The KV of `source.num_tokens` tokens is committed and leased by the prefill instance until HandoverDone or Abort."""
+
+    instance: str
+    key: AttemptKey
+    source: KvSource
+
+
+class AttemptFailed(Message, frozen=True):
+    """The instance gave the attempt up. reason: refused (queue full or draining), load_failed, store_full, engine_error,
+    too_long, deadline, unknown. The KV of the job's source may still exist unless load_failed."""
+
+    instance: str
+    key: AttemptKey
+    reason: str
+    detail: str = ""
+
+
+# ---------------------------------------------------------------- instance <-> Conductor
+
+
+class Register(Message, frozen=True):
+    info: InstanceInfo
+
+
+class Registered(Message, frozen=True):
+    """accepted is False when the compatibility hash differs or the name is taken; detail names both values."""
+
+    accepted: bool
+    detail: str = ""
+
+
+class LoadReport(Message, frozen=True):
+    load: InstanceLoad
+
+
+class CacheDelta(Message, frozen=True):
+    """Blocks that a holder gained and lost. holder: an instance (tier hbm) or a store node (dram, ssd). (epoch, seq) number
+    the reports; a gap makes the receiver ask with SnapshotRequest, answered by a CacheSnapshot."""
+
+    holder: str
+    epoch: int
+    seq: int
+    tier: str
+    added: tuple[bytes, ...]
+    removed: tuple[bytes, ...]
+
+
+class CacheSnapshot(Message, frozen=True):
+    """Everything the holder has in that tier, as of `seq`; deltas up to seq are contained."""
+
+    holder: str
+    epoch: int
+    seq: int
+    tier: str
+    keys: tuple[bytes, ...]
+
+
+class SnapshotRequest(Message, frozen=True):
+    holder: str
+    tier: str
+
+
+class StateChange(Message, frozen=True):
+    """An instance's life cycle moved on, or its time model was fitted anew."""
+
+    name: str
+    epoch: int
+    state: InstanceState
+    cost: CostModel
+
+
+class Drain(Message, frozen=True):
+    """Take no new work, finish what runs, then go."""
+
+    name: str
+
+
+class NodeInfo(msgspec.Struct, frozen=True):
+    """A store node at registration."""
+
+    name: str
+    epoch: int
+    addresses: tuple[str, ...]
+    capacity_bytes: int
+    compat: str = ""
+
+
+class RegisterNode(Message, frozen=True):
+    info: NodeInfo
+
+
+AnyMessage = (
+    PlaceRequest
+    | PrefillDone
+    | AttemptEnded
+    | BookingSnapshot
+    | Placed
+    | Rejected
+    | Members
+    | Submit
+    | Abort
+    | HandoverDone
+    | LiveAttempts
+    | StepTokens
+    | KvReady
+    | AttemptFailed
+    | Register
+    | Registered
+    | LoadReport
+    | CacheDelta
+    | CacheSnapshot
+    | SnapshotRequest
+    | StateChange
+    | Drain
+    | RegisterNode
+)
+"""All messages, for typed decoding of event logs."""

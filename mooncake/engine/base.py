@@ -1,0 +1,134 @@
+"""The two levels of an engine.
+
+*Engine* (request level) takes jobs and gives outputs; services and the Conductor know nothing else. *StepEngine* runs one
+step plan on real or simulated hardware; `EngineCore` (`mooncake.engine.core`) plans its steps, which makes it an Engine.
+
+One step is one forward pass over a packed batch: for each item the tokens [start, start + count) of its sequence. An item
+that reaches the sequence's last known token draws the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from mooncake.core.types import CostModel, SamplingParams, TokenLogprobs
+
+
+class KvLayout(msgspec.Struct, frozen=True):
+    """How KV lies in pages and objects: [layer][token][token_bytes]; a token's bytes of one layer are opaque to the store.
+
+    An object of t tokens has num_layers * t * token_bytes bytes, layer 0 first."""
+
+    num_layers: int
+    token_bytes: int
+    """Bytes of one token in one layer: 2 * kv_heads * head_dim * itemsize for K and V, or the MLA latent."""
+    dtype: str
+    name: str
+    """Names the meaning of the bytes, such as kv.3x64 or mla.512+64; goes into the shard of object keys."""
+
+    def object_bytes(self, num_tokens: int) -> int:
+        return self.num_layers * num_tokens * self.token_bytes
+
+
+class EngineLimits(msgspec.Struct, frozen=True):
+    num_pages: int
+    page_tokens: int
+    block_tokens: int
+    max_batch: int
+    """Sequences in one step."""
+    max_step_tokens: int
+    """Prefill tokens in one step; decode tokens come on top, at most max_batch."""
+    max_context: int
+    """Longest sequence of prompt and output, in tokens."""
+
+
+class StepItem(msgspec.Struct, frozen=True):
+    """Compute tokens [start, start + count) of sequence `seq`; its KV of [0, start) is in its pages.
+
+    pages: the engine pages of the sequence in order, enough for start + count tokens.
+    sample: whether the last computed token is the last known one, so that the next token is drawn, at absolute position
+    start + count.
+    num_loading: tokens of [0, start) whose KV may still be arriving: layer l of the forward waits for layer l of the load.
+    """
+
+    seq: int
+    start: int
+    count: int
+    pages: np.ndarray
+    sample: bool
+    num_loading: int = 0
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """horizon: number of successive steps for which the plan's membership stays valid when every item is a decode item."""
+
+    items: tuple[StepItem, ...]
+    horizon: int = 1
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(item.count for item in self.items if item.count > 1)
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    """tokens[i]: drawn tokens of items[i], empty where `sample` is false; logprobs likewise or empty.
+
+    failed: sequences whose load failed while the step waited for it, or whose computation failed; their drawn tokens are void.
+    step_ns: duration of the step (mean of the steps if several were run)."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
+    failed: tuple[int, ...] = ()
+    step_ns: int = 0
+
+
+class LayerLoad(Protocol):
+    """A load under way, filled layer by layer by another thread."""
+
+    def wait(self, layer: int) -> bool:
+        """Blocks until layer `layer` is in the pages; False if the load failed. Bounded by the load's own deadline."""
+        ...
+
+
+LayerHook = Callable[[int], None]
+"""Called after layer l's KV of all items of the running plan is in the pages. It enqueues and never blocks."""
+
+
+class StepEngine(Protocol):
+    """Runs step plans. All methods are called from one engine thread, except `read_pages` and `write_pages`, which copy
+    threads call for pages that no running step writes."""
+
+    layout: KvLayout
+    limits: EngineLimits
+    vocab_size: int
+
+    def add_sequence(self, seq: int, token_ids: Sequence[int], num_prompt_tokens: int, sampling: SamplingParams, choice: int) -> None:
+        """Make a sequence known: its tokens so far (prompt, then generated) and how to draw more. The engine appends the
+        tokens it draws itself."""
+        ...
+
+    def remove_sequence(self, seq: int) -> None: ...
+
+    def run(self, plan: StepPlan, after_layer: LayerHook | None, loads: dict[int, LayerLoad]) -> StepResult:
+        """One forward pass. `loads`: by sequence, the loads that items with num_loading wait for. Raises only on a fault of
+        the whole engine; a single sequence's fault is reported in `failed`."""
+        ...
+
+    def read_pages(self, layer: int, pages: np.ndarray, start: int, count: int, out: memoryview) -> None:
+        """Copy the KV of tokens [start, start + count) of a sequence with these pages, one layer, to `out`
+        (count * token_bytes bytes). No Python loop per page."""
+        ...
+
+    def write_pages(self, layer: int, pages: np.ndarray, start: int, count: int, data: memoryview) -> None:
+        """The opposite of read_pages."""
+        ...
+
+    def measure(self) -> CostModel:
+        """Calibrate: run a few steps of several sizes and fit the time model. Called once before the instance is ready."""
+        ...
+
+    def close(self) -> None: ...

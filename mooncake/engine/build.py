@@ -1,0 +1,68 @@
+"""From configuration to a StepEngine, and what the rest of the cluster must know of it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from mooncake.config import Config, threads_per_instance
+from mooncake.core.keys import shard_id
+from mooncake.core.types import Role
+from mooncake.engine.base import EngineLimits, KvLayout, StepEngine
+from mooncake.engine.models import fingerprint, resolve_model
+
+PROTOCOL_MAJOR = 1
+PREFILL_BATCH_MAX = 8
+"""Sequences that a prefill instance works on at once: its steps are bounded by tokens, not by sequences."""
+
+
+def model_fingerprint(config: Config) -> str:
+    """What the instances' engines will say; needs no engine. Raises ModelError."""
+    if config.engine == "simulated":
+        return f"simulated:{config.model_name or config.model}"
+    return fingerprint(resolve_model(config.model).path, config.dtype)
+
+
+class EngineParts(msgspec.Struct, frozen=True):
+    """step_engine: not yet calibrated. compat: exchanged at registration; unequal ones never share KV."""
+
+    step_engine: StepEngine
+    fingerprint: str
+    shard: bytes
+    compat: str
+
+
+def build_engine(config: Config, role: Role) -> EngineParts:
+    """Loads the model: seconds to minutes, so call it in a thread. Raises ModelError or ConfigError."""
+    max_batch = PREFILL_BATCH_MAX if role is Role.PREFILL else config.max_batch
+    engine: StepEngine
+    if config.engine == "simulated":
+        from mooncake.engine.simulated import build_simulated
+
+        engine = build_simulated(config, max_batch)
+    else:
+        from mooncake.engine.torch.build import build_torch
+
+        engine = build_torch(config, max_batch, threads_per_instance(config))
+    layout = engine.layout
+    found = model_fingerprint(config)
+    compat = compat_hash(found, config.block_tokens, layout)
+    return EngineParts(engine, found, shard_id(layout.dtype, layout.name), compat)
+
+
+def compat_hash(model: str, block_tokens: int, layout: KvLayout) -> str:
+    """Readable on purpose: a mismatch is reported with both values."""
+    return f"{model}/{block_tokens}/{layout.num_layers}x{layout.token_bytes}/{layout.name}/{layout.dtype}/v{PROTOCOL_MAJOR}"
+
+
+def engine_limits(config: Config, max_batch: int, model_context: int, default_kv_tokens: int) -> EngineLimits:
+    """What an engine of this configuration may hold and run. model_context: the model's own limit, tokens."""
+    kv_tokens = config.kv_tokens or default_kv_tokens
+    blocks = kv_tokens // config.block_tokens
+    return EngineLimits(
+        num_pages=blocks * (config.block_tokens // config.page_tokens),
+        page_tokens=config.page_tokens,
+        block_tokens=config.block_tokens,
+        max_batch=max_batch,
+        max_step_tokens=max(config.max_step_tokens, config.block_tokens),
+        max_context=min(config.max_context or model_context, model_context),
+    )

@@ -1,0 +1,58 @@
+"""Loads a model and finds out what its KV looks like."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import transformers
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mooncake.core.errors import ModelError
+from mooncake.engine.torch.attention import NAME, paged_attention
+
+SUPPORTED_TRANSFORMERS = "5.23."
+"""The attention interface is internal to transformers, so the version is pinned."""
+
+
+class Dimensions(msgspec.Struct, frozen=True):
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+
+
+def load_model(path: Path, dtype: str, device: str) -> Any:
+    """The model in evaluation mode, with our attention. Raises ModelError."""
+    if not transformers.__version__.startswith(SUPPORTED_TRANSFORMERS):
+        raise ModelError(f"transformers {transformers.__version__} is installed; this engine is made for {SUPPORTED_TRANSFORMERS}*")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    ALL_ATTENTION_FUNCTIONS.register(NAME, paged_attention)
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype), attn_implementation=NAME, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"cannot load the model in {path}: {error}") from error
+    return model.to(device).eval()
+
+
+def dimensions(model: Any) -> Dimensions:
+    """Raises ModelError for a configuration without the usual words."""
+    config = model.config.get_text_config()
+    try:
+        num_heads = config.num_attention_heads
+        return Dimensions(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            vocab_size=config.vocab_size,
+            max_context=config.max_position_embeddings,
+        )
+    except AttributeError as error:
+        raise ModelError(f"models of type {config.model_type!r} are not supported: {error}") from error

@@ -1,0 +1,111 @@
+"""From logits to tokens: greedy, or by the inverse of the distribution function with one uniform number per token.
+
+Walking the distribution in the order of the vocabulary (not of probability) keeps a draw stable when logits differ in the last
+bits, as they do between batches of different composition. Filters: temperature, then top_k, top_p and min_p on what remains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mooncake.core.noise import uniform
+from mooncake.core.types import SamplingParams, TokenLogprobs
+
+
+class SequenceState:
+    """Tokens of one sequence and how to draw more; what penalties need is rebuilt from the tokens."""
+
+    __slots__ = ("choice", "num_prompt", "params", "token_ids")
+
+    def __init__(self, token_ids: Sequence[int], num_prompt: int, params: SamplingParams, choice: int) -> None:
+        self.token_ids = list(token_ids)
+        self.num_prompt = num_prompt
+        self.params = params
+        self.choice = choice
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the greatest logit is the answer."""
+        p = self.params
+        return p.greedy and not p.logit_bias and not self._penalised and len(self.token_ids) - self.num_prompt >= p.min_tokens
+
+    @property
+    def _penalised(self) -> bool:
+        p = self.params
+        return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+    def draw(self, logits: np.ndarray) -> int:
+        """logits: float32 [vocabulary]; changed in place."""
+        p = self.params
+        num_output = len(self.token_ids) - self.num_prompt
+        for token, bias in p.logit_bias:
+            logits[token] += bias
+        if self._penalised:
+            self._penalise(logits)
+        if num_output < p.min_tokens and p.stop_token_ids:
+            logits[list(p.stop_token_ids)] = -np.inf
+        if p.greedy:
+            return int(np.argmax(logits))
+        weights = _weights(logits, p)
+        return _pick(weights, uniform(p.seed, self.choice, len(self.token_ids)))
+
+    def _penalise(self, logits: np.ndarray) -> None:
+        p = self.params
+        if p.repetition_penalty != 1.0:
+            seen = np.unique(np.asarray(self.token_ids))
+            there = logits[seen]
+            logits[seen] = np.where(there > 0, there / p.repetition_penalty, there * p.repetition_penalty)
+        output = np.asarray(self.token_ids[self.num_prompt :], dtype=np.int64)
+        if output.size:
+            tokens, counts = np.unique(output, return_counts=True)
+            logits[tokens] -= p.frequency_penalty * counts + p.presence_penalty
+
+
+def _weights(logits: np.ndarray, p: SamplingParams) -> np.ndarray:
+    """Unnormalised probabilities after temperature and filters, float64, in the order of the vocabulary."""
+    scaled = logits.astype(np.float64) / p.temperature
+    weights = np.exp(scaled - scaled.max())
+    if p.top_k and p.top_k < len(weights):
+        weights[weights < np.partition(weights, -p.top_k)[-p.top_k]] = 0.0
+    if p.top_p < 1.0:
+        descending = np.sort(weights)[::-1]
+        reached = np.cumsum(descending)
+        last = int(np.searchsorted(reached, p.top_p * reached[-1]))
+        weights[weights < descending[min(last, len(descending) - 1)]] = 0.0
+    if p.min_p > 0.0:
+        weights[weights < p.min_p * weights.max()] = 0.0
+    return weights
+
+
+def _pick(weights: np.ndarray, number: float) -> int:
+    reached = np.cumsum(weights)
+    at = int(np.searchsorted(reached, number * reached[-1], side="right"))
+    return min(at, int(np.flatnonzero(weights)[-1]))
+
+
+def draw_tokens(
+    logits: torch.Tensor, sequences: Sequence[SequenceState]
+) -> tuple[list[int], list[tuple[TokenLogprobs, ...]]]:
+    """logits: [sequences, vocabulary]. The drawn tokens are not yet appended to the sequences. Log probabilities are those of
+    the model itself, before penalties and temperature."""
+    if all(sequence.is_plain and sequence.params.num_logprobs is None for sequence in sequences):
+        return logits.argmax(-1).tolist(), [()] * len(sequences)
+    tokens: list[int] = []
+    logprobs: list[tuple[TokenLogprobs, ...]] = []
+    for row, sequence in zip(logits.float().cpu().numpy(), sequences, strict=True):
+        wanted = sequence.params.num_logprobs
+        raw = row.copy() if wanted is not None else row
+        token = int(np.argmax(row)) if sequence.is_plain else sequence.draw(row)
+        tokens.append(token)
+        logprobs.append(() if wanted is None else (_logprobs(raw, token, wanted),))
+    return tokens, logprobs
+
+
+def _logprobs(logits: np.ndarray, token: int, num_top: int) -> TokenLogprobs:
+    shifted = logits.astype(np.float64) - logits.max()
+    found = shifted - np.log(np.exp(shifted).sum())
+    best = np.argsort(-found, kind="stable")[:num_top] if num_top else ()
+    return TokenLogprobs(float(found[token]), tuple((int(other), float(found[other])) for other in best))

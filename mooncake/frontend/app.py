@@ -1,0 +1,129 @@
+"""The OpenAI-compatible HTTP application: its routes, and the few that need no generation."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, cast
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from mooncake.frontend.backend import Backend
+from mooncake.frontend.endpoint import FAULT, Endpoint, Kind, Receive, Scope, Send, Settings
+from mooncake.frontend.errors import ApiError
+from mooncake.frontend.instruments import Instruments
+from mooncake.frontend.prompts import PromptEncoder
+from mooncake.frontend.render import ChatRenderer, CompletionRenderer
+from mooncake.frontend.schema import parse_chat, parse_completion
+from mooncake.frontend.tokenizer import Tokenizer
+from mooncake.metrics import CONTENT_TYPE, Registry
+
+CHAT = Kind("chat", parse_chat, ChatRenderer)
+COMPLETIONS = Kind("completions", parse_completion, CompletionRenderer)
+
+
+def create_app(
+    backend: Backend,
+    tokenizer: Tokenizer,
+    settings: Settings | None = None,
+    *,
+    registry: Registry | None = None,
+    rng: random.Random | None = None,
+) -> App:
+    """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and request ids."""
+    registry = registry or Registry()
+    instruments = Instruments(registry, backend.status)
+    prompts = PromptEncoder(tokenizer, backend.model.max_context)
+    shared = (backend, tokenizer, prompts, instruments, settings or Settings(), rng or random.Random())
+    pages = _Pages(backend, registry)
+    generating = {"/v1/chat/completions": Endpoint(CHAT, *shared), "/v1/completions": Endpoint(COMPLETIONS, *shared)}
+    routes = [
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()),
+        Route("/v1/models", pages.models),
+        Route("/v1/models/{name:path}", pages.model),
+        Route("/health", pages.health),
+        Route("/ready", pages.ready),
+        Route("/metrics", pages.metrics),
+    ]
+    handlers: dict[Any, Any] = {HTTPException: _on_http_error, ApiError: _on_api_error, Exception: _on_fault}
+    return App(generating, Starlette(routes=routes, exception_handlers=handlers))
+
+
+class App:
+    """Starlette's middleware would wrap every send, so of every token too: the generating endpoints go past it."""
+
+    def __init__(self, generating: dict[str, Endpoint], rest: Starlette) -> None:
+        self._generating = generating
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._generating:
+            await self._generating[scope["path"]](scope, receive, send)
+        else:
+            await self._rest(scope, receive, cast(Any, send))  # ASGI's types are not nameable: each library has its own
+
+
+class _Pages:
+    def __init__(self, backend: Backend, registry: Registry) -> None:
+        self._backend = backend
+        self._registry = registry
+
+    async def health(self, request: Request) -> Response:
+        """The process lives; whether it can serve is /ready's question."""
+        return _json(200, {"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        status = self._backend.status()
+        body = {"ready": status.ready, "reason": status.reason or None, "instances": status.instances}
+        return _json(200 if status.ready else 503, body)
+
+    async def models(self, request: Request) -> Response:
+        return _json(200, {"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._backend.model.name:
+            message = f"the model {name[:200]!r} does not exist; this server has {self._backend.model.name!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return _json(200, self._card())
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._registry.render(), media_type=CONTENT_TYPE)
+
+    def _card(self) -> dict[str, Any]:
+        model = self._backend.model
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "mooncake",
+            "max_model_len": model.max_context,
+            "fingerprint": model.fingerprint,
+        }
+
+
+def _json(status: int, body: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such route, or not with this method."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail.lower()}"
+    headers = dict(error.headers) if error.headers else None
+    api_error = ApiError(error.status_code, message, code=error.detail.lower().replace(" ", "_"))
+    return Response(api_error.body(), error.status_code, headers, media_type="application/json")
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return Response(error.body(), error.status, media_type="application/json")
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    """A fault of ours: the client learns nothing of its inside; the server's log has the traceback."""
+    return Response(FAULT.body(), FAULT.status, media_type="application/json")

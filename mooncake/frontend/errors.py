@@ -1,0 +1,69 @@
+"""What a client is told when something is wrong, in OpenAI's shape, with the HTTP status."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from mooncake.frontend.backend import BackendError, Failed, Overloaded, PromptTooLong, Unavailable
+
+
+class ApiError(Exception):
+    """param: the field or header at fault. kind: OpenAI's `type`. code: a word for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.kind = kind
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> bytes:
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        if self.retry_after_s is None:
+            return []
+        return [(b"retry-after", b"%d" % max(1, math.ceil(self.retry_after_s)))]
+
+
+def bad_field(param: str, message: str, code: str | None = None) -> ApiError:
+    return ApiError(400, f"{param}: {message}", param=param, code=code)
+
+
+def too_long(param: str, num_prompt: str, max_tokens: int, max_context: int) -> ApiError:
+    message = (
+        f"this model's context is {max_context} tokens, but the request asks for {num_prompt} tokens of prompt "
+        f"and at least {max_tokens} of output"
+    )
+    return bad_field(param, message, "context_length_exceeded")
+
+
+def from_backend(error: BackendError) -> ApiError:
+    """The HTTP answer to each error of the backend."""
+    match error:
+        case Overloaded():
+            return ApiError(
+                429, str(error), kind="rate_limit_error", code=error.reason, retry_after_s=error.retry_after_s
+            )
+        case PromptTooLong():
+            return ApiError(400, str(error), code="context_length_exceeded")
+        case Unavailable():
+            return ApiError(503, str(error), kind="server_error", code="unavailable", retry_after_s=1.0)
+        case Failed():
+            return ApiError(500, str(error), kind="server_error", code="failed")
+        case _:
+            raise TypeError(f"no HTTP answer is defined for {type(error).__name__}")

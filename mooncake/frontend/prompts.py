@@ -1,0 +1,64 @@
+"""Prompts to token ids without holding up the event loop: short ones at once, long ones in a few threads."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from mooncake.frontend.errors import ApiError, bad_field, too_long
+from mooncake.frontend.schema import ChatRequest, Request
+from mooncake.frontend.tokenizer import TemplateFailed, Tokenizer
+
+INLINE_CHARS = 2048
+"""About 0.3 ms of work, three times what a thread switch costs."""
+THREADS = 2
+MAX_WAITING = 256
+"""Long prompts in the threads or waiting for one; more are told to come back."""
+_HEAD_CHARS_PER_TOKEN = 8
+"""A head of that many characters per token of context is tokenised first: nearly always it tells whether all fits."""
+_HEAD_SLACK = 64
+"""How many tokens of a head may differ from those of the whole text, at the cut."""
+
+
+class PromptEncoder:
+    def __init__(self, tokenizer: Tokenizer, max_context: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_context = max_context
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
+        self._num_waiting = 0
+
+    async def encode(self, request: Request) -> list[int]:
+        """Raises ApiError if the template refuses the messages or the prompt is certain not to fit."""
+        if isinstance(request, ChatRequest):
+            text, add_special_tokens = self._chat_text(request), False
+        else:
+            prompt = request.one_prompt
+            if isinstance(prompt, list):
+                return prompt
+            text, add_special_tokens = prompt, True
+        if len(text) <= INLINE_CHARS:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        if self._num_waiting >= MAX_WAITING:
+            message = "too many long prompts are being tokenised"
+            raise ApiError(429, message, kind="rate_limit_error", code="overloaded", retry_after_s=1.0)
+        self._num_waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            work = (request.prompt_field, text, add_special_tokens)
+            return await loop.run_in_executor(self._threads, self._encode_long, *work)
+        finally:
+            self._num_waiting -= 1
+
+    def _chat_text(self, request: ChatRequest) -> str:
+        try:
+            return self._tokenizer.render_chat([message.as_template_input() for message in request.messages])
+        except TemplateFailed as error:
+            raise bad_field("messages", str(error)) from None
+
+    def _encode_long(self, field: str, text: str, add_special_tokens: bool) -> list[int]:
+        num_head = self._max_context * _HEAD_CHARS_PER_TOKEN
+        if len(text) > 2 * num_head:
+            num_tokens = len(self._tokenizer.encode(text[:num_head], add_special_tokens=False))
+            if num_tokens > self._max_context + _HEAD_SLACK:
+                raise too_long(field, f"more than {num_tokens - _HEAD_SLACK}", 1, self._max_context)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)

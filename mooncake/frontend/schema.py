@@ -1,0 +1,281 @@
+"""Requests as clients send them, checked field by field.
+
+A field that is known but not served is refused by name, unless its value asks for nothing; an unknown field is
+ignored, so that clients made for other servers work. Ranges that depend on the model are checked in `params`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from mooncake.frontend.errors import ApiError, bad_field
+
+MAX_STOPS = 4
+"""OpenAI's limit."""
+MAX_STOP_CHARS = 512
+"""Bounds the text that a stream holds back."""
+MAX_BIASED_TOKENS = 1024
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGPROBS = 20
+
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "echo": (False,),
+    "suffix": ("",),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "prompt_logprobs": (0,),
+    "reasoning_effort": ("none",),
+}
+"""Refused fields, with the values that ask for nothing and pass. The rest of `_Refused` passes only as null."""
+
+
+class _Refused(msgspec.Struct, kw_only=True):
+    """Parameters of OpenAI's and of other servers' API that are not served."""
+
+    n: Any = None
+    best_of: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    echo: Any = None
+    suffix: Any = None
+    modalities: Any = None
+    response_format: Any = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+    reasoning_effort: Any = None
+    use_beam_search: Any = None
+    length_penalty: Any = None
+    include_stop_str_in_output: Any = None
+    skip_special_tokens: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
+    return_token_ids: Any = None
+    return_tokens_as_token_ids: Any = None
+    prompt_logprobs: Any = None
+    prompt_embeds: Any = None
+    truncate_prompt_tokens: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    logits_processors: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    chat_template: Any = None
+    chat_template_kwargs: Any = None
+    documents: Any = None
+
+
+_REFUSED_NAMES = _Refused.__struct_fields__
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class _Common(_Refused, kw_only=True):
+    """What both endpoints take. None: not given."""
+
+    model: str
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    """0 and -1: off."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOP_TOKEN_IDS)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_BIASED_TOKENS)] | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ContentPart(msgspec.Struct):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(msgspec.Struct):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Any = None
+    function_call: Any = None
+
+    def as_template_input(self) -> dict[str, Any]:
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        message = {"role": self.role, "content": content or ""}
+        return message if self.name is None else message | {"name": self.name}
+
+
+class ChatRequest(_Common, kw_only=True):
+    prompt_field: ClassVar[str] = "messages"
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
+
+    @property
+    def max_output(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(_Common, kw_only=True):
+    prompt_field: ClassVar[str] = "prompt"
+    prompt: str | list[int | str | list[Any]]
+    logprobs: NumLogprobs | None = None
+
+    @property
+    def max_output(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def one_prompt(self) -> str | list[int]:
+        """The text or the token ids; several prompts in one request are refused."""
+        prompt = self.prompt
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            prompt = prompt[0]
+        if isinstance(prompt, str):
+            return prompt
+        token_ids = [token for token in prompt if isinstance(token, int) and not isinstance(token, bool)]
+        if len(token_ids) != len(prompt):
+            raise bad_field("prompt", "must be one text or one list of token ids; several prompts are not supported")
+        return token_ids
+
+
+Request = ChatRequest | CompletionRequest
+
+_Kind = TypeVar("_Kind", bound=_Common)
+
+_decode_chat = msgspec.json.Decoder(ChatRequest).decode
+_decode_completion = msgspec.json.Decoder(CompletionRequest).decode
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    request = _parse(body, _decode_chat)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_field("top_logprobs", "needs logprobs to be true")
+    for index, message in enumerate(request.messages):
+        for name in ("tool_calls", "function_call"):
+            if getattr(message, name):
+                raise bad_field(f"messages[{index}].{name}", "is not supported by this server", "unsupported_parameter")
+    return request
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    return _parse(body, _decode_completion)
+
+
+def _parse(body: bytes, decode: Callable[[bytes], _Kind]) -> _Kind:
+    """Raises ApiError naming the field and its value."""
+    try:
+        request = decode(body)
+    except msgspec.ValidationError as error:
+        raise _explain(error, body) from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+    except ValueError as error:  # malformed JSON and malformed UTF-8 alike
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    for name in _REFUSED_NAMES:
+        value = getattr(request, name)
+        if value is not None and not any(type(value) is type(v) and value == v for v in NEUTRAL.get(name, ())):
+            message = f"is not supported by this server; the value is {_show(value)}"
+            raise bad_field(name, message, "unsupported_parameter")
+    if request.stream_options is not None and not request.stream:
+        raise bad_field("stream_options", "needs stream to be true")
+    return request
+
+
+_PATH = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?")
+_MISSING = re.compile(r"Object missing required field `(.*)`")
+
+
+def _explain(error: msgspec.ValidationError, body: bytes) -> ApiError:
+    """msgspec says what it expected and where; OpenAI's clients want the field by name, people want the value."""
+    match = _PATH.fullmatch(str(error))
+    assert match is not None  # the pattern matches anything on one line
+    expected, path = match[1], match[2] or ""
+    missing = _MISSING.fullmatch(expected)
+    if missing is not None:
+        return bad_field(f"{path}.{missing[1]}" if path else missing[1], "is required", "missing_required_parameter")
+    if not path:
+        return ApiError(400, f"the body is not a JSON object of a request: {expected}", code="invalid_json")
+    message = f"{expected[:1].lower()}{expected[1:]}"
+    with contextlib.suppress(ValueError, RecursionError):  # what follows the bad field may not even be JSON
+        message += f"; the value is {_show(_look_up(msgspec.json.decode(body), path))}"
+    return bad_field(path, message, "invalid_value")
+
+
+def _look_up(value: Any, path: str) -> Any:
+    """Follows a path such as messages[0].content; stops where msgspec does not name the key ("[...]")."""
+    for step in re.findall(r"[^.\[\]]+|\[\.\.\.\]", path):
+        if step == "[...]":
+            break
+        value = value[int(step)] if isinstance(value, list) else value[step]
+    return value
+
+
+def _show(value: Any) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,137 @@
+"""The frontend's process: the HTTP application over a `DispatchBackend` with links to the Conductor and the instances."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from pathlib import Path
+
+from mooncake.config import Config, RoleConfig
+from mooncake.core.messages import CONDUCTOR
+from mooncake.core.types import NANOS_PER_S, InstanceInfo, Slo
+from mooncake.engine.build import model_fingerprint
+from mooncake.engine.models import model_config, resolve_model
+from mooncake.frontend.app import create_app
+from mooncake.frontend.backend import ModelInfo
+from mooncake.frontend.dispatch import DispatchBackend
+from mooncake.frontend.endpoint import Settings
+from mooncake.frontend.server import HttpServer
+from mooncake.frontend.tokenizer import Tokenizer
+from mooncake.metrics import Registry
+from mooncake.rpc.driver import CoreDriver, open_event_log
+from mooncake.rpc.stream import Hello, Link, RpcClient
+from mooncake.scheduler.dispatcher import Dispatcher, DispatcherLimits, Ended, Tick, hashed_keys
+from mooncake.status import Status
+
+_READY_POLL_S = 0.02
+
+
+async def run(config: Config, role: RoleConfig, status: Status) -> None:
+    """Until cancelled."""
+    status.loading("the tokenizer")
+    resolved = resolve_model(config.model)
+    tokenizer = Tokenizer.load(resolved.path)
+    backend = DispatchBackend(
+        role.name,
+        _model_info(config, resolved.path, config.model_name or resolved.name, tokenizer),
+        config.block_tokens,
+        first_number=time.time_ns() // 1000,
+        on_ended=_ignore,
+    )
+    limits = DispatcherLimits(
+        max_requests=config.limits.requests, place_timeout_ns=int(config.timeouts.placement_s * NANOS_PER_S)
+    )
+    dispatcher = Dispatcher(role.name, limits, hashed_keys(config.block_tokens))
+    backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=open_event_log(config, role, limits))
+    backend.dialer = dialer = InstanceDialer(config, role, backend)
+    app = create_app(backend, tokenizer, _settings(config), registry=Registry(), rng=random.Random())
+    server = HttpServer(app, config.host, config.port, grace_s=config.timeouts.drain_s)
+    dialer.dial(CONDUCTOR, role.conductor)
+    serving = asyncio.create_task(server.run())
+    try:
+        status.loading("waiting for instances")
+        while not backend.status().ready:
+            await asyncio.wait({serving}, timeout=_READY_POLL_S)
+            if serving.done():
+                break
+        status.ready(server.url)
+        await asyncio.shield(serving)
+    finally:
+        status.draining()
+        server.stop()
+        await serving
+        await dialer.close()
+        backend.driver.close()
+
+
+def _ignore(ended: Ended) -> None:
+    """The frontend's instruments count by themselves; the timeline is for the event log."""
+
+
+def _model_info(config: Config, path: Path, name: str, tokenizer: Tokenizer) -> ModelInfo:
+    longest = model_config(path).get("max_position_embeddings", 1 << 20)
+    longest = longest if isinstance(longest, int) else 1 << 20
+    return ModelInfo(
+        name=name,
+        max_context=min(config.max_context or longest, longest),
+        vocab_size=tokenizer.vocab_size,
+        fingerprint=model_fingerprint(config),
+        created=int((path / "config.json").stat().st_mtime),
+    )
+
+
+def _settings(config: Config) -> Settings:
+    def nanoseconds(seconds: float | None) -> int | None:
+        return None if seconds is None else int(seconds * NANOS_PER_S)
+
+    return Settings(
+        max_body_bytes=config.limits.body,
+        max_running=config.limits.requests,
+        request_timeout_s=config.timeouts.request_s,
+        default_slo=Slo(nanoseconds(config.slo.ttft_s), nanoseconds(config.slo.tbt_s)),
+    )
+
+
+class InstanceDialer:
+    """Streams to the Conductor and to each instance, by name."""
+
+    def __init__(self, config: Config, role: RoleConfig, backend: DispatchBackend) -> None:
+        self._config = config
+        self._hello = Hello(peer=role.name, kind=role.role, token=config.token)
+        self._backend = backend
+        self._clients: dict[str, RpcClient] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def connect(self, instance: InstanceInfo) -> None:
+        self.dial(instance.name, instance.address)
+
+    def disconnect(self, peer: str) -> None:
+        client = self._clients.pop(peer, None)
+        if client is not None:
+            task = asyncio.create_task(client.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def dial(self, peer: str, address: str) -> None:
+        """Replaces an older connection to the same peer."""
+        self.disconnect(peer)
+
+        def opened(link: Link) -> None:
+            self._backend.opened(peer, link)
+
+        client = RpcClient(
+            address,
+            self._hello,
+            tls=self._config.tls,
+            on_open=opened,
+            on_message=lambda link, messages: self._backend.received(peer, messages),
+            on_close=lambda link: self._backend.closed(peer, link),
+        )
+        self._clients[peer] = client
+        client.start()
+
+    async def close(self) -> None:
+        for peer in list(self._clients):
+            self.disconnect(peer)
+        await asyncio.gather(*self._closing, return_exceptions=True)

@@ -1,0 +1,576 @@
+"""Messages to protobuf and back, one pair of functions for each type, in one table.
+
+Decoding checks what protobuf does not: known roles, whole keys, columns of equal length. It raises ProtocolFault, and the
+connection that sent such a message is closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from mooncake.core.errors import RpcError
+from mooncake.core.keys import KEY_BYTES
+from mooncake.core.messages import (
+    Abort,
+    AnyMessage,
+    AttemptEnded,
+    AttemptFailed,
+    BookingSnapshot,
+    CacheDelta,
+    CacheSnapshot,
+    Drain,
+    HandoverDone,
+    KvReady,
+    LiveAttempts,
+    LoadReport,
+    Members,
+    NodeInfo,
+    Placed,
+    PlaceRequest,
+    Prediction,
+    PrefillDone,
+    Register,
+    Registered,
+    RegisterNode,
+    Rejected,
+    SnapshotRequest,
+    StateChange,
+    StepTokens,
+    Submit,
+    TokenOutput,
+)
+from mooncake.core.types import (
+    AttemptKey,
+    CostModel,
+    FinishReason,
+    InstanceInfo,
+    InstanceLoad,
+    InstanceState,
+    Job,
+    KvSource,
+    Role,
+    SamplingParams,
+    Slo,
+    TokenLogprobs,
+)
+from mooncake.rpc.generated import mooncake_pb2 as pb
+
+_FINISHES = tuple(FinishReason)
+_LOAD_FIELDS = InstanceLoad.__struct_fields__
+_PREDICTION_FIELDS = Prediction.__struct_fields__
+
+
+class ProtocolFault(RpcError):
+    """The peer sent what is no valid message of this protocol."""
+
+
+def encode_envelope(messages: Iterable[AnyMessage]) -> pb.Envelope:
+    envelope = pb.Envelope()
+    for message in messages:
+        _ENCODERS[type(message)](message, envelope.items.add())
+    return envelope
+
+
+def decode_envelope(envelope: pb.Envelope) -> list[AnyMessage]:
+    """Items of unknown kinds, from a newer peer, are left out. Raises ProtocolFault."""
+    messages: list[AnyMessage] = []
+    try:
+        for item in envelope.items:
+            field = item.WhichOneof("message")
+            if field is not None:
+                messages.append(_DECODERS[field](getattr(item, field)))
+    except (ValueError, IndexError) as error:
+        raise ProtocolFault(f"invalid message: {error}") from error
+    return messages
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _key(key: AttemptKey, out: pb.Key) -> None:
+    out.frontend = key.frontend
+    out.request = key.request
+    out.choice = key.choice
+    out.attempt = key.attempt
+
+
+def _to_key(key: pb.Key) -> AttemptKey:
+    return AttemptKey(key.frontend, key.request, key.choice, key.attempt)
+
+
+def _keys(keys: Iterable[AttemptKey], out: Any) -> None:
+    for key in keys:
+        _key(key, out.add())
+
+
+def _to_keys(keys: Iterable[pb.Key]) -> tuple[AttemptKey, ...]:
+    return tuple(_to_key(key) for key in keys)
+
+
+def _to_block_keys(data: bytes) -> tuple[bytes, ...]:
+    if len(data) % KEY_BYTES:
+        raise ValueError(f"{len(data)} bytes are no whole number of block keys")
+    return tuple(data[at : at + KEY_BYTES] for at in range(0, len(data), KEY_BYTES))
+
+
+def _optional(message: Any, field: str) -> Any:
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def _source(source: KvSource, out: pb.KvSource) -> None:
+    out.node = source.node
+    out.num_tokens = source.num_tokens
+    out.block_keys = b"".join(source.block_keys)
+    out.partial_key = source.partial_key
+    out.addresses.extend(source.addresses)
+
+
+def _to_source(source: pb.KvSource) -> KvSource:
+    keys = _to_block_keys(source.block_keys)
+    return KvSource(source.node, source.num_tokens, keys, source.partial_key, tuple(source.addresses))
+
+
+def _sampling(sampling: SamplingParams, out: pb.Sampling) -> None:
+    out.seed = sampling.seed
+    out.temperature = sampling.temperature
+    out.top_p = sampling.top_p
+    out.top_k = sampling.top_k
+    out.min_p = sampling.min_p
+    out.presence_penalty = sampling.presence_penalty
+    out.frequency_penalty = sampling.frequency_penalty
+    out.repetition_penalty = sampling.repetition_penalty
+    for token, bias in sampling.logit_bias:
+        out.bias_ids.append(token)
+        out.bias_values.append(bias)
+    out.stop_token_ids.extend(sampling.stop_token_ids)
+    out.min_tokens = sampling.min_tokens
+    if sampling.num_logprobs is not None:
+        out.num_logprobs = sampling.num_logprobs
+
+
+def _to_sampling(sampling: pb.Sampling) -> SamplingParams:
+    return SamplingParams(
+        seed=sampling.seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=tuple(zip(sampling.bias_ids, sampling.bias_values, strict=True)),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        min_tokens=sampling.min_tokens,
+        num_logprobs=_optional(sampling, "num_logprobs"),
+    )
+
+
+def _prediction(prediction: Prediction, out: pb.Prediction) -> None:
+    for field in _PREDICTION_FIELDS:
+        setattr(out, field, getattr(prediction, field))
+
+
+def _to_prediction(prediction: pb.Prediction) -> Prediction:
+    return Prediction(*(getattr(prediction, field) for field in _PREDICTION_FIELDS))
+
+
+def _cost(cost: CostModel, out: pb.CostModel) -> None:
+    out.prefill.extend(cost.prefill)
+    out.decode.extend(cost.decode)
+
+
+def _to_cost(cost: pb.CostModel) -> CostModel:
+    (a, b, c), (d, e, f) = cost.prefill, cost.decode
+    return CostModel((a, b, c), (d, e, f))
+
+
+def _info(info: InstanceInfo, out: pb.InstanceInfo) -> None:
+    out.name = info.name
+    out.epoch = info.epoch
+    out.role = info.role
+    out.address = info.address
+    out.compat = info.compat
+    out.node = info.node
+    out.node_addresses.extend(info.node_addresses)
+    out.num_pages = info.num_pages
+    out.page_tokens = info.page_tokens
+    out.max_batch = info.max_batch
+    out.max_step_tokens = info.max_step_tokens
+    out.state = info.state
+    _cost(info.cost, out.cost)
+
+
+def _to_info(info: pb.InstanceInfo) -> InstanceInfo:
+    return InstanceInfo(
+        name=info.name,
+        epoch=info.epoch,
+        role=Role(info.role),
+        address=info.address,
+        compat=info.compat,
+        node=info.node,
+        node_addresses=tuple(info.node_addresses),
+        num_pages=info.num_pages,
+        page_tokens=info.page_tokens,
+        max_batch=info.max_batch,
+        max_step_tokens=info.max_step_tokens,
+        cost=_to_cost(info.cost),
+        state=InstanceState(info.state),
+    )
+
+
+# ---------------------------------------------------------------- frontend and Conductor
+
+
+def _place_request(message: PlaceRequest, item: pb.Item) -> None:
+    out = item.place_request
+    _key(message.key, out.key)
+    out.num_tokens = message.num_tokens
+    out.block_keys = b"".join(message.block_keys)
+    if message.max_tokens is not None:
+        out.max_tokens = message.max_tokens
+    out.num_generated = message.num_generated
+    out.tenant = message.tenant
+    out.priority = message.priority
+    if message.slo.ttft_ns is not None:
+        out.slo.ttft_ns = message.slo.ttft_ns
+    if message.slo.tbt_ns is not None:
+        out.slo.tbt_ns = message.slo.tbt_ns
+    out.exclude.extend(message.exclude)
+    out.decode_only = message.decode_only
+    out.first = message.first
+
+
+def _to_place_request(message: pb.PlaceRequest) -> PlaceRequest:
+    return PlaceRequest(
+        key=_to_key(message.key),
+        num_tokens=message.num_tokens,
+        block_keys=_to_block_keys(message.block_keys),
+        max_tokens=_optional(message, "max_tokens"),
+        num_generated=message.num_generated,
+        tenant=message.tenant,
+        priority=message.priority,
+        slo=Slo(_optional(message.slo, "ttft_ns"), _optional(message.slo, "tbt_ns")),
+        exclude=tuple(message.exclude),
+        decode_only=message.decode_only,
+        first=message.first,
+    )
+
+
+def _prefill_done(message: PrefillDone, item: pb.Item) -> None:
+    _key(message.key, item.prefill_done.key)
+    if message.ttft_ns is not None:
+        item.prefill_done.ttft_ns = message.ttft_ns
+
+
+def _attempt_ended(message: AttemptEnded, item: pb.Item) -> None:
+    out = item.attempt_ended
+    _key(message.key, out.key)
+    out.num_output = message.num_output
+    out.completed = message.completed
+    if message.mean_itl_ns is not None:
+        out.mean_itl_ns = message.mean_itl_ns
+
+
+def _booking_snapshot(message: BookingSnapshot, item: pb.Item) -> None:
+    out = item.booking_snapshot
+    out.frontend = message.frontend
+    for key, prefill, decode, num_tokens in message.bookings:
+        booking = out.bookings.add()
+        _key(key, booking.key)
+        booking.prefill = prefill
+        booking.decode = decode
+        booking.num_tokens = num_tokens
+
+
+def _to_booking_snapshot(message: pb.BookingSnapshot) -> BookingSnapshot:
+    bookings = tuple((_to_key(b.key), b.prefill, b.decode, b.num_tokens) for b in message.bookings)
+    return BookingSnapshot(message.frontend, bookings)
+
+
+def _placed(message: Placed, item: pb.Item) -> None:
+    out = item.placed
+    _key(message.key, out.key)
+    out.prefill = message.prefill
+    out.decode = message.decode
+    if message.source is not None:
+        _source(message.source, out.source)
+    _prediction(message.prediction, out.prediction)
+
+
+def _to_placed(message: pb.Placed) -> Placed:
+    source = _to_source(message.source) if message.HasField("source") else None
+    return Placed(_to_key(message.key), message.prefill, message.decode, source, _to_prediction(message.prediction))
+
+
+def _rejected(message: Rejected, item: pb.Item) -> None:
+    out = item.rejected
+    _key(message.key, out.key)
+    out.reason = message.reason
+    out.detail = message.detail
+    out.retry_after_ns = message.retry_after_ns
+    _prediction(message.prediction, out.prediction)
+
+
+def _to_rejected(message: pb.Rejected) -> Rejected:
+    prediction = _to_prediction(message.prediction)
+    return Rejected(_to_key(message.key), message.reason, message.detail, message.retry_after_ns, prediction)
+
+
+def _members(message: Members, item: pb.Item) -> None:
+    item.members.SetInParent()
+    for info in message.instances:
+        _info(info, item.members.instances.add())
+
+
+# ---------------------------------------------------------------- frontend and instance
+
+
+def _submit(message: Submit, item: pb.Item) -> None:
+    job, out = message.job, item.submit
+    _key(job.key, out.key)
+    out.num_tokens = job.num_tokens
+    out.num_prompt_tokens = job.num_prompt_tokens
+    out.max_tokens = job.max_tokens
+    out.block_keys = b"".join(job.block_keys)
+    out.token_ids = job.token_ids
+    _sampling(job.sampling, out.sampling)
+    if job.source is not None:
+        _source(job.source, out.source)
+    out.hand_over = job.hand_over
+    out.priority = job.priority
+    out.deadline_ns = job.deadline_ns
+    out.allow_in_place = job.allow_in_place
+
+
+def _to_submit(job: pb.Job) -> Submit:
+    if len(job.token_ids) not in (0, 4 * job.num_tokens):
+        raise ValueError(f"{len(job.token_ids)} bytes of token ids for {job.num_tokens} tokens")
+    return Submit(
+        Job(
+            key=_to_key(job.key),
+            num_tokens=job.num_tokens,
+            num_prompt_tokens=job.num_prompt_tokens,
+            max_tokens=job.max_tokens,
+            block_keys=_to_block_keys(job.block_keys),
+            token_ids=job.token_ids,
+            sampling=_to_sampling(job.sampling),
+            source=_to_source(job.source) if job.HasField("source") else None,
+            hand_over=job.hand_over,
+            priority=job.priority,
+            deadline_ns=job.deadline_ns,
+            allow_in_place=job.allow_in_place,
+        )
+    )
+
+
+def _abort(message: Abort, item: pb.Item) -> None:
+    item.abort.SetInParent()
+    _keys(message.keys, item.abort.keys)
+
+
+def _handover_done(message: HandoverDone, item: pb.Item) -> None:
+    item.handover_done.SetInParent()
+    _keys(message.keys, item.handover_done.keys)
+
+
+def _live_attempts(message: LiveAttempts, item: pb.Item) -> None:
+    item.live_attempts.frontend = message.frontend
+    _keys(message.keys, item.live_attempts.keys)
+    _keys(message.held, item.live_attempts.held)
+
+
+def _step_tokens(message: StepTokens, item: pb.Item) -> None:
+    outputs = message.outputs
+    out = item.step_tokens
+    out.instance = message.instance
+    if outputs:
+        out.frontend = outputs[0].key.frontend
+    keys = [output.key for output in outputs]
+    out.requests.extend([key.request for key in keys])
+    out.choices.extend([key.choice for key in keys])
+    out.attempts.extend([key.attempt for key in keys])
+    out.positions.extend([output.position for output in outputs])
+    out.counts.extend([len(output.token_ids) for output in outputs])
+    out.finishes.extend([0 if o.finish is None else 1 + _FINISHES.index(o.finish) for o in outputs])
+    out.token_ids.extend([token for output in outputs for token in output.token_ids])
+    for index, output in enumerate(outputs):
+        if output.cached_tokens is not None or output.compute_ns is not None:
+            _first(index, output, out.firsts.add())
+        for logprobs in output.logprobs:
+            _logprobs(index, logprobs, out.logprobs.add())
+
+
+def _first(index: int, output: TokenOutput, out: pb.First) -> None:
+    out.index = index
+    if output.cached_tokens is not None:
+        out.cached_tokens = output.cached_tokens
+    if output.compute_ns is not None:
+        out.compute_ns = output.compute_ns
+
+
+def _logprobs(index: int, logprobs: TokenLogprobs, out: pb.Logprobs) -> None:
+    out.index = index
+    out.logprob = logprobs.logprob
+    for token, value in logprobs.top:
+        out.top_ids.append(token)
+        out.top_values.append(value)
+
+
+def _to_step_tokens(message: pb.StepTokens) -> StepTokens:
+    firsts = {first.index: first for first in message.firsts}
+    logprobs: dict[int, list[TokenLogprobs]] = {}
+    for row in message.logprobs:
+        top = tuple(zip(row.top_ids, row.top_values, strict=True))
+        logprobs.setdefault(row.index, []).append(TokenLogprobs(row.logprob, top))
+    columns = (message.requests, message.choices, message.attempts, message.positions, message.counts, message.finishes)
+    tokens: Sequence[int] = message.token_ids
+    outputs: list[TokenOutput] = []
+    at = 0
+    for index, (request, choice, attempt, position, count, finish) in enumerate(zip(*columns, strict=True)):
+        first = firsts.get(index)
+        outputs.append(
+            TokenOutput(
+                AttemptKey(message.frontend, request, choice, attempt),
+                position,
+                tuple(tokens[at : at + count]),
+                _FINISHES[finish - 1] if finish else None,
+                tuple(logprobs.get(index, ())),
+                None if first is None else _optional(first, "cached_tokens"),
+                None if first is None else _optional(first, "compute_ns"),
+            )
+        )
+        at += count
+    return StepTokens(message.instance, tuple(outputs))
+
+
+def _kv_ready(message: KvReady, item: pb.Item) -> None:
+    item.kv_ready.instance = message.instance
+    _key(message.key, item.kv_ready.key)
+    _source(message.source, item.kv_ready.source)
+
+
+def _attempt_failed(message: AttemptFailed, item: pb.Item) -> None:
+    out = item.attempt_failed
+    out.instance = message.instance
+    _key(message.key, out.key)
+    out.reason = message.reason
+    out.detail = message.detail
+
+
+# ---------------------------------------------------------------- instance, store node and Conductor
+
+
+def _register(message: Register, item: pb.Item) -> None:
+    _info(message.info, item.register)
+
+
+def _registered(message: Registered, item: pb.Item) -> None:
+    item.registered.accepted = message.accepted
+    item.registered.detail = message.detail
+
+
+def _load_report(message: LoadReport, item: pb.Item) -> None:
+    for field in _LOAD_FIELDS:
+        setattr(item.load_report, field, getattr(message.load, field))
+
+
+def _to_load_report(message: pb.InstanceLoad) -> LoadReport:
+    return LoadReport(InstanceLoad(*(getattr(message, field) for field in _LOAD_FIELDS)))
+
+
+def _cache_delta(message: CacheDelta, item: pb.Item) -> None:
+    out = item.cache_delta
+    out.holder, out.epoch, out.seq, out.tier = message.holder, message.epoch, message.seq, message.tier
+    out.added = b"".join(message.added)
+    out.removed = b"".join(message.removed)
+
+
+def _to_cache_delta(message: pb.CacheDelta) -> CacheDelta:
+    added, removed = _to_block_keys(message.added), _to_block_keys(message.removed)
+    return CacheDelta(message.holder, message.epoch, message.seq, message.tier, added, removed)
+
+
+def _cache_snapshot(message: CacheSnapshot, item: pb.Item) -> None:
+    out = item.cache_snapshot
+    out.holder, out.epoch, out.seq, out.tier = message.holder, message.epoch, message.seq, message.tier
+    out.keys = b"".join(message.keys)
+
+
+def _to_cache_snapshot(message: pb.CacheSnapshot) -> CacheSnapshot:
+    return CacheSnapshot(message.holder, message.epoch, message.seq, message.tier, _to_block_keys(message.keys))
+
+
+def _snapshot_request(message: SnapshotRequest, item: pb.Item) -> None:
+    item.snapshot_request.holder = message.holder
+    item.snapshot_request.tier = message.tier
+
+
+def _state_change(message: StateChange, item: pb.Item) -> None:
+    out = item.state_change
+    out.name, out.epoch, out.state = message.name, message.epoch, message.state
+    _cost(message.cost, out.cost)
+
+
+def _to_state_change(message: pb.StateChange) -> StateChange:
+    return StateChange(message.name, message.epoch, InstanceState(message.state), _to_cost(message.cost))
+
+
+def _drain(message: Drain, item: pb.Item) -> None:
+    item.drain = message.name
+
+
+def _register_node(message: RegisterNode, item: pb.Item) -> None:
+    info, out = message.info, item.register_node
+    out.name, out.epoch, out.capacity_bytes, out.compat = info.name, info.epoch, info.capacity_bytes, info.compat
+    out.addresses.extend(info.addresses)
+
+
+def _to_register_node(info: pb.NodeInfo) -> RegisterNode:
+    return RegisterNode(NodeInfo(info.name, info.epoch, tuple(info.addresses), info.capacity_bytes, info.compat))
+
+
+# ---------------------------------------------------------------- the table
+
+_TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], AnyMessage]], ...] = (
+    (PlaceRequest, "place_request", _place_request, _to_place_request),
+    (PrefillDone, "prefill_done", _prefill_done, lambda m: PrefillDone(_to_key(m.key), _optional(m, "ttft_ns"))),
+    (
+        AttemptEnded,
+        "attempt_ended",
+        _attempt_ended,
+        lambda m: AttemptEnded(_to_key(m.key), m.num_output, m.completed, _optional(m, "mean_itl_ns")),
+    ),
+    (BookingSnapshot, "booking_snapshot", _booking_snapshot, _to_booking_snapshot),
+    (Placed, "placed", _placed, _to_placed),
+    (Rejected, "rejected", _rejected, _to_rejected),
+    (Members, "members", _members, lambda m: Members(tuple(_to_info(info) for info in m.instances))),
+    (Submit, "submit", _submit, _to_submit),
+    (Abort, "abort", _abort, lambda m: Abort(_to_keys(m.keys))),
+    (HandoverDone, "handover_done", _handover_done, lambda m: HandoverDone(_to_keys(m.keys))),
+    (
+        LiveAttempts,
+        "live_attempts",
+        _live_attempts,
+        lambda m: LiveAttempts(m.frontend, _to_keys(m.keys), _to_keys(m.held)),
+    ),
+    (StepTokens, "step_tokens", _step_tokens, _to_step_tokens),
+    (KvReady, "kv_ready", _kv_ready, lambda m: KvReady(m.instance, _to_key(m.key), _to_source(m.source))),
+    (
+        AttemptFailed,
+        "attempt_failed",
+        _attempt_failed,
+        lambda m: AttemptFailed(m.instance, _to_key(m.key), m.reason, m.detail),
+    ),
+    (Register, "register", _register, lambda m: Register(_to_info(m))),
+    (Registered, "registered", _registered, lambda m: Registered(m.accepted, m.detail)),
+    (LoadReport, "load_report", _load_report, _to_load_report),
+    (CacheDelta, "cache_delta", _cache_delta, _to_cache_delta),
+    (CacheSnapshot, "cache_snapshot", _cache_snapshot, _to_cache_snapshot),
+    (SnapshotRequest, "snapshot_request", _snapshot_request, lambda m: SnapshotRequest(m.holder, m.tier)),
+    (StateChange, "state_change", _state_change, _to_state_change),
+    (Drain, "drain", _drain, lambda m: Drain(m)),
+    (RegisterNode, "register_node", _register_node, _to_register_node),
+)
+_ENCODERS = {kind: encode for kind, _, encode, _ in _TABLE}
+_DECODERS = {field: decode for _, field, _, decode in _TABLE}

@@ -1,0 +1,505 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Hello(_message.Message):
+    __slots__ = ("major", "minor", "peer", "kind", "token", "compat")
+    MAJOR_FIELD_NUMBER: _ClassVar[int]
+    MINOR_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    COMPAT_FIELD_NUMBER: _ClassVar[int]
+    major: int
+    minor: int
+    peer: str
+    kind: str
+    token: str
+    compat: str
+    def __init__(self, major: _Optional[int] = ..., minor: _Optional[int] = ..., peer: _Optional[str] = ..., kind: _Optional[str] = ..., token: _Optional[str] = ..., compat: _Optional[str] = ...) -> None: ...
+
+class Envelope(_message.Message):
+    __slots__ = ("hello", "items")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    items: _containers.RepeatedCompositeFieldContainer[Item]
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
+
+class Item(_message.Message):
+    __slots__ = ("place_request", "prefill_done", "attempt_ended", "booking_snapshot", "placed", "rejected", "members", "submit", "abort", "handover_done", "live_attempts", "step_tokens", "kv_ready", "attempt_failed", "register", "registered", "load_report", "cache_delta", "cache_snapshot", "snapshot_request", "state_change", "drain", "register_node")
+    PLACE_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_DONE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_ENDED_FIELD_NUMBER: _ClassVar[int]
+    BOOKING_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    PLACED_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    SUBMIT_FIELD_NUMBER: _ClassVar[int]
+    ABORT_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_DONE_FIELD_NUMBER: _ClassVar[int]
+    LIVE_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_READY_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FAILED_FIELD_NUMBER: _ClassVar[int]
+    REGISTER_FIELD_NUMBER: _ClassVar[int]
+    REGISTERED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_REPORT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_DELTA_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    STATE_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    REGISTER_NODE_FIELD_NUMBER: _ClassVar[int]
+    place_request: PlaceRequest
+    prefill_done: PrefillDone
+    attempt_ended: AttemptEnded
+    booking_snapshot: BookingSnapshot
+    placed: Placed
+    rejected: Rejected
+    members: Members
+    submit: Job
+    abort: Keys
+    handover_done: Keys
+    live_attempts: LiveAttempts
+    step_tokens: StepTokens
+    kv_ready: KvReady
+    attempt_failed: AttemptFailed
+    register: InstanceInfo
+    registered: Registered
+    load_report: InstanceLoad
+    cache_delta: CacheDelta
+    cache_snapshot: CacheSnapshot
+    snapshot_request: SnapshotRequest
+    state_change: StateChange
+    drain: str
+    register_node: NodeInfo
+    def __init__(self, place_request: _Optional[_Union[PlaceRequest, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., attempt_ended: _Optional[_Union[AttemptEnded, _Mapping]] = ..., booking_snapshot: _Optional[_Union[BookingSnapshot, _Mapping]] = ..., placed: _Optional[_Union[Placed, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., members: _Optional[_Union[Members, _Mapping]] = ..., submit: _Optional[_Union[Job, _Mapping]] = ..., abort: _Optional[_Union[Keys, _Mapping]] = ..., handover_done: _Optional[_Union[Keys, _Mapping]] = ..., live_attempts: _Optional[_Union[LiveAttempts, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_ready: _Optional[_Union[KvReady, _Mapping]] = ..., attempt_failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., register: _Optional[_Union[InstanceInfo, _Mapping]] = ..., registered: _Optional[_Union[Registered, _Mapping]] = ..., load_report: _Optional[_Union[InstanceLoad, _Mapping]] = ..., cache_delta: _Optional[_Union[CacheDelta, _Mapping]] = ..., cache_snapshot: _Optional[_Union[CacheSnapshot, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., state_change: _Optional[_Union[StateChange, _Mapping]] = ..., drain: _Optional[str] = ..., register_node: _Optional[_Union[NodeInfo, _Mapping]] = ...) -> None: ...
+
+class Key(_message.Message):
+    __slots__ = ("frontend", "request", "choice", "attempt")
+    FRONTEND_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    frontend: str
+    request: int
+    choice: int
+    attempt: int
+    def __init__(self, frontend: _Optional[str] = ..., request: _Optional[int] = ..., choice: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class Keys(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedCompositeFieldContainer[Key]
+    def __init__(self, keys: _Optional[_Iterable[_Union[Key, _Mapping]]] = ...) -> None: ...
+
+class Slo(_message.Message):
+    __slots__ = ("ttft_ns", "tbt_ns")
+    TTFT_NS_FIELD_NUMBER: _ClassVar[int]
+    TBT_NS_FIELD_NUMBER: _ClassVar[int]
+    ttft_ns: int
+    tbt_ns: int
+    def __init__(self, ttft_ns: _Optional[int] = ..., tbt_ns: _Optional[int] = ...) -> None: ...
+
+class KvSource(_message.Message):
+    __slots__ = ("node", "num_tokens", "block_keys", "partial_key", "addresses")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_KEY_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    num_tokens: int
+    block_keys: bytes
+    partial_key: bytes
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, node: _Optional[str] = ..., num_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., partial_key: _Optional[bytes] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Sampling(_message.Message):
+    __slots__ = ("seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_ids", "bias_values", "stop_token_ids", "min_tokens", "num_logprobs")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    MIN_P_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    BIAS_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_VALUES_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    seed: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    bias_ids: _containers.RepeatedScalarFieldContainer[int]
+    bias_values: _containers.RepeatedScalarFieldContainer[float]
+    stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    min_tokens: int
+    num_logprobs: int
+    def __init__(self, seed: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias_values: _Optional[_Iterable[float]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., num_logprobs: _Optional[int] = ...) -> None: ...
+
+class Job(_message.Message):
+    __slots__ = ("key", "num_tokens", "num_prompt_tokens", "max_tokens", "block_keys", "token_ids", "sampling", "source", "hand_over", "priority", "deadline_ns", "allow_in_place")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    HAND_OVER_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_NS_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_IN_PLACE_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    num_tokens: int
+    num_prompt_tokens: int
+    max_tokens: int
+    block_keys: bytes
+    token_ids: bytes
+    sampling: Sampling
+    source: KvSource
+    hand_over: bool
+    priority: int
+    deadline_ns: int
+    allow_in_place: bool
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., hand_over: _Optional[bool] = ..., priority: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., allow_in_place: _Optional[bool] = ...) -> None: ...
+
+class PlaceRequest(_message.Message):
+    __slots__ = ("key", "num_tokens", "block_keys", "max_tokens", "num_generated", "tenant", "priority", "slo", "exclude", "decode_only", "first")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GENERATED_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    SLO_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDE_FIELD_NUMBER: _ClassVar[int]
+    DECODE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    num_tokens: int
+    block_keys: bytes
+    max_tokens: int
+    num_generated: int
+    tenant: str
+    priority: int
+    slo: Slo
+    exclude: _containers.RepeatedScalarFieldContainer[str]
+    decode_only: bool
+    first: bool
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., num_generated: _Optional[int] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., exclude: _Optional[_Iterable[str]] = ..., decode_only: _Optional[bool] = ..., first: _Optional[bool] = ...) -> None: ...
+
+class PrefillDone(_message.Message):
+    __slots__ = ("key", "ttft_ns")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TTFT_NS_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    ttft_ns: int
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., ttft_ns: _Optional[int] = ...) -> None: ...
+
+class AttemptEnded(_message.Message):
+    __slots__ = ("key", "num_output", "completed", "mean_itl_ns")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NUM_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    MEAN_ITL_NS_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    num_output: int
+    completed: bool
+    mean_itl_ns: int
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_output: _Optional[int] = ..., completed: _Optional[bool] = ..., mean_itl_ns: _Optional[int] = ...) -> None: ...
+
+class Booking(_message.Message):
+    __slots__ = ("key", "prefill", "decode", "num_tokens")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    prefill: str
+    decode: str
+    num_tokens: int
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., prefill: _Optional[str] = ..., decode: _Optional[str] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class BookingSnapshot(_message.Message):
+    __slots__ = ("frontend", "bookings")
+    FRONTEND_FIELD_NUMBER: _ClassVar[int]
+    BOOKINGS_FIELD_NUMBER: _ClassVar[int]
+    frontend: str
+    bookings: _containers.RepeatedCompositeFieldContainer[Booking]
+    def __init__(self, frontend: _Optional[str] = ..., bookings: _Optional[_Iterable[_Union[Booking, _Mapping]]] = ...) -> None: ...
+
+class Prediction(_message.Message):
+    __slots__ = ("queue_ns", "load_ns", "prefill_ns", "ttft_ns", "tbt_ns")
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_NS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_NS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_NS_FIELD_NUMBER: _ClassVar[int]
+    TBT_NS_FIELD_NUMBER: _ClassVar[int]
+    queue_ns: int
+    load_ns: int
+    prefill_ns: int
+    ttft_ns: int
+    tbt_ns: int
+    def __init__(self, queue_ns: _Optional[int] = ..., load_ns: _Optional[int] = ..., prefill_ns: _Optional[int] = ..., ttft_ns: _Optional[int] = ..., tbt_ns: _Optional[int] = ...) -> None: ...
+
+class Placed(_message.Message):
+    __slots__ = ("key", "prefill", "decode", "source", "prediction")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    prefill: str
+    decode: str
+    source: KvSource
+    prediction: Prediction
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., prefill: _Optional[str] = ..., decode: _Optional[str] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ...) -> None: ...
+
+class Rejected(_message.Message):
+    __slots__ = ("key", "reason", "detail", "retry_after_ns", "prediction")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_NS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_FIELD_NUMBER: _ClassVar[int]
+    key: Key
+    reason: str
+    detail: str
+    retry_after_ns: int
+    prediction: Prediction
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., retry_after_ns: _Optional[int] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ...) -> None: ...
+
+class CostModel(_message.Message):
+    __slots__ = ("prefill", "decode")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    prefill: _containers.RepeatedScalarFieldContainer[float]
+    decode: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, prefill: _Optional[_Iterable[float]] = ..., decode: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class InstanceInfo(_message.Message):
+    __slots__ = ("name", "epoch", "role", "address", "compat", "node", "node_addresses", "num_pages", "page_tokens", "max_batch", "max_step_tokens", "cost", "state")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    COMPAT_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    NODE_ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    epoch: int
+    role: str
+    address: str
+    compat: str
+    node: str
+    node_addresses: _containers.RepeatedScalarFieldContainer[str]
+    num_pages: int
+    page_tokens: int
+    max_batch: int
+    max_step_tokens: int
+    cost: CostModel
+    state: str
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., compat: _Optional[str] = ..., node: _Optional[str] = ..., node_addresses: _Optional[_Iterable[str]] = ..., num_pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., cost: _Optional[_Union[CostModel, _Mapping]] = ..., state: _Optional[str] = ...) -> None: ...
+
+class Members(_message.Message):
+    __slots__ = ("instances",)
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    instances: _containers.RepeatedCompositeFieldContainer[InstanceInfo]
+    def __init__(self, instances: _Optional[_Iterable[_Union[InstanceInfo, _Mapping]]] = ...) -> None: ...
+
+class LiveAttempts(_message.Message):
+    __slots__ = ("frontend", "keys", "held")
+    FRONTEND_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    frontend: str
+    keys: _containers.RepeatedCompositeFieldContainer[Key]
+    held: _containers.RepeatedCompositeFieldContainer[Key]
+    def __init__(self, frontend: _Optional[str] = ..., keys: _Optional[_Iterable[_Union[Key, _Mapping]]] = ..., held: _Optional[_Iterable[_Union[Key, _Mapping]]] = ...) -> None: ...
+
+class StepTokens(_message.Message):
+    __slots__ = ("instance", "frontend", "requests", "choices", "attempts", "positions", "counts", "finishes", "token_ids", "firsts", "logprobs")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    FRONTEND_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    FINISHES_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FIRSTS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    frontend: str
+    requests: _containers.RepeatedScalarFieldContainer[int]
+    choices: _containers.RepeatedScalarFieldContainer[int]
+    attempts: _containers.RepeatedScalarFieldContainer[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    finishes: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    firsts: _containers.RepeatedCompositeFieldContainer[First]
+    logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
+    def __init__(self, instance: _Optional[str] = ..., frontend: _Optional[str] = ..., requests: _Optional[_Iterable[int]] = ..., choices: _Optional[_Iterable[int]] = ..., attempts: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., finishes: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., firsts: _Optional[_Iterable[_Union[First, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ...) -> None: ...
+
+class First(_message.Message):
+    __slots__ = ("index", "cached_tokens", "compute_ns")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    cached_tokens: int
+    compute_ns: int
+    def __init__(self, index: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., compute_ns: _Optional[int] = ...) -> None: ...
+
+class Logprobs(_message.Message):
+    __slots__ = ("index", "logprob", "top_ids", "top_values")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_VALUES_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    logprob: float
+    top_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, index: _Optional[int] = ..., logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class KvReady(_message.Message):
+    __slots__ = ("instance", "key", "source")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    key: Key
+    source: KvSource
+    def __init__(self, instance: _Optional[str] = ..., key: _Optional[_Union[Key, _Mapping]] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ...) -> None: ...
+
+class AttemptFailed(_message.Message):
+    __slots__ = ("instance", "key", "reason", "detail")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    key: Key
+    reason: str
+    detail: str
+    def __init__(self, instance: _Optional[str] = ..., key: _Optional[_Union[Key, _Mapping]] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class Registered(_message.Message):
+    __slots__ = ("accepted", "detail")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    detail: str
+    def __init__(self, accepted: _Optional[bool] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class InstanceLoad(_message.Message):
+    __slots__ = ("name", "epoch", "seq", "num_waiting", "waiting_tokens", "num_running", "context_tokens", "free_pages", "step_ns")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    STEP_NS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    epoch: int
+    seq: int
+    num_waiting: int
+    waiting_tokens: int
+    num_running: int
+    context_tokens: int
+    free_pages: int
+    step_ns: int
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., step_ns: _Optional[int] = ...) -> None: ...
+
+class CacheDelta(_message.Message):
+    __slots__ = ("holder", "epoch", "seq", "tier", "added", "removed")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    holder: str
+    epoch: int
+    seq: int
+    tier: str
+    added: bytes
+    removed: bytes
+    def __init__(self, holder: _Optional[str] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., tier: _Optional[str] = ..., added: _Optional[bytes] = ..., removed: _Optional[bytes] = ...) -> None: ...
+
+class CacheSnapshot(_message.Message):
+    __slots__ = ("holder", "epoch", "seq", "tier", "keys")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    holder: str
+    epoch: int
+    seq: int
+    tier: str
+    keys: bytes
+    def __init__(self, holder: _Optional[str] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., tier: _Optional[str] = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class SnapshotRequest(_message.Message):
+    __slots__ = ("holder", "tier")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    holder: str
+    tier: str
+    def __init__(self, holder: _Optional[str] = ..., tier: _Optional[str] = ...) -> None: ...
+
+class StateChange(_message.Message):
+    __slots__ = ("name", "epoch", "state", "cost")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    epoch: int
+    state: str
+    cost: CostModel
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., cost: _Optional[_Union[CostModel, _Mapping]] = ...) -> None: ...
+
+class NodeInfo(_message.Message):
+    __slots__ = ("name", "epoch", "addresses", "capacity_bytes", "compat")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    COMPAT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    epoch: int
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    capacity_bytes: int
+    compat: str
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., capacity_bytes: _Optional[int] = ..., compat: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,292 @@
+"""The simulated cluster: every process of a live one, in one thread, from one configuration and one seed.
+
+frontends (dispatcher) --> conductor <-- instances (prefill, decode: core + engine), store nodes
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from mooncake.core.messages import CONDUCTOR, AnyMessage
+from mooncake.core.types import NANOS_PER_S, CostModel, InstanceInfo, Role
+from mooncake.engine.base import EngineLimits
+from mooncake.scheduler.config import ConductorConfig
+from mooncake.scheduler.core import ConductorCore, PeerGone, Received, Tick
+from mooncake.scheduler.dispatcher import DispatcherLimits
+from mooncake.sim.engine import EngineConfig
+from mooncake.sim.frontend import FRONTEND_LOST, Model, RequestRecord, SimFrontend, SimRequest
+from mooncake.sim.instance import InstanceConfig, SimInstance
+from mooncake.sim.loop import CoreRunner, Loop
+from mooncake.sim.network import Network, NetworkConfig
+from mooncake.sim.node import NodeClient, NodeConfig, SimNode
+
+_COMPAT = "simulated"
+
+
+class ClusterConfig(msgspec.Struct, frozen=True):
+    """Prefill and decode instances are dealt out to the nodes in turn, decode from the last one on."""
+
+    prefill: int = 2
+    decode: int = 2
+    nodes: int = 2
+    frontends: int = 1
+    block_tokens: int = 64
+    page_tokens: int = 16
+    num_pages: int = 2048
+    """Of each instance."""
+    prefill_batch: int = 8
+    decode_batch: int = 32
+    max_step_tokens: int = 512
+    max_context: int = 16_384
+    cost: CostModel = CostModel((2.0, 40.0, 0.5), (5.0, 0.05, 10.0))
+    one_step: bool = False
+    engine_fault: float = 0.0
+    network: NetworkConfig = NetworkConfig()
+    node: NodeConfig = NodeConfig()
+    conductor: ConductorConfig = ConductorConfig(block_tokens=64, kv_token_bytes=1024)
+    dispatcher: DispatcherLimits = DispatcherLimits()
+
+    @property
+    def limits(self) -> EngineLimits:
+        return EngineLimits(
+            self.num_pages,
+            self.page_tokens,
+            self.block_tokens,
+            self.prefill_batch,
+            self.max_step_tokens,
+            self.max_context,
+        )
+
+
+Watch = Callable[[int, str, Any, Any, list[Any]], None]
+"""(now, name of the process, core, event, commands), after every event of every core."""
+
+
+class SimConductor:
+    def __init__(self, config: ConductorConfig, seed: int, loop: Loop, network: Network, observe: Any) -> None:
+        self.core = ConductorCore(config, random.Random(seed))
+        self.runner = CoreRunner(loop, CONDUCTOR, self.core, self._perform, Tick(), observe)
+        self._network = network
+
+    def kill(self) -> None:
+        self.runner.stop()
+
+    def opened(self, peer: str) -> None:
+        """Peers introduce themselves."""
+
+    def gone(self, peer: str) -> None:
+        self.runner.handle(PeerGone(peer))
+
+    def received(self, sender: str, message: AnyMessage) -> None:
+        self.runner.handle(Received(sender, message))
+
+    def _perform(self, command: Any) -> None:
+        self._network.send(CONDUCTOR, command.to, command.message)
+
+
+class SimCluster:
+    """Processes have names: conductor, frontend-0, node-0, prefill-0, decode-0 and so on. `epoch` counts their lives."""
+
+    def __init__(self, config: ClusterConfig, seed: int, watch: Watch | None = None) -> None:
+        self.config = config
+        self.rng = random.Random(seed)
+        self.loop = Loop()
+        self.network = Network(self.loop, config.network, self.rng)
+        self.network.on_cut(self._cut)
+        self.records: list[RequestRecord] = []
+        self.model = Model(self.records)
+        self.conductor: SimConductor | None = None
+        self.frontends: dict[str, SimFrontend] = {}
+        self.nodes: dict[str, SimNode] = {}
+        self.instances: dict[str, SimInstance] = {}
+        self.num_running = 0
+        self._lives: dict[str, int] = {}
+        self._watch = watch
+        self._node_of: dict[str, str] = {}
+        self._arrivals_left = 0
+        for name in self.names:
+            self.start(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All processes, in the order of their start."""
+        config = self.config
+        kinds = (
+            ("node", config.nodes),
+            ("prefill", config.prefill),
+            ("decode", config.decode),
+            ("frontend", config.frontends),
+        )
+        return (CONDUCTOR, *(f"{kind}-{at}" for kind, count in kinds for at in range(count)))
+
+    # ------------------------------------------------------------------ requests
+
+    def submit(self, requests: Iterable[SimRequest]) -> None:
+        """Each goes to a frontend in turn when its time comes."""
+        for request in requests:
+            record = RequestRecord(len(self.records), request)
+            self.records.append(record)
+            self._arrivals_left += 1
+            self.loop.at(request.arrival_ns, lambda record=record: self._arrive(record))  # type: ignore[misc]
+
+    def run(self, until: int) -> None:
+        """Until all requests have ended, or until that time."""
+        self.loop.run(until, lambda: not self._arrivals_left and not self.num_running)
+
+    def settle(self, duration: int = 20 * NANOS_PER_S) -> None:
+        """Let what is left over be found and cleared away."""
+        self.loop.run(self.loop.now + duration)
+
+    def _arrive(self, record: RequestRecord) -> None:
+        self._arrivals_left -= 1
+        name = f"frontend-{record.number % self.config.frontends}"
+        frontend = self.frontends.get(name)
+        if frontend is None:
+            record.end(FRONTEND_LOST)
+            return
+        self.num_running += 1
+        frontend.start(record)
+
+    def _ended(self) -> None:
+        self.num_running -= 1
+
+    # ------------------------------------------------------------------ processes
+
+    def alive(self, name: str) -> bool:
+        return name in self.frontends or name in self.nodes or name in self.instances or self._is_conductor(name)
+
+    def _is_conductor(self, name: str) -> bool:
+        return name == CONDUCTOR and self.conductor is not None
+
+    def start(self, name: str) -> None:
+        """A new life of that process."""
+        epoch = self._lives[name] = self._lives.get(name, 0) + 1
+        kind, _, number = name.partition("-")
+        if kind == CONDUCTOR:
+            self.conductor = SimConductor(
+                self.config.conductor, self.rng.randrange(1 << 32), self.loop, self.network, self._observe
+            )
+            self.network.start(name, self.conductor)
+            return
+        if kind == "frontend":
+            self.frontends[name] = frontend = SimFrontend(
+                name,
+                self.config.dispatcher,
+                self.config.block_tokens,
+                self.loop,
+                self.network,
+                self._observe,
+                self._ended,
+            )
+            self.network.start(name, frontend)
+        elif kind == "node":
+            self.nodes[name] = node = SimNode(
+                name, epoch, self.config.node, self.loop, self.network, self._observe, self._chance
+            )
+            self.network.start(name, node)
+        else:
+            self.instances[name] = instance = self._instance(name, Role(kind), int(number), epoch)
+            self.network.start(name, instance)
+        self.network.dial(name, CONDUCTOR)
+
+    def kill(self, name: str) -> None:
+        """As by kill -9. Dead processes are left alone."""
+        if not self.alive(name):
+            return
+        self.network.kill(name)
+        if name == CONDUCTOR:
+            assert self.conductor is not None
+            self.conductor.kill()
+            self.conductor = None
+        for table in (self.frontends, self.nodes, self.instances):
+            process = table.pop(name, None)
+            if process is not None:
+                process.kill()
+
+    def _instance(self, name: str, role: Role, number: int, epoch: int) -> SimInstance:
+        config = self.config
+        at = number if role is Role.PREFILL else -1 - number
+        node = self._node_of[name] = f"node-{at % config.nodes}"
+        max_batch = config.prefill_batch if role is Role.PREFILL else config.decode_batch
+        limits = msgspec.structs.replace(config.limits, max_batch=max_batch)
+        info = InstanceInfo(
+            name=name,
+            epoch=epoch,
+            role=role,
+            address=f"sim:{name}",
+            compat=_COMPAT,
+            node=node,
+            node_addresses=(f"sim:{node}",),
+            num_pages=limits.num_pages,
+            page_tokens=limits.page_tokens,
+            max_batch=max_batch,
+            max_step_tokens=limits.max_step_tokens,
+            cost=config.cost,
+        )
+        engine = EngineConfig(config.cost, config.one_step, config.engine_fault)
+        return SimInstance(
+            info,
+            InstanceConfig(limits, engine),
+            self.loop,
+            self.network,
+            self._connect,
+            self.model,
+            self._observe,
+            self._chance,
+        )
+
+    def _connect(self, node: str, instance: str) -> NodeClient | None:
+        found = self.nodes.get(node)
+        if found is None or not self.network.reachable(node, instance):
+            return None
+        return found.attach(instance, self._node_of[instance] == node)
+
+    def _cut(self, one: str, other: str) -> None:
+        for instance, node in ((one, other), (other, one)):
+            if instance in self.instances and node in self.nodes:
+                self.instances[instance].lose_node(node)
+
+    def _chance(self, share: float) -> bool:
+        return share > 0 and self.rng.random() < share
+
+    # ------------------------------------------------------------------ watching
+
+    def _observe(self, name: str, core: Any, event: Any, commands: list[Any]) -> None:
+        if self._watch is not None:
+            self._watch(self.loop.now, name, core, event, commands)
+
+    def check_integrity(self) -> None:
+        """The conservation laws of all cores."""
+        if self.conductor is not None:
+            self.conductor.core.check_integrity()
+        for frontend in self.frontends.values():
+            frontend.core.check_integrity()
+        for node in self.nodes.values():
+            node.core.check_integrity()
+        for instance in self.instances.values():
+            instance.core.check_integrity()
+            instance.engine.core.check_integrity()
+
+    def leftovers(self) -> dict[str, int]:
+        """What is still held anywhere; empty when all requests have ended and everything was given back."""
+        held: dict[str, int] = {}
+        if self.conductor is not None:
+            held["bookings"] = len(self.conductor.core.books.bookings)
+        for name, node in self.nodes.items():
+            metrics = node.core.metrics()
+            held[f"{name} leases"] = metrics["leases"]
+            held[f"{name} reservations"] = metrics["reservations"]
+            held[f"{name} bytes"] = metrics["used_bytes"] - metrics["evictable_bytes"]
+        for name, instance in self.instances.items():
+            pool = instance.engine.core.pool
+            held[f"{name} attempts"] = instance.core.num_attempts
+            held[f"{name} claims"] = instance.num_claims
+            held[f"{name} pages"] = pool.num_pages - pool.num_free
+            held[f"{name} sequences"] = int(not instance.engine.core.idle)
+        for name, frontend in self.frontends.items():
+            held[f"{name} requests"] = frontend.core.num_running
+        return {what: count for what, count in held.items() if count}

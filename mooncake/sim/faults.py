@@ -1,0 +1,80 @@
+"""What goes wrong, and when: a schedule drawn from a seed before the run, so that it can be printed, cut down and replayed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S
+from mooncake.sim.cluster import SimCluster
+
+
+class Kill(msgspec.Struct, frozen=True, tag=True):
+    """The process dies at `at` and is started again after down_ns."""
+
+    at: int
+    name: str
+    down_ns: int
+
+
+class Cut(msgspec.Struct, frozen=True, tag=True):
+    """Nothing passes between two processes for a while."""
+
+    at: int
+    one: str
+    other: str
+    duration_ns: int
+
+
+class Reset(msgspec.Struct, frozen=True, tag=True):
+    """The stream between two processes breaks and is made anew."""
+
+    at: int
+    one: str
+    other: str
+
+
+Fault = Kill | Cut | Reset
+
+
+class FaultRates(msgspec.Struct, frozen=True):
+    """How many of each kind in a run, and how long they last at most."""
+
+    kills: int = 6
+    cuts: int = 2
+    resets: int = 4
+    down_ns: int = 2 * NANOS_PER_S
+    cut_ns: int = 6 * NANOS_PER_S
+
+
+def draw_faults(rng: random.Random, names: Sequence[str], span_ns: int, rates: FaultRates) -> list[Fault]:
+    """Faults of all kinds, in order of time, among the processes of these names."""
+    faults: list[Fault] = [
+        Kill(rng.randrange(span_ns), rng.choice(names), rng.randrange(50 * NANOS_PER_MS, rates.down_ns))
+        for _ in range(rates.kills)
+    ]
+    for _ in range(rates.cuts):
+        one, other = rng.sample(names, 2)
+        faults.append(Cut(rng.randrange(span_ns), one, other, rng.randrange(50 * NANOS_PER_MS, rates.cut_ns)))
+    for _ in range(rates.resets):
+        one, other = rng.sample(names, 2)
+        faults.append(Reset(rng.randrange(span_ns), one, other))
+    return sorted(faults, key=lambda fault: fault.at)
+
+
+def schedule(cluster: SimCluster, faults: Iterable[Fault]) -> None:
+    for fault in faults:
+        cluster.loop.at(fault.at, lambda fault=fault: _strike(cluster, fault))  # type: ignore[misc]
+
+
+def _strike(cluster: SimCluster, fault: Fault) -> None:
+    match fault:
+        case Kill() if cluster.alive(fault.name):
+            cluster.kill(fault.name)
+            cluster.loop.after(fault.down_ns, lambda: cluster.start(fault.name))
+        case Cut():
+            cluster.network.cut(fault.one, fault.other, fault.duration_ns)
+        case Reset():
+            cluster.network.reset(fault.one, fault.other)

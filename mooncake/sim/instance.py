@@ -1,0 +1,203 @@
+"""A prefill or decode instance in virtual time: its service core, its engine, and its connections to store nodes.
+
+What `mooncake.engine.shell` and `mooncake.prefill.service` are to live instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from mooncake.core.keys import partial_key
+from mooncake.core.messages import AnyMessage, Send, StepTokens
+from mooncake.core.types import InstanceInfo, Job, Role
+from mooncake.decode.core import DecodeCore
+from mooncake.engine.attempts import (
+    AbortSequence,
+    CloseSource,
+    EngineProgress,
+    OpenSource,
+    PeerGone,
+    PeerOpened,
+    Received,
+    RunSequence,
+    SourceOpened,
+    Tick,
+)
+from mooncake.engine.base import EngineLimits
+from mooncake.engine.core import EngineCore, LoadKv, StoreKv
+from mooncake.prefill.core import CommitKv, KvCommitted, KvReserved, PrefillCore, PrefillLimits, ReleaseKv, ReserveKv
+from mooncake.sim.engine import Done, EngineConfig, Oracle, SimEngine
+from mooncake.sim.loop import CoreRunner, Loop, Observer
+from mooncake.sim.network import Network
+from mooncake.sim.node import NodeClient, SimSource, SimTarget
+
+
+class InstanceConfig(msgspec.Struct, frozen=True):
+    limits: EngineLimits
+    engine: EngineConfig
+    max_queued: int = 1024
+
+
+class TimedTokens(msgspec.Struct, frozen=True):
+    """StepTokens of a run of steps, with the time at which each step was computed."""
+
+    message: StepTokens
+    times: list[int]
+
+
+ConnectNode = Callable[[str, str], NodeClient | None]
+"""A new client at (node, for instance), or None if the node cannot be reached."""
+
+
+class SimInstance:
+    def __init__(
+        self,
+        info: InstanceInfo,
+        config: InstanceConfig,
+        loop: Loop,
+        network: Network,
+        connect: ConnectNode,
+        oracle: Oracle,
+        observe: Observer,
+        chance: Callable[[float], bool],
+    ) -> None:
+        self.info = info
+        self.name = info.name
+        self._loop = loop
+        self._network = network
+        self._connect = connect
+        self._observe = observe
+        self._times: list[int] = []
+        self._clients: dict[str, NodeClient] = {}
+        self._sources: dict[int, SimSource] = {}
+        self._targets: dict[int, SimTarget] = {}
+        prefill = info.role is Role.PREFILL
+        engine_core = EngineCore(config.limits, overlap_loads=prefill)
+        self.engine = SimEngine(engine_core, config.engine, loop, self, oracle, self._progress, chance)
+        self.core: PrefillCore | DecodeCore
+        if prefill:
+            limits = PrefillLimits(max_queued=config.max_queued, max_started=config.limits.max_batch)
+            self.core = PrefillCore(info, limits, config.limits.block_tokens, _partial_key, engine_core.refusal)
+        else:
+            self.core = DecodeCore(info, config.max_queued, engine_core.refusal)
+        self.runner = CoreRunner(loop, info.name, self.core, self._perform, Tick(), observe)
+        self._actions: dict[type, Callable[[Any], None]] = {
+            Send: self._send,
+            OpenSource: self._open_source,
+            CloseSource: lambda command: self._sources.pop(command.seq).close(),
+            RunSequence: self._run_sequence,
+            AbortSequence: lambda command: self.engine.abort(command.seq),
+            ReserveKv: self._reserve,
+            CommitKv: self._commit,
+            ReleaseKv: lambda command: self._targets.pop(command.seq).close(),
+        }
+
+    # ------------------------------------------------------------------ process
+
+    def kill(self) -> None:
+        self.runner.stop()
+        self.engine.alive = False
+        for client in self._clients.values():
+            client.close()
+
+    def opened(self, peer: str) -> None:
+        self.runner.handle(PeerOpened(peer))
+
+    def gone(self, peer: str) -> None:
+        self.runner.handle(PeerGone(peer))
+
+    def received(self, sender: str, message: AnyMessage) -> None:
+        self.runner.handle(Received(sender, message))
+
+    def lose_node(self, node: str) -> None:
+        """The network to that node was cut."""
+        client = self._clients.get(node)
+        if client is not None:
+            client.lose()
+
+    @property
+    def num_claims(self) -> int:
+        """Sources and targets that are not closed."""
+        return len(self._sources) + len(self._targets)
+
+    # ------------------------------------------------------------------ commands
+
+    def _perform(self, command: Any) -> None:
+        self._actions[type(command)](command)
+
+    def _send(self, command: Send) -> None:
+        message = command.message
+        if isinstance(message, StepTokens):
+            self._network.send(self.name, command.to, TimedTokens(message, self._times))
+        else:
+            self._network.send(self.name, command.to, message)
+
+    def _client(self, node: str) -> NodeClient | None:
+        client = self._clients.get(node)
+        if client is None or client.lost:
+            client = self._connect(node, self.name)
+            if client is not None:
+                self._clients[node] = client
+        return client
+
+    def _open_source(self, command: OpenSource) -> None:
+        client = self._client(command.source.node)
+        if client is None:
+            self._loop.after(0, lambda: self.runner.handle(SourceOpened(command.seq, 0)))
+            return
+
+        def opened(num_tokens: int) -> None:
+            if num_tokens:
+                self._sources[command.seq] = source
+            self.runner.handle(SourceOpened(command.seq, num_tokens))
+
+        source = SimSource(client, command.source, opened)
+
+    def _reserve(self, command: ReserveKv) -> None:
+        client = self._client(command.target.node)
+        if client is None:
+            self._loop.after(0, lambda: self.runner.handle(KvReserved(command.seq, False, reachable=False)))
+            return
+
+        def reserved(granted: bool) -> None:
+            if granted:
+                self._targets[command.seq] = target
+            self.runner.handle(KvReserved(command.seq, granted, reachable=not client.lost))
+
+        target = SimTarget(client, command.target, reserved)
+
+    def _commit(self, command: CommitKv) -> None:
+        def committed(ok: bool) -> None:
+            self.runner.handle(KvCommitted(command.seq, command.last - command.first, ok))
+
+        self._targets[command.seq].commit(command.first, command.last, committed)
+
+    def _run_sequence(self, command: RunSequence) -> None:
+        self.engine.submit(
+            command.seq,
+            command.job,
+            source_tokens=command.source_tokens,
+            one_token=command.one_token,
+            store=command.store,
+        )
+
+    # ------------------------------------------------------------------ the engine's copies
+
+    def load(self, command: LoadKv, done: Done) -> None:
+        self._sources[command.seq].copy(command.start, command.end, done)
+
+    def store(self, command: StoreKv, done: Done) -> None:
+        self._targets[command.seq].copy(command.start, command.end, done)
+
+    def _progress(self, event: EngineProgress, times: list[int]) -> None:
+        self._times = times
+        self._observe(f"{self.name}.engine", self.engine.core, None, [])
+        self.runner.handle(event)
+
+
+def _partial_key(job: Job) -> bytes:
+    key = job.key
+    return partial_key(b"", key.frontend, key.request, key.choice, key.attempt)

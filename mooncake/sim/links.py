@@ -1,0 +1,31 @@
+"""Bandwidth: a link passes one byte after the other, first come, first served. A transfer occupies every link of its path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mooncake.core.types import NANOS_PER_S
+
+
+class Link:
+    """One direction of a NIC, a PCIe connection, or a machine's memory."""
+
+    def __init__(self, name: str, bytes_per_s: float) -> None:
+        self.name = name
+        self.busy_ns = 0
+        self.num_bytes = 0
+        self._ns_per_byte = NANOS_PER_S / bytes_per_s
+        self._free_at = 0
+
+    def occupy(self, num_bytes: int, now: int) -> int:
+        """When these bytes have passed."""
+        duration = int(num_bytes * self._ns_per_byte)
+        self.busy_ns += duration
+        self.num_bytes += num_bytes
+        self._free_at = max(self._free_at, now) + duration
+        return self._free_at
+
+
+def transfer(path: Sequence[Link], num_bytes: int, now: int) -> int:
+    """When the last byte has passed the last link; the slowest or busiest link decides."""
+    return max((link.occupy(num_bytes, now) for link in path), default=now)

@@ -1,0 +1,217 @@
+"""The control network: one ordered stream per pair of processes, as gRPC gives, and everything that can go wrong with it.
+
+    dial --both alive, not cut--> open --process dies, or cut--> broken --noticed, each end for itself--> dial again
+
+A message is lost with its stream, and at random by `loss`, which no single stream does but a chain of proxies and restarts may
+seem to do. It is repeated, as after a resend, at any later time. The messages that open a stream's session are spared: a stream
+without them is not open. A stream that is replaced by a newer one of the same two names is nobody's loss at its accepting end.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from mooncake.core.messages import Register, Registered, RegisterNode
+from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S
+from mooncake.sim.loop import Loop
+
+_SPARED = (Register, Registered, RegisterNode)
+
+
+class NetworkConfig(msgspec.Struct, frozen=True):
+    latency_ns: int = 300_000
+    """One way, and on top of it exponentially distributed jitter."""
+    jitter_ns: int = 100_000
+    loss: float = 0.0
+    """Shares of the messages that are lost, repeated, or held up for up to delay_ns."""
+    repeat: float = 0.0
+    delay: float = 0.0
+    delay_ns: int = 300 * NANOS_PER_MS
+    reorder: bool = False
+    """Whether messages of one pair may overtake each other."""
+    death_notice_ns: int = 5 * NANOS_PER_MS
+    """How soon a peer's death breaks the stream (kernels close the sockets of the dead)."""
+    cut_notice_ns: int = 4 * NANOS_PER_S
+    """How soon keep-alives notice a cut."""
+    redial_ns: int = 200 * NANOS_PER_MS
+
+
+class Peer(Protocol):
+    """A process, as the network sees it."""
+
+    def opened(self, peer: str) -> None: ...
+
+    def gone(self, peer: str) -> None: ...
+
+    def received(self, sender: str, message: Any) -> None: ...
+
+
+class _Stream:
+    """`ends`: the names, dialling end first. An end that is not in `hears` gets nothing through this stream any more."""
+
+    __slots__ = ("ends", "hears", "last_at")
+
+    def __init__(self, dialler: str, acceptor: str) -> None:
+        self.ends = (dialler, acceptor)
+        self.hears: dict[str, None] = {}
+        self.last_at = {dialler: 0, acceptor: 0}
+        """By receiver: when the last message so far arrives; the next one comes no sooner."""
+
+
+def _pair(one: str, other: str) -> tuple[str, str]:
+    return (one, other) if one < other else (other, one)
+
+
+class Network:
+    def __init__(self, loop: Loop, config: NetworkConfig, rng: random.Random) -> None:
+        self.config = config
+        self.num_lost = 0
+        self.num_repeated = 0
+        self._loop = loop
+        self._rng = rng
+        self._peers: dict[str, Peer] = {}
+        self._dials: dict[tuple[str, str], None] = {}
+        """(dialler, acceptor) pairs that are wanted."""
+        self._streams: dict[tuple[str, str], _Stream] = {}
+        self._cuts: dict[tuple[str, str], int] = {}
+        self._on_cut: list[Callable[[str, str], None]] = []
+
+    # ------------------------------------------------------------------ processes
+
+    def start(self, name: str, peer: Peer) -> None:
+        self._peers[name] = peer
+
+    def kill(self, name: str) -> None:
+        """The process is no more. Its peers notice soon; until then they hear what it had said."""
+        del self._peers[name]
+        for dial in [dial for dial in self._dials if dial[0] == name]:
+            del self._dials[dial]
+        for stream in list(self._streams.values()):
+            if name in stream.ends:
+                stream.hears.pop(name, None)
+                self._break(stream, self.config.death_notice_ns)
+
+    # ------------------------------------------------------------------ streams
+
+    def dial(self, dialler: str, acceptor: str) -> None:
+        """Keep a stream open from now on."""
+        if (dialler, acceptor) not in self._dials:
+            self._dials[dialler, acceptor] = None
+            self._try(dialler, acceptor)
+
+    def hang_up(self, dialler: str, acceptor: str) -> None:
+        self._dials.pop((dialler, acceptor), None)
+        stream = self._streams.get(_pair(dialler, acceptor))
+        if stream is not None:
+            self._break(stream, self._latency())
+
+    def reset(self, one: str, other: str) -> None:
+        """The stream between the two breaks; what is on its way is lost."""
+        stream = self._streams.get(_pair(one, other))
+        if stream is not None:
+            self._break(stream, 0)
+
+    def reachable(self, one: str, other: str) -> bool:
+        return _pair(one, other) not in self._cuts
+
+    def cut(self, one: str, other: str, duration: int) -> None:
+        """Nothing passes between the two, which they notice by and by."""
+        pair = _pair(one, other)
+        self._cuts[pair] = self._cuts.get(pair, 0) + 1
+        self._loop.after(duration, lambda: self._heal(pair))
+        for listener in self._on_cut:
+            listener(one, other)
+        stream = self._streams.get(pair)
+        if stream is not None:
+            self._break(stream, self.config.cut_notice_ns)
+
+    def on_cut(self, listener: Callable[[str, str], None]) -> None:
+        self._on_cut.append(listener)
+
+    def send(self, sender: str, receiver: str, message: Any) -> None:
+        stream = self._streams.get(_pair(sender, receiver))
+        if stream is None or sender not in stream.hears or not self.reachable(sender, receiver):
+            self.num_lost += 1
+            return
+        spared = isinstance(message, _SPARED)
+        if not spared and self._chance(self.config.loss):
+            self.num_lost += 1
+            return
+        self._send_once(stream, sender, receiver, message, in_order=not self.config.reorder)
+        if not spared and self._chance(self.config.repeat):
+            self.num_repeated += 1
+            delay = self._rng.randrange(self.config.delay_ns)
+            self._loop.after(
+                delay, lambda: self._send_once(stream, sender, receiver, message, in_order=not self.config.reorder)
+            )
+
+    # ------------------------------------------------------------------ inside
+
+    def _heal(self, pair: tuple[str, str]) -> None:
+        self._cuts[pair] -= 1
+        if not self._cuts[pair]:
+            del self._cuts[pair]
+
+    def _try(self, dialler: str, acceptor: str) -> None:
+        if (dialler, acceptor) not in self._dials or dialler not in self._peers:
+            return
+        old = self._streams.get(_pair(dialler, acceptor))
+        if old is not None and old.ends == (dialler, acceptor) and dialler in old.hears:
+            return
+        if acceptor not in self._peers or not self.reachable(dialler, acceptor):
+            self._loop.after(self.config.redial_ns, lambda: self._try(dialler, acceptor))
+            return
+        stream = _Stream(dialler, acceptor)
+        self._streams[_pair(dialler, acceptor)] = stream
+        stream.hears = {dialler: None, acceptor: None}
+        if old is not None:
+            old.hears.clear()
+        self._loop.after(self._latency(), lambda: self._open(stream))
+
+    def _open(self, stream: _Stream) -> None:
+        for end, other in (stream.ends, stream.ends[::-1]):
+            if self._is_current(stream) and end in stream.hears and end in self._peers:
+                self._peers[end].opened(other)
+
+    def _is_current(self, stream: _Stream) -> bool:
+        return self._streams.get(_pair(*stream.ends)) is stream
+
+    def _break(self, stream: _Stream, notice_ns: int) -> None:
+        for end in stream.ends:
+            self._loop.after(notice_ns, lambda end=end: self._notice(stream, end))  # type: ignore[misc]
+
+    def _notice(self, stream: _Stream, end: str) -> None:
+        dialler, acceptor = stream.ends
+        if end in stream.hears:
+            del stream.hears[end]
+            if not stream.hears and self._is_current(stream):
+                del self._streams[_pair(dialler, acceptor)]
+            if end in self._peers:
+                self._peers[end].gone(acceptor if end == dialler else dialler)
+        if end == dialler:
+            self._loop.after(self.config.redial_ns, lambda: self._try(dialler, acceptor))
+
+    def _send_once(self, stream: _Stream, sender: str, receiver: str, message: Any, *, in_order: bool) -> None:
+        if receiver not in stream.hears:
+            return
+        arrives = self._loop.now + self._latency()
+        if self._chance(self.config.delay):
+            arrives += self._rng.randrange(self.config.delay_ns)
+        if in_order:
+            arrives = stream.last_at[receiver] = max(arrives, stream.last_at[receiver])
+        self._loop.at(arrives, lambda: self._deliver(stream, sender, receiver, message))
+
+    def _deliver(self, stream: _Stream, sender: str, receiver: str, message: Any) -> None:
+        if receiver in stream.hears and receiver in self._peers:
+            self._peers[receiver].received(sender, message)
+
+    def _latency(self) -> int:
+        jitter = self.config.jitter_ns
+        return self.config.latency_ns + (int(self._rng.expovariate(1 / jitter)) if jitter else 0)
+
+    def _chance(self, share: float) -> bool:
+        return share > 0 and self._rng.random() < share

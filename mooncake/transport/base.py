@@ -1,0 +1,126 @@
+"""One-sided access to another process's memory: register, then read and write without the owner's program taking part.
+
+The owner registers a buffer and gives out its `Region`. A peer opens a `Path` to it and reads or writes batches of
+pieces; it owns the local buffers and keeps them until the completion says that the transfer is over. A path that raised
+is broken for that batch only: whether to try it again, or another, is the caller's decision.
+
+`memory` reaches a buffer of the same process, `shm` one of the same machine, `tcp` any. RDMA has the same shape: a
+region with a remote key, a path with queue pairs, a completion that waits for the notification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import msgspec
+import numpy as np
+
+from mooncake.core.errors import OutOfRange
+
+COPY_WITHOUT_GIL_BYTES = 16 * 1024
+"""From here on numpy's copy, which releases the GIL, beats assigning to a memoryview, which holds it (FACTS 6)."""
+
+
+class Region(msgspec.Struct, frozen=True):
+    """A registered buffer, as its owner describes it to peers. handle: what the transport needs to find it, such as a
+    path in shared memory or an address. device: cpu, or a device's name."""
+
+    transport: str
+    handle: str
+    size: int
+    device: str = "cpu"
+
+
+class Piece(NamedTuple):
+    """One contiguous range. claim: the right by which the serving side allows it, if it checks (the store's object
+    number)."""
+
+    offset: int
+    local: memoryview
+    claim: int = 0
+
+
+class Registration(Protocol):
+    """Owner's side: the buffer stays valid and registered until `close`."""
+
+    region: Region
+    buffer: memoryview
+
+    def close(self) -> None: ...
+
+
+class Completion(Protocol):
+    def wait(self) -> None:
+        """Blocks until the batch is over. Raises TransportError if it failed; then any part of it may have been
+        done."""
+        ...
+
+
+class Path(Protocol):
+    """Peer's side. Methods block at most the path's time limit and may be called from several threads at once."""
+
+    region: Region
+
+    def read(self, pieces: Sequence[Piece]) -> Completion:
+        """From the region into the local buffers (writable, contiguous bytes)."""
+        ...
+
+    def write(self, pieces: Sequence[Piece]) -> Completion:
+        """From the local buffers into the region."""
+        ...
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        """The range itself, writable, if the path has it mapped; None if it can only be copied."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Done:
+    """The completion of paths whose calls return when the transfer is over."""
+
+    def wait(self) -> None:
+        pass
+
+
+DONE = Done()
+
+
+class MappedPath:
+    """A path to a region that lies in this process's address space; what `memory` and `shm` have in common."""
+
+    def __init__(self, region: Region, buffer: memoryview) -> None:
+        self.region = region
+        self._buffer = buffer
+        self._array = np.frombuffer(buffer, np.uint8)
+
+    def read(self, pieces: Sequence[Piece]) -> Completion:
+        for offset, local, _ in pieces:
+            size = self._checked(offset, local.nbytes)
+            if size < COPY_WITHOUT_GIL_BYTES:
+                local[:] = self._buffer[offset : offset + size]
+            else:
+                np.copyto(np.frombuffer(local, np.uint8), self._array[offset : offset + size])
+        return DONE
+
+    def write(self, pieces: Sequence[Piece]) -> Completion:
+        for offset, local, _ in pieces:
+            size = self._checked(offset, local.nbytes)
+            if size < COPY_WITHOUT_GIL_BYTES:
+                self._buffer[offset : offset + size] = local
+            else:
+                np.copyto(self._array[offset : offset + size], np.frombuffer(local, np.uint8))
+        return DONE
+
+    def view(self, offset: int, size: int) -> memoryview | None:
+        self._checked(offset, size)
+        return self._buffer[offset : offset + size]
+
+    def close(self) -> None:
+        """The mapping itself goes with its last view."""
+
+    def _checked(self, offset: int, size: int) -> int:
+        if offset < 0 or offset + size > self.region.size:
+            raise OutOfRange(f"[{offset}, {offset + size}) is outside of a region of {self.region.size} bytes")
+        return size

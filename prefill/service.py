@@ -1,0 +1,103 @@
+"""The prefill process: `PrefillCore` with an engine and the store. Turns commands into calls; decides nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from mooncake.config import Config, RoleConfig
+from mooncake.core.errors import StoreError
+from mooncake.core.keys import partial_key
+from mooncake.core.types import InstanceInfo, Job, Role
+from mooncake.engine.base import KvLayout
+from mooncake.engine.build import EngineParts
+from mooncake.engine.instance import run_instance
+from mooncake.engine.kv_objects import reserve_target
+from mooncake.engine.shell import InstanceShell
+from mooncake.prefill.core import (
+    CommitKv,
+    KvCommitted,
+    KvReserved,
+    PrefillCore,
+    PrefillLimits,
+    ReleaseKv,
+    ReserveKv,
+)
+from mooncake.status import Status
+from mooncake.store.client import StoreClient
+
+log = logging.getLogger(__name__)
+
+
+class PrefillSettings(msgspec.Struct, frozen=True):
+    """What a `PrefillCore` is built from, as its event log keeps it. max_tokens: longest sequence the engine takes."""
+
+    info: InstanceInfo
+    limits: PrefillLimits
+    block_tokens: int
+    max_tokens: int
+
+
+async def run(config: Config, role: RoleConfig, status: Status) -> None:
+    def make_core(
+        info: InstanceInfo, refusal: Callable[[Job], str | None], parts: EngineParts
+    ) -> tuple[PrefillCore, PrefillSettings]:
+        limits = parts.step_engine.limits
+        settings = PrefillSettings(
+            info,
+            PrefillLimits(max_queued=config.limits.queue, max_started=limits.max_batch),
+            config.block_tokens,
+            min(limits.max_context, limits.num_pages * limits.page_tokens),
+        )
+        core = PrefillCore(info, settings.limits, settings.block_tokens, attempt_partial_key, refusal)
+        return core, settings
+
+    await run_instance(config, role, status, Role.PREFILL, make_core, _add_actions)
+
+
+def attempt_partial_key(job: Job) -> bytes:
+    """Of one attempt alone: its content depends on no more than the sequence, but its life is the attempt's."""
+    key = job.key
+    return partial_key(b"".join(job.block_keys[-1:]), key.frontend, key.request, key.choice, key.attempt)
+
+
+def _add_actions(shell: InstanceShell, store: StoreClient, parts: EngineParts) -> None:
+    actions = _StoreActions(shell, store, parts.step_engine.layout)
+    shell.add_action(ReserveKv, lambda command: shell.spawn(actions.reserve(command)))
+    shell.add_action(CommitKv, lambda command: shell.spawn(actions.commit(command)))
+    shell.add_action(ReleaseKv, lambda command: shell.spawn(actions.release(command)))
+
+
+class _StoreActions:
+    def __init__(self, shell: InstanceShell, store: StoreClient, layout: KvLayout) -> None:
+        self._shell = shell
+        self._store = store
+        self._layout = layout
+
+    async def reserve(self, command: ReserveKv) -> None:
+        writer: Any = None
+        reachable = True
+        try:
+            writer = await reserve_target(
+                self._store, command.target, self._layout, self._shell.shard, self._shell.block_tokens
+            )
+        except StoreError as error:
+            log.warning("reserve: %s", error)
+            reachable = False
+        if writer is not None:
+            self._shell.writers[command.seq] = writer
+        self._shell.driver.handle(KvReserved(command.seq, writer is not None, reachable))
+
+    async def commit(self, command: CommitKv) -> None:
+        ok = False
+        try:
+            ok = await self._shell.writers[command.seq].commit(command.first, command.last)
+        except StoreError as error:
+            log.warning("commit: %s", error)
+        self._shell.driver.handle(KvCommitted(command.seq, command.last - command.first, ok))
+
+    async def release(self, command: ReleaseKv) -> None:
+        await self._shell.writers.pop(command.seq).close()

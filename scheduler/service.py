@@ -1,0 +1,78 @@
+"""The Conductor's process: `ConductorCore` behind a gRPC server. Turns messages into events; decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any
+
+from mooncake.config import Config, RoleConfig
+from mooncake.core.messages import AnyMessage, Send
+from mooncake.rpc.driver import CoreDriver, open_event_log
+from mooncake.rpc.stream import Hello, Link, RpcServer
+from mooncake.scheduler.config import ConductorConfig
+from mooncake.scheduler.core import ConductorCore, PeerGone, Received, Tick
+from mooncake.status import Status
+
+
+async def run(config: Config, role: RoleConfig, status: Status) -> None:
+    """Until cancelled."""
+    settings = conductor_config(config)
+    service = _Service()
+    service.driver = CoreDriver(
+        ConductorCore(settings, random.Random(config.seed)),
+        service.perform,
+        Tick(),
+        log=open_event_log(config, role, settings),
+    )
+    hello = Hello(peer=role.name, kind=role.role, token=config.token, compat="")
+    server = RpcServer(
+        role.listen,
+        hello,
+        tls=config.tls,
+        on_open=service.opened,
+        on_message=service.received,
+        on_close=service.closed,
+    )
+    await server.start()
+    try:
+        status.ready(f"policy {settings.policy}, admission {settings.admission}")
+        await asyncio.Event().wait()
+    finally:
+        await server.close()
+        service.driver.close()
+
+
+def conductor_config(config: Config) -> ConductorConfig:
+    return ConductorConfig(
+        block_tokens=config.block_tokens,
+        policy=config.policy,
+        admission=config.admission,
+        wait_ns=int(config.timeouts.placement_s * 1e9),
+    )
+
+
+class _Service:
+    driver: CoreDriver
+
+    def __init__(self) -> None:
+        self._links: dict[str, Link] = {}
+
+    def opened(self, link: Link) -> None:
+        self._links[link.peer] = link
+
+    def closed(self, link: Link) -> None:
+        """A link that was replaced by a newer one of the same peer is nobody's loss."""
+        if self._links.get(link.peer) is link:
+            del self._links[link.peer]
+            self.driver.handle(PeerGone(link.peer))
+
+    def received(self, link: Link, messages: list[AnyMessage]) -> None:
+        for message in messages:
+            self.driver.handle(Received(link.peer, message))
+
+    def perform(self, command: Any) -> None:
+        assert isinstance(command, Send)
+        link = self._links.get(command.to)
+        if link is not None:
+            link.send(command.message)

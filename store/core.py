@@ -1,0 +1,500 @@
+"""Everything a store node decides: who gets space, what is visible, who holds what, what is evicted, what is reported.
+
+Sans-IO: `handle(event, now)` gives commands, `deadline()` the time of the next Tick. The core never sees a byte of an
+object.
+
+An object is in `_by_number` from reservation to end. `_by_key` has, for each key, its committed object, else the
+reservation that was first. In EQUIVALENT mode a key may have several writers, since waiting for each other would let a
+slow or dying one stop the rest: the first commit wins, and those that come later get leases of the winner, under the
+numbers of their own reservations (`aliases`). Every claim has an owner: a reservation is in its client's
+`reservations`, a lease in its client's `leases` (counted, the same client may lease twice), and an object's `refs` is
+the sum of its leases.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S
+from mooncake.store.allocator import Allocator
+from mooncake.store.events import (
+    Cancel,
+    ClientGone,
+    Command,
+    Commit,
+    Event,
+    Exists,
+    Fault,
+    Lease,
+    Release,
+    Remove,
+    Reply,
+    Report,
+    Request,
+    Reserve,
+    Results,
+    Snapshot,
+    SnapshotWanted,
+    Tick,
+    fault_of,
+)
+from mooncake.store.eviction import EvictionPolicy, Lru
+from mooncake.store.lifecycle import State, Trigger, advance
+from mooncake.store.types import MISS, CommitStatus, Location, Miss, Put, PutMode, PutStatus
+
+RESERVATION_NS = 600 * NANOS_PER_S
+"""A reservation's time to live; a writer that died is seen by its connection long before. Longer than the longest prefill, whose objects are reserved before it starts."""
+REPORT_NS = 2 * NANOS_PER_MS
+"""Deltas are gathered this long: a control message costs 100 us, a prediction covers the gap."""
+
+_REFUSED = Put(PutStatus.REFUSED)
+_BUSY = Put(PutStatus.BUSY)
+_CONFLICT = Put(PutStatus.CONFLICT)
+
+
+class StoredObject:
+    """One reservation or object. `number` is its generation."""
+
+    __slots__ = ("checksum", "ephemeral", "key", "location", "number", "refs", "state", "writer")
+
+    def __init__(self, key: bytes, location: Location, writer: int, ephemeral: bool, checksum: int | None) -> None:
+        self.number = location.generation
+        self.key = key
+        self.location = location
+        self.state = State.FREE
+        self.writer: int | None = writer
+        self.refs = 0
+        self.ephemeral = ephemeral
+        self.checksum = checksum
+
+
+class _Claims:
+    """What one client holds: numbers of its reservations, and how often it leased which number. aliases: numbers of
+    reservations that lost against another writer -> the number of which the client got a lease instead."""
+
+    __slots__ = ("aliases", "leases", "reservations")
+
+    def __init__(self) -> None:
+        self.reservations: dict[int, None] = {}
+        self.leases: dict[int, int] = {}
+        self.aliases: dict[int, int] = {}
+
+
+class StoreCore:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        epoch: int,
+        alignment: int = 4096,
+        policy: EvictionPolicy | None = None,
+        reservation_ns: int = RESERVATION_NS,
+        report_ns: int = REPORT_NS,
+    ) -> None:
+        self.epoch = epoch
+        self.seq = 0
+        self.counters = dict.fromkeys(
+            ("hits", "misses", "commits", "evictions", "evicted_bytes", "refusals", "conflicts", "expired"), 0
+        )
+        self._allocator = Allocator(capacity, alignment)
+        self._policy: EvictionPolicy = policy or Lru()
+        self._reservation_ns = reservation_ns
+        self._report_ns = report_ns
+        self._by_key: dict[bytes, StoredObject] = {}
+        self._by_number: dict[int, StoredObject] = {}
+        self._clients: dict[int, _Claims] = {}
+        self._expiring: OrderedDict[int, int] = OrderedDict()  # reservation -> when it runs out; one TTL, so in order
+        self._idle_bytes = 0  # rounded bytes of committed, unleased objects: what eviction could free
+        self._delta: dict[bytes, bool] = {}  # key -> added (else removed), net since the last report
+        self._report_at: int | None = None
+        self._last_number = 0
+        self._handlers: dict[type[Event], Callable[[Any, int], list[Command]]] = {
+            Reserve: self._reserve,
+            Commit: self._commit,
+            Cancel: self._cancel,
+            Lease: self._lease,
+            Release: self._release,
+            Exists: self._exists,
+            Remove: self._remove,
+            ClientGone: self._client_gone,
+            SnapshotWanted: self._snapshot,
+            Tick: self._tick,
+        }
+
+    def handle(self, event: Event, now: int) -> list[Command]:
+        if isinstance(event, Request):
+            fault = fault_of(event, self._allocator.capacity)
+            if fault is not None:
+                return [Fault(event.client, event.request_id, fault)]
+        commands = self._handlers[type(event)](event, now)
+        if self._delta and self._report_at is None:
+            self._report_at = now + self._report_ns
+        if self._report_at is not None and now >= self._report_at:
+            commands += self._flush()
+        return commands
+
+    def deadline(self) -> int | None:
+        times = [] if self._report_at is None else [self._report_at]
+        if self._expiring:
+            times.append(next(iter(self._expiring.values())))
+        return min(times, default=None)
+
+    def allows(self, client: int, number: int, offset: int, size: int, write: bool) -> bool:
+        """Whether [offset, offset + size) of the segment lies in an object that the client may write (its live
+        reservation) or read (its lease)."""
+        obj = self._by_number.get(number)
+        if obj is None:
+            return False
+        if write:
+            owned = obj.writer == client and obj.state is State.RESERVED
+        else:
+            owned = client in self._clients and number in self._clients[client].leases
+        return owned and obj.location.offset <= offset and offset + size <= obj.location.offset + obj.location.size
+
+    def metrics(self) -> dict[str, int]:
+        """Bytes are rounded to the alignment. `evictable_bytes`: of committed, unleased objects."""
+        return self.counters | {
+            "capacity_bytes": self._allocator.capacity,
+            "used_bytes": self._allocator.used,
+            "evictable_bytes": self._idle_bytes,
+            "objects": sum(1 for _ in self._committed()),
+            "reservations": sum(len(claims.reservations) for claims in self._clients.values()),
+            "leases": sum(sum(claims.leases.values()) for claims in self._clients.values()),
+        }
+
+    # ------------------------------------------------------------ requests
+
+    def _reserve(self, event: Reserve, now: int) -> list[Command]:
+        found = [self._by_key.get(key) for key in event.keys]
+        held = [obj for obj in found if obj is not None and obj.state is State.COMMITTED]
+        self._hold(held)  # so that the batch's new objects do not evict those it found
+        results: list[Put] = []
+        made: list[StoredObject] = []
+        for at, obj in enumerate(found):
+            if obj is not None and (obj.state is State.COMMITTED or event.mode is PutMode.STRICT):
+                results.append(_answer_for_known(event, at, obj))
+                continue
+            new = self._make(event, at)
+            if new is None:
+                self.counters["refusals"] += 1
+                if event.all_or_nothing:
+                    for made_obj in made:
+                        self._end(made_obj, Trigger.CANCEL)
+                    self._unhold(held)
+                    return _reply(event, (_REFUSED,) * len(event.keys))
+            else:
+                made.append(new)
+            results.append(_REFUSED if new is None else Put(PutStatus.RESERVED, new.location))
+        for obj in made:
+            self._expiring[obj.number] = now + self._reservation_ns
+        self.counters["conflicts"] += sum(result is _CONFLICT for result in results)
+        self._settle_existing(event, held, results)
+        return _reply(event, tuple(results))
+
+    def _settle_existing(self, event: Reserve, held: list[StoredObject], results: list[Put]) -> None:
+        """The holds of a reserve call become the client's leases where it asked for them, and end elsewhere."""
+        leased = {result.location.generation for result in results if result.location is not None}
+        claims = self._claims(event.client)
+        for obj in held:
+            if obj.number in leased:
+                claims.leases[obj.number] = claims.leases.get(obj.number, 0) + 1
+        self._unhold([obj for obj in held if obj.number not in leased])
+
+    def _make(self, event: Reserve, at: int) -> StoredObject | None:
+        size = event.sizes[at]
+        offset = self._allocate(size)
+        if offset is None:
+            return None
+        self._last_number += 1
+        checksum = event.checksums[at] if event.checksums else None
+        location = Location(offset, size, self._last_number)
+        obj = StoredObject(event.keys[at], location, event.client, event.ephemeral, checksum)
+        self._move(obj, Trigger.RESERVE)
+        self._by_key.setdefault(obj.key, obj)
+        self._by_number[obj.number] = obj
+        self._claims(event.client).reservations[obj.number] = None
+        return obj
+
+    def _commit(self, event: Commit, now: int) -> list[Command]:
+        results: list[CommitStatus] = []
+        committed: list[StoredObject] = []
+        for at, number in enumerate(event.numbers):
+            obj = self._reservation(event.client, number)
+            if obj is None:
+                results.append(CommitStatus.UNKNOWN)
+            elif obj.state is State.FENCED:
+                self._end(obj, Trigger.COMMIT)
+                results.append(CommitStatus.EXPIRED)
+            elif (winner := self._winner(obj)) is not None:
+                self._yield_to(winner, obj, lease=event.lease)
+                results.append(CommitStatus.EXISTS)
+            else:
+                if event.checksums:
+                    obj.checksum = event.checksums[at]
+                self._publish(obj)
+                committed.append(obj)
+                results.append(CommitStatus.COMMITTED)
+        if event.lease:
+            self._claims(event.client).leases.update((obj.number, 1) for obj in committed)
+        else:
+            self._unhold(committed)
+        return _reply(event, tuple(results))
+
+    def _winner(self, obj: StoredObject) -> StoredObject | None:
+        """The committed object of a reservation's key, if another writer was faster."""
+        holder = self._by_key.get(obj.key)
+        return holder if holder is not None and holder.state is State.COMMITTED else None
+
+    def _yield_to(self, winner: StoredObject, obj: StoredObject, *, lease: bool) -> None:
+        if lease:
+            assert obj.writer is not None
+            claims = self._claims(obj.writer)
+            self._hold((winner,))
+            claims.leases[winner.number] = claims.leases.get(winner.number, 0) + 1
+            claims.aliases[obj.number] = winner.number
+        self._end(obj, Trigger.CANCEL)
+
+    def _publish(self, obj: StoredObject) -> None:
+        """RESERVED to COMMITTED, held once by whoever commits it."""
+        self._move(obj, Trigger.COMMIT)
+        self._forget_reservation(obj)
+        self._by_key[obj.key] = obj
+        obj.refs = 1
+        self._policy.add(obj.number, obj.key, obj.location.size)
+        self._note(obj, added=True)
+        self.counters["commits"] += 1
+
+    def _cancel(self, event: Cancel, now: int) -> list[Command]:
+        results = []
+        for number in event.numbers:
+            obj = self._reservation(event.client, number)
+            if obj is not None:
+                self._end(obj, Trigger.CANCEL)
+            results.append(obj is not None)
+        return _reply(event, tuple(results))
+
+    def _lease(self, event: Lease, now: int) -> list[Command]:
+        leases = self._claims(event.client).leases
+        results: list[Location | Miss] = []
+        for key in event.keys:
+            obj = self._by_key.get(key)
+            if obj is None or obj.state is not State.COMMITTED:
+                results.append(MISS)
+                continue
+            self._hold((obj,))
+            leases[obj.number] = leases.get(obj.number, 0) + 1
+            results.append(obj.location)
+        num_misses = sum(result is MISS for result in results)
+        self.counters["misses"] += num_misses
+        self.counters["hits"] += len(results) - num_misses
+        return _reply(event, tuple(results))
+
+    def _release(self, event: Release, now: int) -> list[Command]:
+        claims = self._claims(event.client)
+        leases = claims.leases
+        released: list[StoredObject] = []
+        results = []
+        for named in event.numbers:
+            number = claims.aliases.pop(named, named)
+            count = leases.get(number, 0)
+            results.append(count > 0)
+            if count > 0:
+                released.append(self._by_number[number])
+                if count == 1:
+                    del leases[number]
+                else:
+                    leases[number] = count - 1
+        self._unhold(released)
+        return _reply(event, tuple(results))
+
+    def _exists(self, event: Exists, now: int) -> list[Command]:
+        found = map(self._by_key.get, event.keys)
+        return _reply(event, tuple(obj is not None and obj.state is State.COMMITTED for obj in found))
+
+    def _remove(self, event: Remove, now: int) -> list[Command]:
+        results = []
+        for key in event.keys:
+            obj = self._by_key.get(key)
+            if obj is None or obj.state is not State.COMMITTED:
+                results.append(False)
+                continue
+            if obj.refs:
+                self._move(obj, Trigger.CONDEMN)
+                del self._by_key[key]
+                self._note(obj, added=False)
+            else:
+                self._end(obj, Trigger.REMOVE)
+            results.append(True)
+        return _reply(event, tuple(results))
+
+    # ------------------------------------------------------------ other events
+
+    def _client_gone(self, event: ClientGone, now: int) -> list[Command]:
+        claims = self._clients.pop(event.client, None)
+        if claims is not None:
+            for number in tuple(claims.reservations):
+                self._end(self._by_number[number], Trigger.CANCEL)
+            self._unhold([self._by_number[n] for n, count in claims.leases.items() for _ in range(count)])
+        return []
+
+    def _snapshot(self, event: SnapshotWanted, now: int) -> list[Command]:
+        keys = tuple(obj.key for obj in self._committed() if not obj.ephemeral)
+        return [*self._flush(), Snapshot(self.epoch, self.seq, keys)]
+
+    def _tick(self, event: Tick, now: int) -> list[Command]:
+        while self._expiring:
+            number, expires_at = next(iter(self._expiring.items()))
+            if expires_at > now:
+                break
+            del self._expiring[number]
+            obj = self._by_number[number]
+            self._move(obj, Trigger.EXPIRE)
+            self._forget_key(obj)
+            self.counters["expired"] += 1
+        return []
+
+    def _flush(self) -> list[Command]:
+        self._report_at = None
+        if not self._delta:
+            return []
+        self.seq += 1
+        added = tuple(key for key, is_added in self._delta.items() if is_added)
+        removed = tuple(key for key, is_added in self._delta.items() if not is_added)
+        self._delta = {}
+        return [Report(self.epoch, self.seq, added, removed)]
+
+    # ------------------------------------------------------------ objects
+
+    def _allocate(self, size: int) -> int | None:
+        """Space for `size` bytes, evicting as little as it takes; evicts nothing where even all of it would not do."""
+        if self._allocator.rounded(size) > self._allocator.free_bytes + self._idle_bytes:
+            return None
+        while (offset := self._allocator.allocate(size)) is None:
+            victim = self._policy.victim()
+            if victim is None:
+                return None
+            obj = self._by_number[victim]
+            self._end(obj, Trigger.EVICT)
+            self.counters["evictions"] += 1
+            self.counters["evicted_bytes"] += obj.location.size
+        return offset
+
+    def _hold(self, objects: Sequence[StoredObject]) -> None:
+        for obj in objects:
+            obj.refs += 1
+            if obj.refs == 1:
+                self._policy.hold(obj.number)
+                self._idle_bytes -= self._allocator.rounded(obj.location.size)
+
+    def _unhold(self, objects: Sequence[StoredObject]) -> None:
+        """The opposite of _hold, in chain order. What nobody holds becomes evictable, or ends if it was waiting to."""
+        idle: list[int] = []
+        for obj in objects:
+            obj.refs -= 1
+            if obj.refs:
+                continue
+            if obj.state is State.CONDEMNED:
+                self._end(obj, Trigger.LAST_RELEASE)
+                continue
+            idle.append(obj.number)
+            self._idle_bytes += self._allocator.rounded(obj.location.size)
+        self._policy.idle(idle)
+        for number in idle:
+            if self._by_number[number].ephemeral:
+                self._end(self._by_number[number], Trigger.REMOVE)
+
+    def _end(self, obj: StoredObject, trigger: Trigger) -> None:
+        """Free the bytes of an object or reservation that nobody holds any more."""
+        before = obj.state
+        self._move(obj, trigger)
+        if before in (State.RESERVED, State.FENCED):
+            self._forget_reservation(obj)
+        else:
+            self._policy.discard(obj.number)
+        if before is State.COMMITTED:
+            self._idle_bytes -= self._allocator.rounded(obj.location.size)
+            self._note(obj, added=False)
+        self._forget_key(obj)
+        del self._by_number[obj.number]
+        self._allocator.free(obj.location.offset)
+
+    def _forget_key(self, obj: StoredObject) -> None:
+        if self._by_key.get(obj.key) is obj:
+            del self._by_key[obj.key]
+
+    def _move(self, obj: StoredObject, trigger: Trigger) -> None:
+        after = advance(obj.state, trigger)
+        if after is None:
+            raise AssertionError(f"object {obj.number}: {trigger.name} is illegal in {obj.state.name}")
+        obj.state = after
+
+    def _forget_reservation(self, obj: StoredObject) -> None:
+        if obj.writer in self._clients:
+            self._clients[obj.writer].reservations.pop(obj.number, None)
+        self._expiring.pop(obj.number, None)
+        obj.writer = None
+
+    def _note(self, obj: StoredObject, *, added: bool) -> None:
+        """Remember a change for the next report; a change and its opposite cancel out."""
+        if not obj.ephemeral and self._delta.pop(obj.key, None) is None:
+            self._delta[obj.key] = added
+
+    def _committed(self) -> list[StoredObject]:
+        return [obj for obj in self._by_key.values() if obj.state is State.COMMITTED]
+
+    def _claims(self, client: int) -> _Claims:
+        return self._clients.setdefault(client, _Claims())
+
+    def _reservation(self, client: int, number: int) -> StoredObject | None:
+        obj = self._by_number.get(number)
+        return obj if obj is not None and obj.writer == client else None
+
+    # ------------------------------------------------------------ conservation
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if a law is broken. O(objects)."""
+        self._allocator.check_integrity()
+        objects = self._by_number
+        extents = {o.location.offset: self._allocator.rounded(o.location.size) for o in objects.values()}
+        _require(len(extents) == len(objects) and extents == self._allocator.extents(), "index and allocator disagree")
+        committed = {o.key: o for o in objects.values() if o.state is State.COMMITTED}
+        _require(len(committed) == sum(o.state is State.COMMITTED for o in objects.values()), "a key is committed twice")
+        _require(all(self._by_key.get(key) is o for key, o in committed.items()), "a committed object is not found")
+        others = [o for key, o in self._by_key.items() if key not in committed]
+        _require(all(o.state is State.RESERVED and o.number in objects for o in others), "key index disagrees")
+        reserved = {(c, n) for c, claims in self._clients.items() for n in claims.reservations}
+        writers = {(o.writer, o.number) for o in objects.values() if o.state in (State.RESERVED, State.FENCED)}
+        _require(reserved == writers, "a reservation has no owner, or an owner no reservation")
+        _require(
+            set(self._expiring) == {o.number for o in objects.values() if o.state is State.RESERVED}, "expiry disagrees"
+        )
+        refs = dict.fromkeys(objects, 0)
+        for claims in self._clients.values():
+            _require(all(n in claims.leases for n in claims.aliases.values()), "an alias of a lease that is not there")
+            for number, count in claims.leases.items():
+                _require(number in refs and count > 0, f"lease of {number}, which is not there")
+                refs[number] += count
+        _require(refs == {n: o.refs for n, o in objects.items()}, "leases do not add up to reference counts")
+        _require(all(o.refs for o in objects.values() if o.state is State.CONDEMNED), "a condemned object nobody holds")
+        idle = [extents[o.location.offset] for o in self._committed() if not o.refs]
+        _require(sum(idle) == self._idle_bytes, "evictable bytes do not add up")
+        _require((self._policy.victim() is None) == (not idle), "the policy has no victim, or one it should not have")
+
+
+def _answer_for_known(event: Reserve, at: int, obj: StoredObject) -> Put:
+    if obj.state is State.RESERVED:
+        return _BUSY
+    if event.mode is PutMode.STRICT and obj.checksum != event.checksums[at]:
+        return _CONFLICT
+    return Put(PutStatus.EXISTS, obj.location if event.lease_existing else None)
+
+
+def _reply(event: Request, results: Results) -> list[Command]:
+    return [Reply(event.client, event.request_id, results)]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(f"store: {message}")

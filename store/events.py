@@ -1,0 +1,178 @@
+"""What goes into a `StoreCore` and what comes out.
+
+`client` numbers a connection; the shell never uses a number twice. `request_id` is the client's own and comes back in
+the answer. A reservation and a lease are both named by the object's generation, its *number*: unique in a node's life.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from mooncake.core.keys import OBJECT_KEY_BYTES
+from mooncake.store.types import CommitStatus, Location, Miss, Put, PutMode
+
+MAX_BATCH = 16_384
+"""Keys or numbers of one event: bounds the time one client can hold the node, about 20 ms."""
+
+
+class Event(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Request(Event, frozen=True):
+    """An event that is answered by exactly one Reply or Fault."""
+
+    client: int
+    request_id: int
+
+
+class Reserve(Request, frozen=True):
+    """Ask for space for objects to be written. Answered by a Put per key.
+
+    lease_existing: lease those that EXIST to the client. all_or_nothing: if one key gets no room, none is reserved or
+    leased and all are REFUSED. ephemeral: the objects are freed as soon as their last lease goes and are not reported
+    to the directory. checksums: xxh3-64 of the contents, one per key; mandatory in STRICT mode."""
+
+    keys: tuple[bytes, ...]
+    sizes: tuple[int, ...]
+    mode: PutMode = PutMode.EQUIVALENT
+    lease_existing: bool = False
+    all_or_nothing: bool = False
+    ephemeral: bool = False
+    checksums: tuple[int, ...] = ()
+
+
+class Commit(Request, frozen=True):
+    """Make written objects visible. Answered by a CommitStatus per number. lease: those committed are leased to the
+    client."""
+
+    numbers: tuple[int, ...]
+    lease: bool = False
+    checksums: tuple[int, ...] = ()
+
+
+class Cancel(Request, frozen=True):
+    """Give reservations up. Answered by a bool per number: whether it was one of this client."""
+
+    numbers: tuple[int, ...]
+
+
+class Lease(Request, frozen=True):
+    """Answered by Location or Miss per key. A key leased twice must be released twice."""
+
+    keys: tuple[bytes, ...]
+
+
+class Release(Request, frozen=True):
+    """Answered by a bool per number: whether the client held a lease of it. In chain order, prefix first."""
+
+    numbers: tuple[int, ...]
+
+
+class Exists(Request, frozen=True):
+    """Answered by a bool per key. Does not count as a use."""
+
+    keys: tuple[bytes, ...]
+
+
+class Remove(Request, frozen=True):
+    """Answered by a bool per key: whether a committed object was removed. Readers that leased it keep it until they
+    release."""
+
+    keys: tuple[bytes, ...]
+
+
+class ClientGone(Event, frozen=True):
+    """The connection ended, and with it every claim of the client."""
+
+    client: int
+
+
+class SnapshotWanted(Event, frozen=True):
+    """The directory missed something. Gives a Snapshot, with what was still to be reported before it."""
+
+
+class Tick(Event, frozen=True):
+    """The deadline passed."""
+
+
+Results = tuple[Put, ...] | tuple[Location | Miss, ...] | tuple[CommitStatus, ...] | tuple[bool, ...]
+
+
+class Command(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Reply(Command, frozen=True):
+    client: int
+    request_id: int
+    results: Results
+
+
+class Fault(Command, frozen=True):
+    """The request was invalid and nothing was done; `detail` names the argument."""
+
+    client: int
+    request_id: int
+    detail: str
+
+
+class Report(Command, frozen=True):
+    """Objects gained and lost since the report before; seq grows by one."""
+
+    epoch: int
+    seq: int
+    added: tuple[bytes, ...]
+    removed: tuple[bytes, ...]
+
+
+class Snapshot(Command, frozen=True):
+    """All objects as of `seq`; reports up to seq are contained."""
+
+    epoch: int
+    seq: int
+    keys: tuple[bytes, ...]
+
+
+def fault_of(event: Request, capacity: int) -> str | None:
+    """What is wrong with a request, naming the argument, or None."""
+    match event:
+        case Reserve():
+            return _fault_of_keys(event.keys) or _fault_of_reserve(event, capacity)
+        case Lease() | Exists() | Remove():
+            return _fault_of_keys(event.keys)
+        case Commit() | Cancel() | Release():
+            if not 0 < len(event.numbers) <= MAX_BATCH:
+                return f"numbers: a batch has 1 to {MAX_BATCH}, got {len(event.numbers)}"
+            return _fault_of_checksums(event.checksums, len(event.numbers)) if isinstance(event, Commit) else None
+    return None
+
+
+def _fault_of_keys(keys: tuple[bytes, ...]) -> str | None:
+    if not 0 < len(keys) <= MAX_BATCH:
+        return f"keys: a batch has 1 to {MAX_BATCH}, got {len(keys)}"
+    for at, key in enumerate(keys):
+        if len(key) != OBJECT_KEY_BYTES:
+            return f"keys[{at}]: must have {OBJECT_KEY_BYTES} bytes, got {len(key)}"
+    return None
+
+
+def _fault_of_reserve(event: Reserve, capacity: int) -> str | None:
+    if len(event.sizes) != len(event.keys):
+        return f"sizes: {len(event.sizes)} for {len(event.keys)} keys"
+    if len(set(event.keys)) != len(event.keys):
+        return "keys: a key is in the batch twice"
+    for at, size in enumerate(event.sizes):
+        if not 0 < size <= capacity:
+            return f"sizes[{at}]: must be between 1 and the segment's {capacity} bytes, got {size}"
+    if event.mode is PutMode.STRICT and not event.checksums:
+        return "checksums: a strict put needs them"
+    return _fault_of_checksums(event.checksums, len(event.keys))
+
+
+def _fault_of_checksums(checksums: tuple[int, ...], count: int) -> str | None:
+    if len(checksums) not in (0, count):
+        return f"checksums: {len(checksums)} for {count} objects"
+    if checksums and not 0 <= min(checksums) <= max(checksums) < 1 << 64:
+        return "checksums: must be unsigned 64-bit numbers"
+    return None

@@ -1,0 +1,244 @@
+"""What a client holds: reservations to write, leases to read. Data calls block and may come from any thread.
+
+Each key of a batch has an index and a hold of its own, because a long prompt is reserved at once and committed chunk by
+chunk:
+
+    RESERVED: WRITING ──commit──▶ CLOSED, or LEASED if the commit asked for it        EXISTS and leased: LEASED
+              WRITING ──cancel──▶ CLOSED          LEASED ──release──▶ CLOSED          anything else:     NOTHING
+
+Before an index is committed, cancelled or released, no data call may be running on it: its space may be somebody else's
+right after. So closing an index stops new data calls at once, and the client waits for those under way (`busy`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from mooncake.core.errors import (
+    BadArgument,
+    DeadlineExceeded,
+    HandleLost,
+    OutOfRange,
+    StoreError,
+    StoreUnavailable,
+    TransferTimeout,
+    TransportError,
+)
+from mooncake.store.types import Location, PutStatus
+from mooncake.transport.base import Path, Piece
+
+DataPiece = tuple[int, int, Any]
+"""index in the batch, offset in the object, buffer (C-contiguous; anything that memoryview takes)"""
+
+
+class Hold(enum.IntEnum):
+    NOTHING = 0
+    WRITING = 1
+    LEASED = 2
+    CLOSED = 3
+    ELSEWHERE = 4
+    """Committed, but another writer's copy was first: that one is leased, and read by its key, not through this handle."""
+
+
+class Link:
+    """One connection to a node, as its handles see it. `lost`: why it ended."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lost: str | None = None
+        self.num_calls = 0
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[Path]:
+        """A data call. The connection must not be closed under it: the node takes that as the client's death."""
+        with self._lock:
+            if self.lost is not None:
+                raise HandleLost(f"the claim went with its connection: {self.lost}")
+            self.num_calls += 1
+        try:
+            yield self.path
+        except TransportError as error:
+            raise _as_store_error(error) from error
+        finally:
+            with self._lock:
+                self.num_calls -= 1
+
+    def idle(self) -> bool:
+        """Whether no data call is running."""
+        return self.num_calls == 0
+
+    def lose(self, why: str) -> None:
+        with self._lock:
+            self.lost = self.lost or why
+
+
+def _as_store_error(error: TransportError) -> StoreError:
+    if isinstance(error, OutOfRange):
+        return BadArgument(str(error))
+    if isinstance(error, TransferTimeout):
+        return DeadlineExceeded(str(error))
+    return StoreUnavailable(str(error))
+
+
+class LeasedObjects:
+    """Leases of one batch; index i belongs to key i. Hold `locations[i] is None`: a miss, nothing to release."""
+
+    def __init__(self, link: Link, locations: Sequence[Location | None], holds: Sequence[Hold]) -> None:
+        self.link = link
+        self.locations = tuple(locations)
+        self._holds = list(holds)
+        self._num_running = [0] * len(self._holds)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.locations)
+
+    @property
+    def hits(self) -> int:
+        """How many leading objects are leased: the prefix that can be read."""
+        return next((at for at, hold in enumerate(self._holds) if hold is not Hold.LEASED), len(self._holds))
+
+    def read(self, index: int, offset: int, out: Any) -> None:
+        """Fill `out` (a writable buffer of bytes) from object `index`, from `offset` bytes on. Blocks until it is
+        there."""
+        self.read_batch(((index, offset, out),))
+
+    def read_batch(self, pieces: Sequence[DataPiece]) -> None:
+        """All of them in one call; over TCP in one round trip."""
+        with self._using(pieces, Hold.LEASED) as batch, self.link.call() as path:
+            path.read(batch).wait()
+
+    def view(self, index: int) -> memoryview:
+        """The object itself, read-only and without a copy, valid until it is released. Raises BadArgument where the
+        segment is not mapped (`mapped`)."""
+        with self._using((), Hold.LEASED), self.link.call() as path:
+            location = self._location(index, Hold.LEASED)
+            view = path.view(location.offset, location.size)
+        if view is None:
+            raise BadArgument("view: the node's segment is not mapped here; read it")
+        return view.toreadonly()
+
+    def use(self, index: int, offset: int, size: int, use: Callable[[memoryview], None]) -> None:
+        """Call `use` with [offset, offset + size) of object `index`: the segment itself where it is mapped, else a copy. The
+        bytes stay valid during the call only."""
+        with self._mapped(index, offset, size, Hold.LEASED) as view:
+            if view is not None:
+                use(view)
+                return
+        staging = memoryview(bytearray(size))
+        self.read(index, offset, staging)
+        use(staging)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether `view` works: same machine, shared memory."""
+        return self.link.path.view(0, 1) is not None
+
+    def held(self, hold: Hold, indices: Iterable[int] | None = None) -> list[int]:
+        """Indices, among those given or all, that are held so."""
+        among = range(len(self._holds)) if indices is None else indices
+        return [at for at in among if self._holds[at] is hold]
+
+    def numbers(self, indices: Iterable[int]) -> tuple[int, ...]:
+        located = (self.locations[at] for at in indices)
+        return tuple(location.generation for location in located if location is not None)
+
+    def mark(self, indices: Iterable[int], hold: Hold) -> None:
+        with self._lock:
+            for at in indices:
+                self._holds[at] = hold
+
+    def busy(self, indices: Iterable[int]) -> bool:
+        """Whether data calls are running on any of these."""
+        with self._lock:
+            return any(self._num_running[at] for at in indices)
+
+    @contextlib.contextmanager
+    def _using(self, pieces: Sequence[DataPiece], hold: Hold) -> Iterator[list[Piece]]:
+        """The pieces as ranges of the segment, checked, and their indices kept open meanwhile."""
+        with self._lock:
+            batch = [self._piece(index, offset, data, hold) for index, offset, data in pieces]
+            for index, _, _ in pieces:
+                self._num_running[index] += 1
+        try:
+            yield batch
+        finally:
+            with self._lock:
+                for index, _, _ in pieces:
+                    self._num_running[index] -= 1
+
+    @contextlib.contextmanager
+    def _mapped(self, index: int, offset: int, size: int, hold: Hold) -> Iterator[memoryview | None]:
+        """That range of the segment, kept claimed meanwhile; None where it is not mapped."""
+        with self._lock:
+            start = self._location(index, hold).offset + self._in_bounds(index, offset, size)
+            self._num_running[index] += 1
+        try:
+            with self.link.call() as path:
+                yield path.view(start, size)
+        finally:
+            with self._lock:
+                self._num_running[index] -= 1
+
+    def _piece(self, index: int, offset: int, data: Any, hold: Hold) -> Piece:
+        location = self._location(index, hold)
+        try:
+            local = memoryview(data)
+            local = local if local.format == "B" and local.ndim == 1 else local.cast("B")
+        except TypeError as error:
+            raise BadArgument(f"data: must be a C-contiguous buffer: {error}") from error
+        if hold is Hold.LEASED and local.readonly:
+            raise BadArgument("out: the buffer is read-only")
+        return Piece(location.offset + self._in_bounds(index, offset, local.nbytes), local, location.generation)
+
+    def _in_bounds(self, index: int, offset: int, size: int) -> int:
+        location = self.locations[index]
+        if location is None or not size or offset < 0 or offset + size > location.size:
+            raise BadArgument(f"offset: [{offset}, {offset + size}) of an object of {location.size if location else 0} bytes")
+        return offset
+
+    def _location(self, index: int, hold: Hold) -> Location:
+        if not 0 <= index < len(self._holds):
+            raise BadArgument(f"index: {index} of a batch of {len(self._holds)}")
+        location = self.locations[index]
+        if self._holds[index] is not hold or location is None:
+            raise BadArgument(f"index: object {index} is {self._holds[index].name}, must be {hold.name}")
+        return location
+
+
+class Reservation(LeasedObjects):
+    """Answer to a reserve call. Those RESERVED can be written, those that EXIST and were leased can be read."""
+
+    def __init__(self, link: Link, locations: Sequence[Location | None], statuses: Sequence[PutStatus]) -> None:
+        holds = [
+            Hold.WRITING if status is PutStatus.RESERVED else Hold.NOTHING if location is None else Hold.LEASED
+            for status, location in zip(statuses, locations, strict=True)
+        ]
+        super().__init__(link, locations, holds)
+        self.statuses = tuple(statuses)
+
+    def write(self, index: int, offset: int, data: Any) -> None:
+        """Copy `data` (a buffer of bytes) into object `index`, from `offset` bytes on. Blocks until it is there. Ranges
+        may come in any order; what is never written is undefined."""
+        self.write_batch(((index, offset, data),))
+
+    def write_batch(self, pieces: Sequence[DataPiece]) -> None:
+        """All of them in one call; over TCP in one round trip."""
+        with self._using(pieces, Hold.WRITING) as batch, self.link.call() as path:
+            path.write(batch).wait()
+
+    def fill(self, index: int, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
+        """Call `fill` with a buffer for [offset, offset + size) of object `index`: the segment itself where it is mapped, else
+        one that is written afterwards."""
+        with self._mapped(index, offset, size, Hold.WRITING) as view:
+            if view is not None:
+                fill(view)
+                return
+        staging = memoryview(bytearray(size))
+        fill(staging)
+        self.write(index, offset, staging)

@@ -1,0 +1,166 @@
+"""The calls of a store client, the same for every way of reaching a node: in this process, by shared memory, by TCP."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from mooncake.core.errors import BadArgument, DeadlineExceeded
+from mooncake.store.events import Cancel, Commit, Exists, Lease, Release, Remove, Request, Reserve, Results
+from mooncake.store.handles import Hold, LeasedObjects, Link, Reservation
+from mooncake.store.types import CommitStatus, Location, PutMode, PutStatus
+
+DEADLINE_S = 5.0
+_POLL_S = 0.0005
+
+
+class StoreOperations(ABC):
+    """Batch-first. Keys are 24-byte object keys, prefix first; sizes, offsets in bytes; deadlines in seconds from the
+    call.
+
+    Every call raises BadArgument for the caller's fault, StoreUnavailable if the node cannot be reached or is lost on
+    the way, DeadlineExceeded if it does not answer in time; claims it took for such a call are given back when its
+    answer comes. Calls come from the event loop that connected; data calls of the handles from any thread."""
+
+    @abstractmethod
+    async def _call(self, request: Request, deadline_s: float) -> Any: ...
+
+    @abstractmethod
+    def _link_or_raise(self) -> Link: ...
+
+    async def reserve(
+        self,
+        keys: Sequence[bytes],
+        sizes: Sequence[int],
+        *,
+        mode: PutMode = PutMode.EQUIVALENT,
+        lease_existing: bool = False,
+        all_or_nothing: bool = False,
+        ephemeral: bool = False,
+        checksums: Sequence[int] = (),
+        deadline_s: float = DEADLINE_S,
+    ) -> Reservation:
+        """Space for new objects; what became of each key is in `statuses`. See `events.Reserve` for the flags."""
+        link = self._link_or_raise()
+        request = Reserve(
+            0, 0, tuple(keys), tuple(sizes), mode, lease_existing, all_or_nothing, ephemeral, tuple(checksums)
+        )
+        puts = await self._call(request, deadline_s)
+        return Reservation(link, [put.location for put in puts], [put.status for put in puts])
+
+    async def commit(
+        self,
+        reservation: Reservation,
+        indices: Iterable[int] | None = None,
+        *,
+        lease: bool = False,
+        checksums: Sequence[int] = (),
+        deadline_s: float = DEADLINE_S,
+    ) -> dict[int, CommitStatus]:
+        """Make reserved objects visible, those given or all; by index, what became of them. Indices that are not
+        reserved are passed over. lease: keep a lease of each. checksums: one per index that is committed."""
+        async with self._closing(reservation, Hold.WRITING, indices, deadline_s) as open_at:
+            if not open_at:
+                return {}
+            request = Commit(0, 0, reservation.numbers(open_at), lease, tuple(checksums))
+            statuses = dict(zip(open_at, await self._call_of(reservation, request, deadline_s), strict=True))
+        if lease:
+            for status, hold in ((CommitStatus.COMMITTED, Hold.LEASED), (CommitStatus.EXISTS, Hold.ELSEWHERE)):
+                reservation.mark((at for at, found in statuses.items() if found is status), hold)
+        return statuses
+
+    async def cancel(
+        self, reservation: Reservation, indices: Iterable[int] | None = None, *, deadline_s: float = DEADLINE_S
+    ) -> None:
+        """Give up what is reserved and not committed, of those given or of all."""
+        async with self._closing(reservation, Hold.WRITING, indices, deadline_s) as open_at:
+            if open_at and reservation.link.lost is None:
+                await self._call_of(reservation, Cancel(0, 0, reservation.numbers(open_at)), deadline_s)
+
+    async def lease(self, keys: Sequence[bytes], *, deadline_s: float = DEADLINE_S) -> LeasedObjects:
+        """Claim objects for reading: they stay where they are until released."""
+        link = self._link_or_raise()
+        results = await self._call(Lease(0, 0, tuple(keys)), deadline_s)
+        locations = [result if isinstance(result, Location) else None for result in results]
+        return LeasedObjects(link, locations, [Hold.LEASED if location else Hold.NOTHING for location in locations])
+
+    async def release(
+        self, objects: LeasedObjects, indices: Sequence[int] | None = None, *, deadline_s: float = DEADLINE_S
+    ) -> None:
+        """Give leases back, those given or all. Leases of a lost connection are gone already."""
+        for hold in (Hold.LEASED, Hold.ELSEWHERE):
+            async with self._closing(objects, hold, indices, deadline_s) as open_at:
+                if open_at and objects.link.lost is None:
+                    await self._call_of(objects, Release(0, 0, objects.numbers(open_at)), deadline_s)
+
+    async def exists(self, keys: Sequence[bytes], *, deadline_s: float = DEADLINE_S) -> tuple[bool, ...]:
+        results: tuple[bool, ...] = await self._call(Exists(0, 0, tuple(keys)), deadline_s)
+        return results
+
+    async def remove(self, keys: Sequence[bytes], *, deadline_s: float = DEADLINE_S) -> tuple[bool, ...]:
+        """By key, whether an object was removed. Who leased it before keeps it."""
+        results: tuple[bool, ...] = await self._call(Remove(0, 0, tuple(keys)), deadline_s)
+        return results
+
+    async def _call_of(self, objects: LeasedObjects, request: Request, deadline_s: float) -> Any:
+        with objects.link.call():  # raises HandleLost; numbers of an old connection mean nothing on a new one
+            pass
+        return await self._call(request, deadline_s)
+
+    @asynccontextmanager
+    async def _closing(
+        self, objects: LeasedObjects, hold: Hold, indices: Iterable[int] | None, deadline_s: float
+    ) -> AsyncIterator[list[int]]:
+        """Stop data calls on what is held so, wait for those under way, and give its indices. If they do not end in
+        time, or the node is not asked because the call is wrong, the indices are as before."""
+        open_at = objects.held(hold, indices)
+        objects.mark(open_at, Hold.CLOSED)
+        try:
+            await _drained(objects, open_at, deadline_s)
+            yield open_at
+        except (BadArgument, DataCallsRunning):
+            objects.mark(open_at, hold)
+            raise
+
+
+class DataCallsRunning(DeadlineExceeded):
+    """The call was not made."""
+
+
+async def _drained(objects: LeasedObjects, indices: list[int], deadline_s: float) -> None:
+    if not objects.busy(indices):
+        return
+    try:
+        async with asyncio.timeout(deadline_s):
+            await until(lambda: not objects.busy(indices))
+    except TimeoutError:
+        raise DataCallsRunning("data calls on these objects are still running") from None
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for copy threads. It is rare that they run then, so a poll is simpler than waking the loop from each copy."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(_POLL_S)
+
+
+def undo(request: Request, results: Results) -> list[Request]:
+    """What takes back a call whose caller did not wait for its results."""
+    numbers: Any
+    match request:
+        case Reserve():
+            puts: Any = results
+            reserved = tuple(put.location.generation for put in puts if put.status is PutStatus.RESERVED)
+            leased = tuple(put.location.generation for put in puts if put.location and put.status is PutStatus.EXISTS)
+            both: list[Request] = [Cancel(0, 0, reserved)] if reserved else []
+            return both + ([Release(0, 0, leased)] if leased else [])
+        case Commit(lease=True):
+            paired = zip(request.numbers, results, strict=True)
+            numbers = tuple(number for number, status in paired if status in (CommitStatus.COMMITTED, CommitStatus.EXISTS))
+        case Lease():
+            numbers = tuple(result.generation for result in results if isinstance(result, Location))
+        case _:
+            return []
+    return [Release(0, 0, numbers)] if numbers else []

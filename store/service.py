@@ -1,0 +1,83 @@
+"""The store node's process: a `StoreNode` whose reports go to the directory, which is embedded in the Conductor."""
+
+from __future__ import annotations
+
+import asyncio
+
+from mooncake.config import Config, RoleConfig
+from mooncake.core.errors import ConfigError
+from mooncake.core.messages import AnyMessage, CacheDelta, CacheSnapshot, RegisterNode, SnapshotRequest
+from mooncake.rpc.stream import Hello, Link, RpcClient
+from mooncake.status import Status
+from mooncake.store.node import NodeConfig, StoreNode
+from mooncake.transport.tcp import parse_address
+
+
+async def run(config: Config, role: RoleConfig, status: Status) -> None:
+    """Until cancelled."""
+    status.loading(f"populating {config.store_memory >> 20} MiB of shared memory")
+    reporter = _Reporter()
+    node = StoreNode(_node_config(config, role), reporter.report)
+    await node.start()
+    reporter.node = node
+    hello = Hello(peer=role.name, kind=role.role, token=config.token, compat="")
+    client = RpcClient(
+        role.conductor,
+        hello,
+        tls=config.tls,
+        on_open=reporter.opened,
+        on_message=reporter.received,
+        on_close=reporter.closed,
+    )
+    client.start()
+    try:
+        status.ready(f"{config.store_memory >> 20} MiB of DRAM")
+        await asyncio.Event().wait()
+    finally:
+        await client.close()
+        await node.close()
+
+
+class _Reporter:
+    """Passes the node's reports on while there is a connection; a new connection starts with a snapshot."""
+
+    node: StoreNode
+
+    def __init__(self) -> None:
+        self._link: Link | None = None
+
+    def report(self, message: CacheDelta | CacheSnapshot) -> None:
+        if self._link is not None:
+            self._link.send(message)
+
+    def opened(self, link: Link) -> None:
+        self._link = link
+        link.send(RegisterNode(self.node.info))
+        self.node.snapshot()
+
+    def received(self, link: Link, messages: list[AnyMessage]) -> None:
+        if any(isinstance(message, SnapshotRequest) for message in messages):
+            self.node.snapshot()
+
+    def closed(self, link: Link) -> None:
+        if self._link is link:
+            self._link = None
+
+
+def _node_config(config: Config, role: RoleConfig) -> NodeConfig:
+    kind, target = role.listen.partition(":")[::2]
+    if kind == "unix":
+        return NodeConfig(config.cluster, role.name, config.store_memory, config.token, unix_path=target)
+    if kind != "tcp":
+        raise ConfigError(f"listen = {role.listen!r}: expected unix:/path or tcp://host:port")
+    _, (host, port) = parse_address(role.listen)
+    return NodeConfig(
+        config.cluster,
+        role.name,
+        config.store_memory,
+        config.token,
+        unix_path=f"{config.run_dir}/{role.name}.sock",
+        tcp_host=host,
+        tcp_port=port,
+        advertised_host=host,
+    )

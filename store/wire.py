@@ -1,0 +1,286 @@
+"""Control frames of a store node's data port: events and results as bytes. Pure; both ends use it.
+
+A connection begins with HELLO, answered by WELCOME (control), OK (data) or ERROR and the end. Then requests, pipelined;
+each is answered by REPLY or ERROR with its request number, in any order. Numbers, sizes and checksums are u64, keys 24
+bytes, all little-endian and packed one kind after the other, so that a batch is one struct call.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import msgspec
+
+from mooncake.core.errors import AuthError, BadArgument, ProtocolError, StoreError, StoreUnavailable
+from mooncake.core.keys import OBJECT_KEY_BYTES
+from mooncake.store.events import (
+    MAX_BATCH,
+    Cancel,
+    Commit,
+    Exists,
+    Lease,
+    Release,
+    Remove,
+    Request,
+    Reserve,
+    Results,
+)
+from mooncake.store.types import MISS, CommitStatus, Location, Miss, Put, PutMode, PutStatus
+from mooncake.transport.frames import ErrorCode, Frame, Kind, pack, pack_error
+
+_T = TypeVar("_T")
+VERSION = 1
+MAX_CONTROL_BYTES = MAX_BATCH * (OBJECT_KEY_BYTES + 16) + 4096
+MAX_HELLO_BYTES = 4096
+_LOCATION = struct.Struct("<QQQ")
+_NOWHERE = _LOCATION.pack(0, 0, 0)
+
+
+class Op(enum.IntEnum):
+    HELLO = 1
+    WELCOME = 2
+    REPLY = 3
+    RESERVE = 8
+    COMMIT = 9
+    CANCEL = 10
+    LEASE = 11
+    RELEASE = 12
+    EXISTS = 13
+    REMOVE = 14
+
+
+class Flag(enum.IntFlag):
+    LEASE = 1
+    ALL_OR_NOTHING = 2
+    EPHEMERAL = 4
+    STRICT = 8
+    CHECKSUMS = 16
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """session: empty to open one; that of the WELCOME to add a data connection to it."""
+
+    version: int
+    token: str
+    client: str
+    tenant: str
+    session: bytes = b""
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """segment: path of the shared segment. session: a secret that admits data connections."""
+
+    node: str
+    epoch: int
+    capacity: int
+    segment: str
+    session: bytes
+
+
+def encode_hello(hello: Hello) -> bytes:
+    return pack(Op.HELLO, msgspec.msgpack.encode(hello))
+
+
+def decode_hello(frame: Frame) -> Hello:
+    if frame.kind != Op.HELLO:
+        raise ProtocolError(f"the first frame must be HELLO, got kind {frame.kind}")
+    hello = _decode_struct(frame, Hello)
+    if hello.version != VERSION:
+        raise ProtocolError(f"protocol version {hello.version} met version {VERSION}")
+    return hello
+
+
+def encode_welcome(welcome: Welcome) -> bytes:
+    return pack(Op.WELCOME, msgspec.msgpack.encode(welcome))
+
+
+def decode_welcome(frame: Frame) -> Welcome:
+    if frame.kind != Op.WELCOME:
+        raise ProtocolError(f"HELLO must be answered by WELCOME, got kind {frame.kind}")
+    return _decode_struct(frame, Welcome)
+
+
+# ---------------------------------------------------------------- requests
+
+
+def encode_request(event: Request) -> bytes:
+    op = _OPS[type(event)]
+    flags = 0
+    match event:
+        case Reserve():
+            flags = (
+                Flag.LEASE * event.lease_existing
+                | Flag.ALL_OR_NOTHING * event.all_or_nothing
+                | Flag.EPHEMERAL * event.ephemeral
+                | Flag.STRICT * (event.mode is PutMode.STRICT)
+                | Flag.CHECKSUMS * bool(event.checksums)
+            )
+            payload = b"".join(event.keys) + _u64s(event.sizes) + _u64s(event.checksums)
+            return pack(op, payload, flags=flags, count=len(event.keys), request=event.request_id)
+        case Commit():
+            flags = Flag.LEASE * event.lease | Flag.CHECKSUMS * bool(event.checksums)
+            payload = _u64s(event.numbers) + _u64s(event.checksums)
+            return pack(op, payload, flags=flags, count=len(event.numbers), request=event.request_id)
+        case Cancel() | Release():
+            return pack(op, _u64s(event.numbers), count=len(event.numbers), request=event.request_id)
+        case Lease() | Exists() | Remove():
+            return pack(op, b"".join(event.keys), count=len(event.keys), request=event.request_id)
+    raise TypeError(f"not a request: {event!r}")
+
+
+def decode_request(client: int, frame: Frame) -> Request:
+    """Raises ProtocolError if the frame is not a request, or not as long as its count says."""
+    decode = _DECODERS.get(frame.kind)
+    if decode is None:
+        raise ProtocolError(f"kind {frame.kind} is not a request")
+    return decode(client, frame)
+
+
+def _decode_reserve(client: int, frame: Frame) -> Request:
+    n, flags = frame.count, frame.flags
+    num_sums = n if flags & Flag.CHECKSUMS else 0
+    _expect_length(frame, n * (OBJECT_KEY_BYTES + 8) + num_sums * 8)
+    values = struct.unpack(f"<{'24s' * n}{n + num_sums}Q", frame.payload)
+    return Reserve(
+        client,
+        frame.request,
+        keys=values[:n],
+        sizes=values[n : 2 * n],
+        mode=PutMode.STRICT if flags & Flag.STRICT else PutMode.EQUIVALENT,
+        lease_existing=bool(flags & Flag.LEASE),
+        all_or_nothing=bool(flags & Flag.ALL_OR_NOTHING),
+        ephemeral=bool(flags & Flag.EPHEMERAL),
+        checksums=values[2 * n :],
+    )
+
+
+def _decode_commit(client: int, frame: Frame) -> Request:
+    n = frame.count
+    num_sums = n if frame.flags & Flag.CHECKSUMS else 0
+    _expect_length(frame, (n + num_sums) * 8)
+    values = struct.unpack(f"<{n + num_sums}Q", frame.payload)
+    return Commit(client, frame.request, values[:n], bool(frame.flags & Flag.LEASE), values[n:])
+
+
+def _numbers_decoder(make: type[Cancel | Release]) -> Callable[[int, Frame], Request]:
+    def decode(client: int, frame: Frame) -> Request:
+        _expect_length(frame, frame.count * 8)
+        return make(client, frame.request, struct.unpack(f"<{frame.count}Q", frame.payload))
+
+    return decode
+
+
+def _keys_decoder(make: type[Lease | Exists | Remove]) -> Callable[[int, Frame], Request]:
+    def decode(client: int, frame: Frame) -> Request:
+        _expect_length(frame, frame.count * OBJECT_KEY_BYTES)
+        return make(client, frame.request, struct.unpack("<" + "24s" * frame.count, frame.payload))
+
+    return decode
+
+
+_OPS: dict[type[Request], Op] = {
+    Reserve: Op.RESERVE,
+    Commit: Op.COMMIT,
+    Cancel: Op.CANCEL,
+    Lease: Op.LEASE,
+    Release: Op.RELEASE,
+    Exists: Op.EXISTS,
+    Remove: Op.REMOVE,
+}
+_DECODERS: dict[int, Callable[[int, Frame], Request]] = {
+    Op.RESERVE: _decode_reserve,
+    Op.COMMIT: _decode_commit,
+    Op.CANCEL: _numbers_decoder(Cancel),
+    Op.LEASE: _keys_decoder(Lease),
+    Op.RELEASE: _numbers_decoder(Release),
+    Op.EXISTS: _keys_decoder(Exists),
+    Op.REMOVE: _keys_decoder(Remove),
+}
+
+
+# ---------------------------------------------------------------- results
+
+
+def encode_reply(request_id: int, results: Results) -> bytes:
+    first = results[0]
+    if isinstance(first, Put):
+        puts: Any = results
+        payload = bytes([put.status for put in puts]) + b"".join([_pack_location(put.location) for put in puts])
+    elif isinstance(first, Location | Miss):
+        payload = b"".join([_pack_location(location) for location in results])
+    else:
+        payload = bytes(results)  # type: ignore[arg-type]  # statuses and bools are small integers
+    return pack(Op.REPLY, payload, count=len(results), request=request_id)
+
+
+def decode_reply(event: Request, frame: Frame) -> Results:
+    """The results of `event`, which the frame answers. Raises ProtocolError if they cannot be."""
+    n, payload = frame.count, frame.payload
+    try:
+        if n != len(event.keys if isinstance(event, Reserve | Lease | Exists | Remove) else event.numbers):  # type: ignore[attr-defined]
+            raise ValueError(f"{n} results")
+        match event:
+            case Reserve():
+                locations = [_unpack_location(*values) for values in _LOCATION.iter_unpack(payload[n:])]
+                return tuple(Put(PutStatus(status), at) for status, at in zip(payload[:n], locations, strict=True))
+            case Lease():
+                return tuple(_unpack_location(*values) or MISS for values in _LOCATION.iter_unpack(payload))
+            case Commit():
+                return tuple(map(CommitStatus, payload))
+            case _:
+                return tuple(map(bool, payload))
+    except (ValueError, struct.error) as error:
+        raise ProtocolError(f"reply of {len(payload)} bytes does not answer {type(event).__name__}: {error}") from error
+
+
+def _pack_location(location: object) -> bytes:
+    if isinstance(location, Location):
+        return _LOCATION.pack(location.offset, location.size, location.generation)
+    return _NOWHERE
+
+
+def _unpack_location(offset: int, size: int, generation: int) -> Location | None:
+    return Location(offset, size, generation) if size else None
+
+
+# ---------------------------------------------------------------- errors
+
+_CODES: tuple[tuple[type[StoreError], ErrorCode], ...] = (
+    (AuthError, ErrorCode.AUTH),
+    (ProtocolError, ErrorCode.PROTOCOL),
+    (BadArgument, ErrorCode.BAD_ARGUMENT),
+    (StoreUnavailable, ErrorCode.UNAVAILABLE),
+)
+
+
+def encode_error(error: StoreError, request_id: int = 0) -> bytes:
+    code = next((code for kind, code in _CODES if isinstance(error, kind)), ErrorCode.PROTOCOL)
+    return pack_error(code, str(error), request_id)
+
+
+def decode_error(frame: Frame) -> StoreError:
+    kind = next((kind for kind, code in _CODES if code == frame.count), ProtocolError)
+    return kind(frame.payload.decode(errors="replace"))
+
+
+def is_error(frame: Frame) -> bool:
+    return frame.kind == Kind.ERROR
+
+
+def _u64s(values: tuple[int, ...]) -> bytes:
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+def _expect_length(frame: Frame, length: int) -> None:
+    if len(frame.payload) != length:
+        raise ProtocolError(f"{frame.count} items of kind {frame.kind} need {length} bytes, got {len(frame.payload)}")
+
+
+def _decode_struct(frame: Frame, kind: type[_T]) -> _T:
+    try:
+        return msgspec.msgpack.decode(frame.payload, type=kind)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"bad {kind.__name__} frame: {error}") from error

@@ -1,0 +1,245 @@
+import pytest
+
+from mooncake.core.messages import LoadReport, PrefillDone, Rejected
+from mooncake.core.types import AttemptKey, CostModel, InstanceState, KvSource, Role
+from mooncake.scheduler.core import PeerGone
+from tests.scheduler.cluster import BLOCK, MS, Cluster, S, blocks, load
+
+
+def both_policies() -> list[str]:
+    return ["algorithm1", "least_load"]
+
+
+def test_prediction_is_the_formula_with_its_numbers() -> None:
+    cluster = Cluster()
+    cluster.prefill("p")
+    cluster.decode("d")
+    placed = cluster.place(1, 100)
+    prediction = placed.prediction
+    assert (placed.prefill, placed.decode, placed.source) == ("p", "d", None)
+    assert (prediction.queue_ns, prediction.load_ns, prediction.prefill_ns) == (0, 0, 11 * MS)
+    assert (prediction.ttft_ns, prediction.tbt_ns) == (11 * MS, 11 * MS)
+    cluster.now = 4 * MS
+    second = cluster.place(2, 100).prediction
+    assert (second.queue_ns, second.ttft_ns, second.tbt_ns) == (7 * MS, 18 * MS, 12 * MS)
+
+
+@pytest.mark.parametrize("policy", both_policies())
+def test_load_spreads_over_both_pools(policy: str) -> None:
+    cluster = Cluster(policy=policy)
+    for i in range(4):
+        cluster.prefill(f"p{i}")
+        cluster.decode(f"d{i}")
+    for request in range(12):
+        cluster.place(request, 100)
+    assert cluster.booked() == {f"p{i}": (3, 0) for i in range(4)} | {f"d{i}": (0, 3) for i in range(4)}
+
+
+def test_ties_of_free_instances_are_drawn_by_lot() -> None:
+    cluster = Cluster()
+    for i in range(4):
+        cluster.prefill(f"p{i}")
+        cluster.decode(f"d{i}")
+    chosen = set()
+    for request in range(40):
+        placed = cluster.place(request, 10)
+        chosen |= {placed.prefill, placed.decode}
+        cluster.end(request)
+    assert len(chosen) == 8
+
+
+def test_algorithm1_prefers_the_instance_whose_node_has_the_prefix() -> None:
+    cluster = Cluster()
+    cluster.node("n0")
+    cluster.node("n1", 1, 2, 3)
+    cluster.prefill("p0", node="n0")
+    cluster.prefill("p1", node="n1")
+    cluster.decode("d")
+    placed = cluster.place(1, 17, 1, 2, 3, 4)
+    assert placed.prefill == "p1"
+    assert placed.source == KvSource("n1", 3 * BLOCK, blocks(1, 2, 3), addresses=("unix:n1",))
+    assert placed.prediction.load_ns == 3 * BLOCK * 1000 / 10  # 10 GB/s
+    assert placed.prediction.prefill_ns == int(1.5 * MS)
+
+
+def test_algorithm1_fetches_from_a_remote_node_when_the_local_queue_is_long() -> None:
+    cluster = Cluster()
+    cluster.node("n0")
+    cluster.node("n1", 1, 2, 3)
+    cluster.prefill("p0", node="n0")
+    cluster.prefill("p1", node="n1")
+    cluster.decode("d")
+    cluster.receive("p1", LoadReport(load("p1", 1, waiting_tokens=10_000)))
+    placed = cluster.place(1, 17, 1, 2, 3, 4)
+    assert placed.prefill == "p0" and placed.source is not None
+    assert (placed.source.node, placed.source.num_tokens) == ("n1", 12)
+    assert placed.prediction.load_ns == 3 * BLOCK * 1000 / 5  # 5 GB/s
+
+
+def test_threshold_keeps_small_gains_local() -> None:
+    cluster = Cluster(threshold=2.0)
+    cluster.node("n0", 1, 2)
+    cluster.node("n1", 1, 2, 3, 4)
+    cluster.prefill("p0", node="n0")
+    cluster.decode("d")
+    placed = cluster.place(1, 17, 1, 2, 3, 4)
+    assert placed.source is not None and (placed.source.node, len(placed.source.block_keys)) == ("n0", 2)
+
+
+def test_at_least_one_token_is_left_to_compute() -> None:
+    cluster = Cluster()
+    cluster.node("n", 1, 2)
+    cluster.prefill("p", node="n")
+    cluster.decode("d")
+    placed = cluster.place(1, 8, 1, 2)
+    assert placed.source is not None and placed.source.num_tokens == 4
+
+
+def test_own_pages_need_no_source_unless_the_store_has_more() -> None:
+    cluster = Cluster()
+    cluster.node("n", 1, 2)
+    cluster.prefill("p", node="n")
+    cluster.decode("d")
+    cluster.delta("p", 1, "hbm", added=(1, 2))
+    placed = cluster.place(1, 17, 1, 2)
+    assert placed.source is None and placed.prediction.prefill_ns == int(1.9 * MS)
+    cluster.end(1)
+    cluster.delta("p", 2, "hbm", removed=(2,))
+    placed = cluster.place(2, 17, 1, 2)
+    assert placed.source is not None and placed.source.num_tokens == 8
+    assert placed.prediction.load_ns == BLOCK * 1000 / 10
+
+
+def test_ssd_blocks_cost_more_than_dram() -> None:
+    cluster = Cluster()
+    cluster.node("n", 1)
+    cluster.prefill("p", node="n")
+    cluster.decode("d")
+    cluster.delta("n", 1, "ssd", added=(1, 2))
+    assert cluster.place(1, 17, 1, 2).prediction.load_ns == BLOCK * 1000 / 10 + BLOCK * 1000 / 2
+
+
+def test_a_placed_prefix_attracts_its_followers_until_it_expires() -> None:
+    cluster = Cluster()
+    for i in range(4):
+        cluster.node(f"n{i}")
+        cluster.prefill(f"p{i}", node=f"n{i}")
+    cluster.decode("d")
+    keys = tuple(range(1, 26))
+    first = cluster.place(1, 101, *keys)
+    cluster.now = 12 * MS
+    cluster.receive("f", PrefillDone(AttemptKey("f", 1), 11 * MS))
+    second = cluster.place(2, 101, *keys)
+    assert second.prefill == first.prefill and second.source is not None
+    assert second.source.num_tokens == 100
+    cluster.end(1)
+    cluster.end(2)
+    cluster.now = 60 * S
+    assert cluster.place(3, 101, *keys).source is None
+
+
+def test_lost_node_is_no_source() -> None:
+    cluster = Cluster()
+    cluster.node("n1", 1, 2, 3)
+    cluster.prefill("p0", node="n0")
+    cluster.decode("d")
+    assert cluster.place(1, 17, 1, 2, 3).source is not None
+    cluster.event(PeerGone("n1"))
+    assert cluster.place(2, 17, 1, 2, 3).source is None
+    cluster.node("n1", 1)
+    placed = cluster.place(3, 17, 1, 2, 3)
+    assert placed.source is not None and placed.source.num_tokens == 4
+
+
+def test_decode_goes_where_pages_and_batch_have_room() -> None:
+    cluster = Cluster()
+    cluster.prefill("p")
+    cluster.decode("d0")
+    cluster.decode("d1")
+    cluster.receive("d0", LoadReport(load("d0", 1, free_pages=2)))
+    cluster.receive("d1", LoadReport(load("d1", 1, num_running=7, context_tokens=700)))
+    assert cluster.place(1).decode == "d1"
+    assert cluster.place(2).decode == "d0"  # both full now: the shorter line
+
+
+def test_pending_decodes_count_until_a_report_shows_them() -> None:
+    cluster = Cluster()
+    cluster.prefill("p")
+    cluster.decode("d")
+    cluster.place(1, 10)
+    columns = cluster.core.view.columns
+    slot = cluster.core.view.slot("d")
+
+    def pending() -> tuple[int, int, int]:
+        return tuple(int(c[slot]) for c in (columns.pending_seqs, columns.pending_tokens, columns.pending_pages))  # type: ignore[return-value]
+
+    assert pending() == (1, 10, 5)
+    cluster.now = 100 * MS
+    cluster.receive("d", LoadReport(load("d", 1)))
+    assert pending() == (1, 10, 5)
+    cluster.receive("f", PrefillDone(AttemptKey("f", 1)))
+    cluster.now += 10 * MS
+    cluster.receive("d", LoadReport(load("d", 2)))
+    assert pending() == (1, 10, 5)
+    cluster.now += 100 * MS
+    cluster.receive("d", LoadReport(load("d", 3, num_running=1)))
+    assert pending() == (0, 0, 0) and cluster.booked()["d"] == (0, 1)
+
+
+def test_decode_only_takes_no_prefill() -> None:
+    cluster = Cluster()
+    cluster.decode("d0")
+    cluster.decode("d1")
+    placed = cluster.place(1, decode_only=True, exclude=("d0",), first=False)
+    assert (placed.prefill, placed.decode, placed.source) == ("", "d1", None)
+    assert cluster.booked() == {"d0": (0, 0), "d1": (0, 1)}
+
+
+def test_excluded_instances_are_used_only_if_there_is_no_other() -> None:
+    cluster = Cluster()
+    cluster.prefill("p0")
+    cluster.decode("d0")
+    placed = cluster.place(1, exclude=("p0", "d0", "unknown"))
+    assert (placed.prefill, placed.decode) == ("p0", "d0")
+    cluster.prefill("p1")
+    cluster.decode("d1")
+    for request in range(2, 10):
+        placed = cluster.place(request, exclude=("p0", "d0"))
+        assert (placed.prefill, placed.decode) == ("p1", "d1")
+
+
+def test_colocated_instances_prefill_in_place_without_a_prefill_pool() -> None:
+    cluster = Cluster()
+    cluster.instance("c0", Role.COLOCATED)
+    cluster.instance("c1", Role.COLOCATED)
+    first, second = cluster.place(1, 100), cluster.place(2, 100)
+    assert first.prefill == second.prefill == "" and {first.decode, second.decode} == {"c0", "c1"}
+    assert cluster.booked() == {"c0": (1, 1), "c1": (1, 1)}
+    assert first.prediction.prefill_ns == 11 * MS
+    cluster.prefill("p")
+    assert cluster.place(3, 100).prefill == "p"
+    for request in (1, 2, 3):
+        cluster.end(request)
+    assert set(cluster.booked().values()) == {(0, 0)}
+
+
+def test_too_long_for_every_instance_known() -> None:
+    cluster = Cluster()
+    cluster.prefill("p", num_pages=10)
+    cluster.decode("d", num_pages=8)
+    cluster.place(1, 31)
+    answer = cluster.answer(2, 32)
+    assert isinstance(answer, Rejected) and answer.reason == "too_long" and answer.retry_after_ns == 0
+    assert answer.detail == "32 tokens; the largest instance holds 31"
+    cluster.decode("big", num_pages=100, state=InstanceState.STARTING)
+    assert cluster.ask(3, 40) == []  # waits for it
+
+
+def test_zero_cost_instances_still_share_the_work() -> None:
+    cluster = Cluster()
+    for i in range(2):
+        cluster.prefill(f"p{i}", cost=CostModel())
+        cluster.decode(f"d{i}", cost=CostModel())
+    for request in range(8):
+        cluster.place(request)
+    assert set(cluster.booked().values()) == {(4, 0), (0, 4)}

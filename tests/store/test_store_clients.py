@@ -1,0 +1,265 @@
+"""One set of tests for every way of reaching a node: in process, shared memory, range frames over Unix and over TCP."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from mooncake.core.errors import BadArgument, DeadlineExceeded, HandleLost, StoreUnavailable, TransferTimeout
+from mooncake.store.events import Lease, Release
+from mooncake.store.handles import Hold
+from mooncake.store.types import MISS, CommitStatus, PutMode, PutStatus
+from mooncake.transport.base import DONE
+from tests.store.helpers import KINDS, Store, eventually, keys, run, running_store
+
+pytestmark = pytest.mark.parametrize("kind", KINDS)
+SIZES = (1, 63, 4096, 100_000, 300_001)
+
+
+def test_what_was_written_is_read_by_another_client(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            writer, reader = await store.client(), await store.client()
+            contents = [os.urandom(size) for size in SIZES]
+            names = keys(*range(len(SIZES)))
+            reservation = await writer.reserve(names, SIZES)
+            assert set(reservation.statuses) == {PutStatus.RESERVED}
+            for index, data in enumerate(contents):
+                half = len(data) // 2
+                pieces = [(index, half, data[half:])] + ([(index, 0, data[:half])] if half else [])
+                await asyncio.to_thread(reservation.write_batch, pieces)
+            assert (await reader.lease(names)).hits == 0
+            assert set((await writer.commit(reservation)).values()) == {CommitStatus.COMMITTED}
+            objects = await reader.lease(names)
+            assert objects.hits == len(SIZES)
+            out = [bytearray(size) for size in SIZES]
+            await asyncio.to_thread(objects.read_batch, [(index, 0, buffer) for index, buffer in enumerate(out)])
+            assert out == contents
+            part = np.zeros((2, 500), np.uint16)
+            await asyncio.to_thread(objects.read, 3, 77, part)
+            assert part.tobytes() == contents[3][77:2077]
+            await reader.release(objects)
+            assert store.core.metrics()["leases"] == 0 and store.core.metrics()["reservations"] == 0
+
+    run(main())
+
+
+def test_a_view_needs_no_copy_where_the_segment_is_mapped(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            client = await store.client()
+            reservation = await client.reserve(keys(1), [5])
+            await asyncio.to_thread(reservation.write, 0, 0, b"12345")
+            await client.commit(reservation, lease=True)
+            assert reservation.mapped == (kind in ("memory", "shm"))
+            if reservation.mapped:
+                view = reservation.view(0)
+                assert view == b"12345" and view.readonly
+                del view
+            else:
+                with pytest.raises(BadArgument, match="view"):
+                    reservation.view(0)
+            await client.release(reservation)
+
+    run(main())
+
+
+def test_chunks_are_committed_one_by_one_and_the_rest_cancelled(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            client = await store.client()
+            names = keys(*range(6))
+            reservation = await client.reserve(names, [100] * 6, all_or_nothing=True)
+            assert await client.commit(reservation, [0, 1], lease=True) == dict.fromkeys([0, 1], CommitStatus.COMMITTED)
+            assert await client.commit(reservation, [1, 2]) == {2: CommitStatus.COMMITTED}
+            assert await client.exists(names) == (True, True, True, False, False, False)
+            await client.cancel(reservation)
+            await client.release(reservation)
+            assert [reservation.held(hold) for hold in Hold] == [[], [], [], [0, 1, 2, 3, 4, 5], []]
+            again = await client.reserve(names, [100] * 6, lease_existing=True)
+            assert again.statuses == (PutStatus.EXISTS,) * 3 + (PutStatus.RESERVED,) * 3
+            assert again.held(Hold.LEASED) == [0, 1, 2] and again.held(Hold.WRITING) == [3, 4, 5]
+            assert await client.remove(names[:4]) == (True, True, True, False)
+
+    run(main())
+
+
+def test_refusal_and_busy_are_values(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind, capacity=4096) as store:
+            one, two = await store.client(), await store.client()
+            held = await one.reserve(keys(1), [4000])
+            assert (await two.reserve(keys(1, 2), [64, 64])).statuses == (PutStatus.BUSY, PutStatus.RESERVED)
+            assert (await two.reserve(keys(3), [64])).statuses == (PutStatus.REFUSED,)
+            await one.cancel(held)
+            strict = await two.reserve(keys(3), [64], mode=PutMode.STRICT, checksums=[5])
+            await two.commit(strict)
+            refused = await one.reserve(keys(3), [64], mode=PutMode.STRICT, checksums=[6])
+            assert refused.statuses == (PutStatus.CONFLICT,)
+
+    run(main())
+
+
+def test_wrong_arguments_are_named_and_leave_the_client_usable(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            client = await store.client()
+            for wrong, argument in (
+                (client.reserve(keys(1), [0]), "sizes"),
+                (client.reserve(keys(1), [1 << 40]), "sizes"),
+                (client.reserve(keys(1, 1), [1, 1]), "keys"),
+                (client.lease([b"short"]), "keys"),
+                (client.exists([]), "keys"),
+            ):
+                with pytest.raises(BadArgument, match=argument):
+                    await wrong
+            reservation = await client.reserve(keys(1), [10])
+            for index, offset, data, argument in (
+                (0, 0, b"", "offset"),
+                (0, 5, b"123456", "offset"),
+                (0, -1, b"1", "offset"),
+                (1, 0, b"1", "index"),
+                (0, 0, 17, "data"),
+                (0, 0, np.zeros((4, 4))[:, ::2], "data"),
+            ):
+                with pytest.raises(BadArgument, match=argument):
+                    reservation.write(index, offset, data)
+            with pytest.raises(BadArgument, match="WRITING"):
+                reservation.read(0, 0, bytearray(1))
+            with pytest.raises(BadArgument, match="checksums"):
+                await client.commit(reservation, checksums=[1, 2])
+            assert await client.commit(reservation, checksums=[1], lease=True) == {0: CommitStatus.COMMITTED}
+            with pytest.raises(BadArgument, match="LEASED"):
+                reservation.write(0, 0, b"1")
+            with pytest.raises(BadArgument, match="read-only"):
+                reservation.read(0, 0, b"1")
+
+    run(main())
+
+
+def test_closing_a_client_frees_all_it_holds(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            client = await store.client()
+            reservation = await client.reserve(keys(1, 2, 3), [100] * 3)
+            await client.commit(reservation, [0], lease=True)
+            await client.close()  # type: ignore[attr-defined]
+            await eventually(lambda: store.core.metrics()["reservations"] == 0)
+            assert store.core.metrics()["leases"] == 0
+            with pytest.raises(HandleLost):
+                reservation.write(1, 0, b"1")
+            with pytest.raises(HandleLost):
+                await client.commit(reservation)
+            with pytest.raises(StoreUnavailable):
+                await client.exists(keys(1))
+
+    run(main())
+
+
+class _Gate:
+    """A path whose transfers wait until they are let through."""
+
+    def __init__(self, path: object) -> None:
+        self.path = path
+        self.open = threading.Event()
+
+    def write(self, pieces: object) -> object:
+        self.open.wait(5)
+        return DONE
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.path, name)
+
+
+def test_no_claim_ends_under_a_running_copy(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            client = await store.client()
+            reservation = await client.reserve(keys(1, 2), [100] * 2)
+            gate = reservation.link.path = _Gate(reservation.link.path)  # type: ignore[assignment]
+            copy = asyncio.create_task(asyncio.to_thread(reservation.write, 0, 0, b"1"))
+            await eventually(lambda: reservation.busy([0]))
+            with pytest.raises(DeadlineExceeded):
+                await client.cancel(reservation, [0], deadline_s=0.02)
+            assert reservation.held(Hold.WRITING) == [0, 1]
+            assert await client.commit(reservation, [1]) == {1: CommitStatus.COMMITTED}
+            cancel = asyncio.create_task(client.cancel(reservation))
+            await asyncio.sleep(0.02)
+            assert not cancel.done() and store.core.metrics()["reservations"] == 1
+            with pytest.raises(BadArgument, match="CLOSED"):
+                reservation.write(0, 0, b"1")
+            gate.open.set()
+            await asyncio.gather(copy, cancel)
+            assert store.core.metrics()["reservations"] == 0
+
+    run(main())
+
+
+def test_transport_errors_come_out_as_store_errors(kind: str) -> None:
+    class Broken:
+        def write(self, pieces: object) -> None:
+            raise TransferTimeout("no progress")
+
+        def close(self) -> None: ...
+
+    async def main() -> None:
+        async with running_store(kind) as store:
+            client = await store.client()
+            reservation = await client.reserve(keys(1), [100])
+            reservation.link.path = Broken()  # type: ignore[assignment]
+            with pytest.raises(DeadlineExceeded, match="no progress"):
+                reservation.write(0, 0, b"1")
+
+    run(main())
+
+
+def test_eight_threads_write_and_read_at_once(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind, capacity=1 << 22) as store:
+            client = await store.client()
+            names, size = keys(*range(8)), 200_000
+            contents = [os.urandom(size) for _ in names]
+            reservation = await client.reserve(names, [size] * 8)
+            await asyncio.gather(
+                *(asyncio.to_thread(reservation.write, at, 0, data) for at, data in enumerate(contents))
+            )
+            await client.commit(reservation, lease=True)
+            out = [bytearray(size) for _ in names]
+            await asyncio.gather(*(asyncio.to_thread(reservation.read, at, 0, buffer) for at, buffer in enumerate(out)))
+            assert out == contents
+
+    run(main())
+
+
+def test_calls_are_pipelined(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            client = await store.client()
+            await asyncio.gather(*(_put_one(client, at) for at in range(100)))
+            assert await client.exists(keys(*range(101))) == (True,) * 100 + (False,)
+
+    run(main())
+
+
+async def _put_one(client: Store, at: int) -> None:
+    reservation = await client.reserve(keys(at), [64])  # type: ignore[attr-defined]
+    await client.commit(reservation)  # type: ignore[attr-defined]
+
+
+def test_the_core_under_the_client_sees_the_same_claims(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            client = await store.client()
+            await _put_one(client, 1)  # type: ignore[arg-type]
+            objects = await client.lease(keys(1, 2))
+            assert objects.locations[1] is None and objects.hits == 1 and len(objects) == 2
+            [answer] = store.core.handle(Lease(99, 0, keys(1, 2)), time.monotonic_ns())[:1]
+            assert answer.results == (objects.locations[0], MISS)  # type: ignore[attr-defined]
+            store.core.handle(Release(99, 0, objects.numbers([0])), time.monotonic_ns())
+
+    run(main())
