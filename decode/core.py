@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from mooncake.core.messages import (
     CONDUCTOR,
     Abort,

@@ -123,7 +123,18 @@ class _State(enum.IntEnum):
 
 
 class _Prefill(Attempt):
-    __slots__ = ("granted", "in_engine", "num_committed", "num_objects", "opened_tokens", "order", "pending", "state", "store_lost", "target")
+    __slots__ = (
+        "granted",
+        "in_engine",
+        "num_committed",
+        "num_objects",
+        "opened_tokens",
+        "order",
+        "pending",
+        "state",
+        "store_lost",
+        "target",
+    )
 
     def __init__(self, seq: int, job: Job, now: int, target: KvSource) -> None:
         super().__init__(seq, job, now)
@@ -297,7 +308,12 @@ class PrefillCore:
         """Ask for room for the oldest queued attempt, if none is being asked for."""
         if self._retry_at is not None and self._retry_at <= now:
             self._retry_at = None
-        if not self._queue or self._reserving or self._retry_at is not None or self._num_started >= self._limits.max_started:
+        if (
+            not self._queue
+            or self._reserving
+            or self._retry_at is not None
+            or self._num_started >= self._limits.max_started
+        ):
             return
         attempt = self._table.by_seq(self._queue[0][1])
         assert attempt is not None
@@ -384,7 +400,12 @@ class PrefillCore:
             return
         tokens.append(
             attempt.token_output(
-                output.position, output.token_ids, now, output.cached_tokens, finish=output.finish, logprobs=output.logprobs
+                output.position,
+                output.token_ids,
+                now,
+                output.cached_tokens,
+                finish=output.finish,
+                logprobs=output.logprobs,
             )
         )
         attempt.state = _State.STORING

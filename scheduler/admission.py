@@ -1,8 +1,8 @@
 """Whether a request whose placement is predicted to break its objectives is turned away, before anything was spent on
 it.
 
-Soft admission only notes it. Hard admission refuses with 429 and Retry-After, but stays soft for an instance until its
-predictions have proved good there: a hard gate with bad estimates refuses servable requests (FACTS section 5).
+`off` only notes it. `soft` refuses with 429 and Retry-After, but not by predictions of an instance before these have proved
+good there: a gate with bad estimates refuses servable requests (FACTS section 5). `hard` refuses from the first request on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import msgspec
 
 from mooncake.core.messages import Prediction
 from mooncake.core.types import NANOS_PER_S, Slo
-from mooncake.scheduler.config import Calibration
+from mooncake.scheduler.config import AdmissionMode, Calibration
 
 OVERLOADED_TTFT = "overloaded_ttft"
 OVERLOADED_TBT = "overloaded_tbt"
@@ -80,7 +80,7 @@ class Admission(Protocol):
     def judge(self, slo: Slo, prediction: Prediction, prefill: str, decode: str) -> Verdict: ...
 
 
-class SoftAdmission:
+class NoAdmission:
     """Notes what would be refused."""
 
     def judge(self, slo: Slo, prediction: Prediction, prefill: str, decode: str) -> Verdict:
@@ -88,6 +88,14 @@ class SoftAdmission:
 
 
 class HardAdmission:
+    def judge(self, slo: Slo, prediction: Prediction, prefill: str, decode: str) -> Verdict:
+        verdict = find_breach(slo, prediction)
+        return msgspec.structs.replace(verdict, enforced=bool(verdict.reason))
+
+
+class SoftAdmission:
+    """Hard where predictions are calibrated, off elsewhere."""
+
     def __init__(self, accuracy: Accuracy) -> None:
         self._accuracy = accuracy
 
@@ -101,6 +109,16 @@ class HardAdmission:
             else self._accuracy.calibrated(decode, "tbt")
         )
         return msgspec.structs.replace(verdict, enforced=trusted)
+
+
+def make_admission(mode: AdmissionMode, accuracy: Accuracy) -> Admission:
+    match mode:
+        case "off":
+            return NoAdmission()
+        case "soft":
+            return SoftAdmission(accuracy)
+        case "hard":
+            return HardAdmission()
 
 
 def find_breach(slo: Slo, prediction: Prediction) -> Verdict:

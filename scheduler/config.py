@@ -8,6 +8,8 @@ import msgspec
 
 from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S
 
+AdmissionMode = Literal["off", "soft", "hard"]
+
 
 class Rates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes per second at which KV reaches a prefill instance, by where it lies. Uncontended; FACTS 6 measured these
@@ -33,7 +35,7 @@ class ConductorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy: Literal["algorithm1", "least_load"] = "algorithm1"
     threshold: float = 2.0
     """Algorithm 1: remote KV is taken if it is more than this many times longer than the local match."""
-    admission: Literal["soft", "hard"] = "soft"
+    admission: AdmissionMode = "soft"
     calibration: Calibration = Calibration()
     rates: Rates = Rates()
 

@@ -38,7 +38,7 @@ from mooncake.core.messages import (
     StateChange,
 )
 from mooncake.core.types import AttemptKey, KvSource
-from mooncake.scheduler.admission import RETRY_NS_MIN, Accuracy, Admission, HardAdmission, SoftAdmission
+from mooncake.scheduler.admission import RETRY_NS_MIN, Accuracy, Admission, make_admission
 from mooncake.scheduler.bookings import Books
 from mooncake.scheduler.config import ConductorConfig
 from mooncake.scheduler.feeds import CacheFeeds
@@ -100,7 +100,7 @@ class ConductorCore:
         self._rng = rng
         self._now = 0
         self._policy = make_policy(config, self.view)
-        self._admission: Admission = HardAdmission(self.accuracy) if config.admission == "hard" else SoftAdmission()
+        self._admission: Admission = make_admission(config.admission, self.accuracy)
         self._frontends: dict[str, None] = {}
         self._lost: dict[str, int] = {}
         """Peers whose connection ended, and when they count as gone; earliest first, as the grace is the same for

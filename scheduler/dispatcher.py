@@ -25,6 +25,7 @@ from mooncake.core.keys import block_keys
 from mooncake.core.messages import (
     CONDUCTOR,
     Abort,
+    AnyMessage,
     AttemptEnded,
     AttemptFailed,
     BookingSnapshot,
@@ -32,7 +33,6 @@ from mooncake.core.messages import (
     KvReady,
     LiveAttempts,
     Members,
-    AnyMessage,
     Placed,
     PlaceRequest,
     Prediction,
@@ -419,7 +419,12 @@ class Dispatcher:
         else:
             reason = "unavailable" if message.reason == "no_instance" else "overloaded"
             self._fail(
-                request, reason, message.detail, now, retry_after_ns=message.retry_after_ns, prediction=message.prediction
+                request,
+                reason,
+                message.detail,
+                now,
+                retry_after_ns=message.retry_after_ns,
+                prediction=message.prediction,
             )
 
     def _job(self, request: _Request, source: KvSource | None, now: int, hand_over: bool) -> Job:

@@ -45,7 +45,8 @@ from mooncake.store.lifecycle import State, Trigger, advance
 from mooncake.store.types import MISS, CommitStatus, Location, Miss, Put, PutMode, PutStatus
 
 RESERVATION_NS = 600 * NANOS_PER_S
-"""A reservation's time to live; a writer that died is seen by its connection long before. Longer than the longest prefill, whose objects are reserved before it starts."""
+"""A reservation's time to live, longer than the longest prefill, whose objects are reserved before it starts. A writer that
+died is seen by its connection long before."""
 REPORT_NS = 2 * NANOS_PER_MS
 """Deltas are gathered this long: a control message costs 100 us, a prediction covers the gap."""
 
@@ -460,7 +461,9 @@ class StoreCore:
         extents = {o.location.offset: self._allocator.rounded(o.location.size) for o in objects.values()}
         _require(len(extents) == len(objects) and extents == self._allocator.extents(), "index and allocator disagree")
         committed = {o.key: o for o in objects.values() if o.state is State.COMMITTED}
-        _require(len(committed) == sum(o.state is State.COMMITTED for o in objects.values()), "a key is committed twice")
+        _require(
+            len(committed) == sum(o.state is State.COMMITTED for o in objects.values()), "a key is committed twice"
+        )
         _require(all(self._by_key.get(key) is o for key, o in committed.items()), "a committed object is not found")
         others = [o for key, o in self._by_key.items() if key not in committed]
         _require(all(o.state is State.RESERVED and o.number in objects for o in others), "key index disagrees")

@@ -199,7 +199,9 @@ class LeasedObjects:
     def _in_bounds(self, index: int, offset: int, size: int) -> int:
         location = self.locations[index]
         if location is None or not size or offset < 0 or offset + size > location.size:
-            raise BadArgument(f"offset: [{offset}, {offset + size}) of an object of {location.size if location else 0} bytes")
+            raise BadArgument(
+                f"offset: [{offset}, {offset + size}) of an object of {location.size if location else 0} bytes"
+            )
         return offset
 
     def _location(self, index: int, hold: Hold) -> Location:

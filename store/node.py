@@ -193,9 +193,7 @@ class StoreNode:
                 self._clients[command.client].reply(wire.encode_error(BadArgument(command.detail), command.request_id))
             case Report():
                 added, removed = _block_keys(command.added), _block_keys(command.removed)
-                self._on_report(
-                    CacheDelta(self.config.node, command.epoch, command.seq, Tier.DRAM, added, removed)
-                )
+                self._on_report(CacheDelta(self.config.node, command.epoch, command.seq, Tier.DRAM, added, removed))
             case Snapshot():
                 keys = _block_keys(command.keys)
                 self._on_report(CacheSnapshot(self.config.node, command.epoch, command.seq, Tier.DRAM, keys))

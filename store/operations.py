@@ -142,7 +142,7 @@ async def _drained(objects: LeasedObjects, indices: list[int], deadline_s: float
 
 async def until(condition: Callable[[], bool]) -> None:
     """Waits for copy threads. It is rare that they run then, so a poll is simpler than waking the loop from each copy."""
-    while not condition():  # noqa: ASYNC110
+    while not condition():
         await asyncio.sleep(_POLL_S)
 
 
@@ -158,7 +158,9 @@ def undo(request: Request, results: Results) -> list[Request]:
             return both + ([Release(0, 0, leased)] if leased else [])
         case Commit(lease=True):
             paired = zip(request.numbers, results, strict=True)
-            numbers = tuple(number for number, status in paired if status in (CommitStatus.COMMITTED, CommitStatus.EXISTS))
+            numbers = tuple(
+                number for number, status in paired if status in (CommitStatus.COMMITTED, CommitStatus.EXISTS)
+            )
         case Lease():
             numbers = tuple(result.generation for result in results if isinstance(result, Location))
         case _:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from mooncake.config import Config, RoleConfig
-from mooncake.core.errors import ConfigError
+from mooncake.core.errors import ConfigError, MooncakeError
 from mooncake.core.messages import AnyMessage, CacheDelta, CacheSnapshot, RegisterNode, SnapshotRequest
 from mooncake.rpc.stream import Hello, Link, RpcClient
 from mooncake.status import Status
@@ -65,12 +65,16 @@ class _Reporter:
 
 
 def _node_config(config: Config, role: RoleConfig) -> NodeConfig:
-    kind, target = role.listen.partition(":")[::2]
-    if kind == "unix":
-        return NodeConfig(config.cluster, role.name, config.store_memory, config.token, unix_path=target)
-    if kind != "tcp":
-        raise ConfigError(f"listen = {role.listen!r}: expected unix:/path or tcp://host:port")
-    _, (host, port) = parse_address(role.listen)
+    """A node always has a Unix socket, for its own machine; one that listens on TCP serves others too."""
+    if role.listen.startswith("unix:"):
+        path = role.listen.removeprefix("unix:")
+        return NodeConfig(config.cluster, role.name, config.store_memory, config.token, unix_path=path)
+    try:
+        _, target = parse_address(role.listen)
+    except MooncakeError as error:
+        raise ConfigError(f"listen = {role.listen!r}: {error}") from None
+    assert isinstance(target, tuple)
+    host, port = target
     return NodeConfig(
         config.cluster,
         role.name,

@@ -27,8 +27,8 @@ class PutStatus(enum.IntEnum):
     REFUSED = 2
     """No room now (everything evictable is gone, the rest is leased, pinned or reserved)."""
     BUSY = 3
-    """Strict puts only: another live writer has it reserved. Equivalent writers do not wait for each other: each gets space, and
-    the first commit wins."""
+    """Strict puts only: another live writer has it reserved. Equivalent writers do not wait for each other: each gets
+    space, and the first commit wins."""
     CONFLICT = 4
     """Strict put of other contents than those committed, or than can be compared: they were committed without a
     checksum."""

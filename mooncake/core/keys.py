@@ -50,7 +50,9 @@ def partial_key(root: bytes, frontend: str, request: int, choice: int, attempt: 
     return hashlib.blake2b(root + b"partial" + name, digest_size=KEY_BYTES).digest()
 
 
-def shard_id(kv_dtype: str, layout: str, tp_rank: int = 0, tp_size: int = 1, pp_rank: int = 0, pp_size: int = 1) -> bytes:
+def shard_id(
+    kv_dtype: str, layout: str, tp_rank: int = 0, tp_size: int = 1, pp_rank: int = 0, pp_size: int = 1
+) -> bytes:
     """What tells apart the objects that hold the same block for differently cut or stored KV."""
     name = f"{kv_dtype}\0{layout}\0{tp_rank}/{tp_size}\0{pp_rank}/{pp_size}".encode()
     return hashlib.blake2b(name, digest_size=SHARD_BYTES).digest()

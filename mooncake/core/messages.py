@@ -30,13 +30,6 @@ class Message(msgspec.Struct, frozen=True, tag=True):
     """Base of everything that crosses a wire. Tagged, so that event logs can be read back."""
 
 
-class Send(msgspec.Struct, frozen=True):
-    """Command: deliver `message` to the peer of that name. Delivery may fail silently."""
-
-    to: str
-    message: Message
-
-
 # ---------------------------------------------------------------- frontend -> Conductor
 
 
@@ -297,3 +290,10 @@ AnyMessage = (
     | RegisterNode
 )
 """All messages, for typed decoding of event logs."""
+
+
+class Send(msgspec.Struct, frozen=True):
+    """Command: deliver `message` to the peer of that name. Delivery may fail silently."""
+
+    to: str
+    message: AnyMessage

@@ -119,7 +119,7 @@ class Job(msgspec.Struct, frozen=True):
     token_ids: the known tokens as uint32 bytes; empty in simulation, where only counts and keys exist.
     block_keys: keys of all full blocks among the known tokens' first num_tokens tokens.
     max_tokens: the limit of output tokens of the whole request, those of earlier attempts included.
-    source: KV that can be loaded instead of computed. A decode job whose source covers all but the last token computes one token.
+    source: KV that can be loaded instead of computed. Where it covers all but the last token, one token is computed.
     hand_over: whether the KV must go to the store for a decode instance (prefill role).
     deadline_ns: time left for this attempt, counted from when the message is received.
     """
@@ -218,4 +218,4 @@ def tokens_to_bytes(token_ids: Sequence[int]) -> bytes:
 
 def bytes_to_tokens(data: bytes) -> list[int]:
     """Raises ValueError if the length is not a multiple of 4."""
-    return np.frombuffer(data, dtype="<u4").tolist()
+    return list(np.frombuffer(data, dtype="<u4").tolist())

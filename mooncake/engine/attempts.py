@@ -109,7 +109,12 @@ class Attempt:
     ) -> TokenOutput:
         compute_ns = None if cached_tokens is None else now - self.started_at
         return TokenOutput(
-            self.key, position, token_ids, cached_tokens=cached_tokens, compute_ns=compute_ns, **rest  # type: ignore[arg-type]
+            self.key,
+            position,
+            token_ids,
+            cached_tokens=cached_tokens,
+            compute_ns=compute_ns,
+            **rest,  # type: ignore[arg-type]
         )
 
 

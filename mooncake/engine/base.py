@@ -9,7 +9,7 @@ that reaches the sequence's last known token draws the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -106,14 +106,16 @@ class StepEngine(Protocol):
     limits: EngineLimits
     vocab_size: int
 
-    def add_sequence(self, seq: int, token_ids: Sequence[int], num_prompt_tokens: int, sampling: SamplingParams, choice: int) -> None:
+    def add_sequence(
+        self, seq: int, token_ids: Sequence[int], num_prompt_tokens: int, sampling: SamplingParams, choice: int
+    ) -> None:
         """Make a sequence known: its tokens so far (prompt, then generated) and how to draw more. The engine appends the
         tokens it draws itself."""
         ...
 
     def remove_sequence(self, seq: int) -> None: ...
 
-    def run(self, plan: StepPlan, after_layer: LayerHook | None, loads: dict[int, LayerLoad]) -> StepResult:
+    def run(self, plan: StepPlan, after_layer: LayerHook | None, loads: Mapping[int, LayerLoad]) -> StepResult:
         """One forward pass. `loads`: by sequence, the loads that items with num_loading wait for. Raises only on a fault of
         the whole engine; a single sequence's fault is reported in `failed`."""
         ...

@@ -6,7 +6,8 @@
 
 Rules:
 * Every running sequence whose known tokens are all computed but the last is a *decode* item of one token in each step.
-* Up to max_step_tokens prefill tokens come on top, oldest sequence first, in chunks that end on block boundaries except the last.
+* Up to max_step_tokens prefill tokens come on top, oldest sequence first, in chunks that end on block boundaries, except the
+  last of a sequence.
 * Waiting sequences hold no pages and are admitted oldest first; a younger one never overtakes.
 * When a decode item finds no page, the youngest sequence loses its pages and waits again with the tokens it has; so the oldest
   always finishes.
@@ -114,7 +115,9 @@ class _Sequence:
         "order", "page_array", "seq", "source_tokens", "started", "state", "storing", "told", "wants_store",
     )  # fmt: skip
 
-    def __init__(self, seq: int, job: Job, order: tuple[int, int], source_tokens: int, one_token: bool, store: bool) -> None:
+    def __init__(
+        self, seq: int, job: Job, order: tuple[int, int], source_tokens: int, one_token: bool, store: bool
+    ) -> None:
         self.seq = seq
         self.job = job
         self.order = order
@@ -188,7 +191,9 @@ class EngineCore:
             return f"{job.num_tokens} tokens do not fit: a sequence holds at most {self._longest} here"
         return None
 
-    def submit(self, seq: int, job: Job, *, source_tokens: int = 0, one_token: bool = False, store: bool = False) -> None:
+    def submit(
+        self, seq: int, job: Job, *, source_tokens: int = 0, one_token: bool = False, store: bool = False
+    ) -> None:
         """Queue a sequence under a number of the caller's choice. source_tokens: how many leading tokens can be loaded.
         one_token: draw one token and end (prefill role). store: pass all KV of the known tokens to the sink."""
         order = (-job.priority, self._num_submitted)
@@ -254,7 +259,9 @@ class EngineCore:
             elif item.num_loading and (item.seq in result.failed or not state.source_tokens):
                 self._forget_load(state)
             elif item.seq in result.failed:
-                self._outputs.append(SequenceFailed(item.seq, "engine_error", "the engine could not compute this sequence"))
+                self._outputs.append(
+                    SequenceFailed(item.seq, "engine_error", "the engine could not compute this sequence")
+                )
                 self._end(state)
             else:
                 if item.num_loading:
@@ -277,9 +284,7 @@ class EngineCore:
         active = self._active.values()
         to_compute = sum(s.num_tokens - s.source_tokens for s in waiting)
         to_compute += sum(s.remaining for s in active if s.remaining > 1)
-        return EngineLoad(
-            len(waiting), to_compute, len(active), sum(s.num_tokens for s in active), self.pool.num_free
-        )
+        return EngineLoad(len(waiting), to_compute, len(active), sum(s.num_tokens for s in active), self.pool.num_free)
 
     @property
     def idle(self) -> bool:
@@ -339,12 +344,12 @@ class EngineCore:
         state.state = _State.RUNNING
 
     def _decode_items(self) -> list[StepItem]:
-        items: list[StepItem] = []
-        for state in sorted(self._active.values(), key=_by_order):
-            # Oldest first: whoever is preempted on the way comes later in the list and is waiting by then.
-            if state.state is _State.RUNNING and state.remaining == 1 and self._make_room(state):
-                items.append(StepItem(state.seq, state.computed, 1, self._pages(state), sample=True))
-        return items
+        # Oldest first: whoever is preempted on the way comes later in the list and is waiting by then.
+        return [
+            StepItem(state.seq, state.computed, 1, self._pages(state), sample=True)
+            for state in sorted(self._active.values(), key=_by_order)
+            if state.state is _State.RUNNING and state.remaining == 1 and self._make_room(state)
+        ]
 
     def _make_room(self, state: _Sequence) -> bool:
         """Pages for all known tokens. The youngest gives way; False if that is `state` itself, or a sequence whose pages
@@ -370,7 +375,7 @@ class EngineCore:
         budget = self.limits.max_step_tokens
         for state in sorted(self._active.values(), key=_by_order):
             loading = state.state is _State.LOADING
-            if loading and not self._overlap or not loading and state.remaining == 1:
+            if (loading and not self._overlap) or (not loading and state.remaining == 1):
                 continue
             start = state.source_tokens if loading else state.computed
             count = self._chunk(start, state.num_tokens, budget)

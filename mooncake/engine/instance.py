@@ -38,7 +38,7 @@ class InstanceCore(Core, Protocol):
 
 
 MakeCore = Callable[[InstanceInfo, Callable[[Job], str | None], EngineParts], tuple[InstanceCore, Any]]
-"""From what the instance is, its engine's refusals and its parts: the core, and the settings that its event log is headed with."""
+"""From what the instance is, its engine's refusals and its parts: the core, and the settings that head its event log."""
 AddActions = Callable[[InstanceShell, StoreClient, EngineParts], None]
 
 
@@ -141,14 +141,24 @@ class _Instance:
 
     async def join(self, compat: str) -> None:
         hello = Hello(peer=self._role.name, kind=self._role.role, token=self._config.token, compat=compat)
-        callbacks = {
-            "on_open": lambda link: self.shell.opened(link.peer, link),
-            "on_message": lambda link, messages: self.shell.received(link.peer, messages),
-            "on_close": lambda link: self.shell.closed(link.peer, link),
-        }
-        server = RpcServer(self._role.listen, hello, tls=self._config.tls, **callbacks)
+        shell, tls = self.shell, self._config.tls
+        server = RpcServer(
+            self._role.listen,
+            hello,
+            tls=tls,
+            on_open=shell.opened,
+            on_message=shell.received,
+            on_close=shell.closed,
+        )
         await server.start()
-        client = RpcClient(self._role.conductor, hello, tls=self._config.tls, **callbacks)
+        client = RpcClient(
+            self._role.conductor,
+            hello,
+            tls=tls,
+            on_open=shell.opened,
+            on_message=shell.received,
+            on_close=shell.closed,
+        )
         client.start()
         self._links = [client, server]
 

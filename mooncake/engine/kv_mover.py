@@ -1,7 +1,8 @@
 """Copies KV between an engine's pages and objects in the store, layer by layer, beside the computation.
 
 One thread stores and one loads, so that neither waits for the other. Both copy straight between pages and the store's
-segment where it is mapped (`mooncake.store.handles`); over a network a staging buffer stands between. Pages belong to a task until its end is reported.
+segment where it is mapped (`mooncake.store.handles`); over a network a staging buffer stands between. Pages belong to a task
+until its end is reported.
 
 An object holds [layer][token][token_bytes] of its tokens (`KvLayout`); object `i` of a sequence is its block `i`, the last one
 may be partial.

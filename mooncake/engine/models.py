@@ -98,7 +98,9 @@ def _from_hub(model: str, report: Report) -> Path:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
     except Exception as error:  # the library raises errors of many unrelated families
         first_line = str(error).strip().partition("\n")[0]
-        raise ModelError(f"model {model!r}: not a folder here, and not to be had from the model hub ({first_line})") from error
+        raise ModelError(
+            f"model {model!r}: not a folder here, and not to be had from the model hub ({first_line})"
+        ) from error
 
 
 def fingerprint(path: Path, dtype: str) -> str:

@@ -10,10 +10,10 @@ import msgspec
 
 from mooncake.core.messages import (
     CONDUCTOR,
+    AnyMessage,
     CacheDelta,
     CacheSnapshot,
     LoadReport,
-    Message,
     Register,
     Registered,
     Send,
@@ -51,7 +51,7 @@ class InstanceReporter:
     def closed(self) -> None:
         self._connected = False
 
-    def received(self, message: Message) -> list[Send]:
+    def received(self, message: AnyMessage) -> list[Send]:
         if isinstance(message, SnapshotRequest):
             return [self._snapshot()]
         if isinstance(message, Registered):
@@ -117,10 +117,8 @@ class InstanceReporter:
         ]
 
     def _snapshot(self) -> Send:
-        return self._send(
-            CacheSnapshot(self.info.name, self.info.epoch, self._cache_seq, Tier.HBM, tuple(self._keys))
-        )
+        return self._send(CacheSnapshot(self.info.name, self.info.epoch, self._cache_seq, Tier.HBM, tuple(self._keys)))
 
     @staticmethod
-    def _send(message: Message) -> Send:
+    def _send(message: AnyMessage) -> Send:
         return Send(CONDUCTOR, message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Protocol
+from typing import Any
 
 from mooncake.core.errors import StoreError
 from mooncake.core.messages import CONDUCTOR, AnyMessage, Send
@@ -27,15 +27,10 @@ from mooncake.engine.attempts import (
 from mooncake.engine.kv_objects import SourceReader, TargetWriter, open_source
 from mooncake.engine.stepped import SteppedEngine
 from mooncake.rpc.driver import CoreDriver
+from mooncake.rpc.stream import Link
 from mooncake.store.operations import StoreOperations
 
 log = logging.getLogger(__name__)
-
-
-class Outbox(Protocol):
-    """One end of a stream, as far as sending goes."""
-
-    def send(self, message: AnyMessage) -> None: ...
 
 
 StoreFor = Callable[[KvSource], Awaitable[StoreOperations]]
@@ -53,7 +48,7 @@ class InstanceShell:
         self.block_tokens = block_tokens
         self.writers: dict[int, TargetWriter] = {}
         self._store_for = store_for
-        self._links: dict[str, Outbox] = {}
+        self._links: dict[str, Link] = {}
         self._readers: dict[int, SourceReader] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._actions: dict[type, Callable[[Any], None]] = {
@@ -87,24 +82,24 @@ class InstanceShell:
 
     # ------------------------------------------------------------------ links
 
-    def opened(self, peer: str, link: Outbox) -> None:
-        self._links[peer] = link
-        self.driver.handle(PeerOpened(peer))
+    def opened(self, link: Link) -> None:
+        self._links[link.peer] = link
+        self.driver.handle(PeerOpened(link.peer))
 
-    def closed(self, peer: str, link: Outbox) -> None:
+    def closed(self, link: Link) -> None:
         """A link that was replaced by a newer one of the same peer is nobody's loss."""
-        if self._links.get(peer) is link:
-            del self._links[peer]
-            self.driver.handle(PeerGone(peer))
+        if self._links.get(link.peer) is link:
+            del self._links[link.peer]
+            self.driver.handle(PeerGone(link.peer))
 
-    def received(self, peer: str, messages: list[AnyMessage]) -> None:
+    def received(self, link: Link, messages: list[AnyMessage]) -> None:
         for message in messages:
-            self.driver.handle(Received(peer, message))
+            self.driver.handle(Received(link.peer, message))
 
     def _send(self, command: Send) -> None:
         link = self._links.get(command.to)
         if link is not None:
-            link.send(command.message)  # type: ignore[arg-type]
+            link.send(command.message)
         elif command.to != CONDUCTOR:
             log.debug("no link to %s for %s", command.to, type(command.message).__name__)
 

@@ -8,7 +8,7 @@ that a test which moves KV moves the right KV. The simulator (`mooncake.sim`) us
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -95,7 +95,7 @@ class SimulatedEngine:
     def remove_sequence(self, seq: int) -> None:
         del self._sequences[seq]
 
-    def run(self, plan: StepPlan, after_layer: LayerHook | None, loads: dict[int, LayerLoad]) -> StepResult:
+    def run(self, plan: StepPlan, after_layer: LayerHook | None, loads: Mapping[int, LayerLoad]) -> StepResult:
         began = time.monotonic_ns()
         duration = step_ns(self._cost, plan.items)
         failed: dict[int, None] = {}

@@ -152,15 +152,13 @@ class DispatchBackend:
     def _send(self, command: Send) -> None:
         link = self._links.get(command.to)
         if link is not None:
-            link.send(command.message)  # type: ignore[arg-type]
+            link.send(command.message)
 
     def _output(self, command: Output) -> None:
         mailbox = self._mailboxes.get(command.number)
         if mailbox is not None:
             key = AttemptKey(self._name, command.number)
-            mailbox.put(
-                TokenOutput(key, 0, command.token_ids, command.finish, command.logprobs, command.cached_tokens)
-            )
+            mailbox.put(TokenOutput(key, 0, command.token_ids, command.finish, command.logprobs, command.cached_tokens))
 
     def _failure(self, command: Failure) -> None:
         mailbox = self._mailboxes.get(command.number)

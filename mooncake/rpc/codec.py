@@ -569,7 +569,7 @@ _TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], A
     (CacheSnapshot, "cache_snapshot", _cache_snapshot, _to_cache_snapshot),
     (SnapshotRequest, "snapshot_request", _snapshot_request, lambda m: SnapshotRequest(m.holder, m.tier)),
     (StateChange, "state_change", _state_change, _to_state_change),
-    (Drain, "drain", _drain, lambda m: Drain(m)),
+    (Drain, "drain", _drain, Drain),
     (RegisterNode, "register_node", _register_node, _to_register_node),
 )
 _ENCODERS = {kind: encode for kind, _, encode, _ in _TABLE}

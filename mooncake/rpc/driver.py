@@ -1,4 +1,4 @@
-"""Drives a sans-IO core on an event loop: events in, commands out, the core's deadline as a timer, all of it logged on demand."""
+"""Drives a sans-IO core on an event loop: events in, commands out, its deadline as a timer, all of it logged on demand."""
 
 from __future__ import annotations
 

@@ -305,7 +305,7 @@ class RpcClient:
                     first = await call.read()
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
                 raise await _reason(call, error) from None
-            if first is grpc.aio.EOF:
+            if not isinstance(first, pb.Envelope):
                 raise await _reason(call, TimeoutError("the peer ended the stream"))
             link = Link(call, first.hello)
             self._on_open(link)

@@ -21,7 +21,7 @@ from mooncake.sim.engine import EngineConfig
 from mooncake.sim.frontend import FRONTEND_LOST, Model, RequestRecord, SimFrontend, SimRequest
 from mooncake.sim.instance import InstanceConfig, SimInstance
 from mooncake.sim.loop import CoreRunner, Loop
-from mooncake.sim.network import Network, NetworkConfig
+from mooncake.sim.network import Network, NetworkConfig, Peer
 from mooncake.sim.node import NodeClient, NodeConfig, SimNode
 
 _COMPAT = "simulated"
@@ -166,32 +166,18 @@ class SimCluster:
         """A new life of that process."""
         epoch = self._lives[name] = self._lives.get(name, 0) + 1
         kind, _, number = name.partition("-")
+        process: Peer
         if kind == CONDUCTOR:
-            self.conductor = SimConductor(
-                self.config.conductor, self.rng.randrange(1 << 32), self.loop, self.network, self._observe
-            )
-            self.network.start(name, self.conductor)
-            return
-        if kind == "frontend":
-            self.frontends[name] = frontend = SimFrontend(
-                name,
-                self.config.dispatcher,
-                self.config.block_tokens,
-                self.loop,
-                self.network,
-                self._observe,
-                self._ended,
-            )
-            self.network.start(name, frontend)
+            process = self.conductor = self._new_conductor()
+        elif kind == "frontend":
+            process = self.frontends[name] = self._new_frontend(name)
         elif kind == "node":
-            self.nodes[name] = node = SimNode(
-                name, epoch, self.config.node, self.loop, self.network, self._observe, self._chance
-            )
-            self.network.start(name, node)
+            process = self.nodes[name] = self._new_node(name, epoch)
         else:
-            self.instances[name] = instance = self._instance(name, Role(kind), int(number), epoch)
-            self.network.start(name, instance)
-        self.network.dial(name, CONDUCTOR)
+            process = self.instances[name] = self._new_instance(name, Role(kind), int(number), epoch)
+        self.network.start(name, process)
+        if kind != CONDUCTOR:
+            self.network.dial(name, CONDUCTOR)
 
     def kill(self, name: str) -> None:
         """As by kill -9. Dead processes are left alone."""
@@ -207,7 +193,20 @@ class SimCluster:
             if process is not None:
                 process.kill()
 
-    def _instance(self, name: str, role: Role, number: int, epoch: int) -> SimInstance:
+    def _new_conductor(self) -> SimConductor:
+        seed = self.rng.randrange(1 << 32)
+        return SimConductor(self.config.conductor, seed, self.loop, self.network, self._observe)
+
+    def _new_frontend(self, name: str) -> SimFrontend:
+        config = self.config
+        return SimFrontend(
+            name, config.dispatcher, config.block_tokens, self.loop, self.network, self._observe, self._ended
+        )
+
+    def _new_node(self, name: str, epoch: int) -> SimNode:
+        return SimNode(name, epoch, self.config.node, self.loop, self.network, self._observe, self._chance)
+
+    def _new_instance(self, name: str, role: Role, number: int, epoch: int) -> SimInstance:
         config = self.config
         at = number if role is Role.PREFILL else -1 - number
         node = self._node_of[name] = f"node-{at % config.nodes}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from mooncake.core.messages import CONDUCTOR, AnyMessage, Send
+from mooncake.core.messages import AnyMessage, Send
 from mooncake.core.types import Job, SamplingParams, Slo
 from mooncake.engine.simulated import draw_token
 from mooncake.scheduler.dispatcher import (
@@ -213,9 +213,6 @@ class SimFrontend:
                 record.end(FRONTEND_LOST)
             self._on_ended()
         self._running.clear()
-
-    def connect(self) -> None:
-        self._network.dial(self.name, CONDUCTOR)
 
     def opened(self, peer: str) -> None:
         self.runner.handle(PeerOpened(peer))

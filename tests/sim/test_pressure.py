@@ -46,7 +46,8 @@ def test_tight_room_with_faults_and_shared_prefixes() -> None:
 
 def test_a_sequence_that_outgrows_all_pages_ends_and_lets_the_next_one_in() -> None:
     cluster = SimCluster(msgspec.structs.replace(TIGHT, num_pages=20, max_step_tokens=512), 1, check_core)
-    cluster.submit(SimRequest(NANOS_PER_S + at, TOKENS, OUTPUT, ()) for at in range(2))
+    keys = tuple(bytes([at]) * 16 for at in range(TOKENS // BLOCK))
+    cluster.submit(SimRequest(NANOS_PER_S + at, TOKENS, OUTPUT, keys) for at in range(2))
     cluster.run(600 * NANOS_PER_S)
     cluster.settle()
     capacity = 20 * TIGHT.page_tokens

@@ -21,11 +21,11 @@ USUAL = FaultRates()
 ENDINGS = ("stop", "length", CANCELLED, FRONTEND_LOST)
 
 
-def requests(rng: random.Random, count: int, span_ns: int, *, max_output: int = 20) -> Iterator[SimRequest]:
+def requests(rng: random.Random, count: int, span_ns: int, *, max_output: int = 16) -> Iterator[SimRequest]:
     """Prompts of 1 to 600 tokens, most of which begin like one of a dozen documents."""
     documents = [[rng.randbytes(16) for _ in range(6)] for _ in range(12)]
     for _ in range(count):
-        num_tokens = rng.randrange(1, 600)
+        num_tokens = rng.randrange(1, 500)
         num_blocks = num_tokens // BLOCK
         shared = rng.choice(documents)[: min(num_blocks, rng.randrange(7))]
         keys = (*shared, *(rng.randbytes(16) for _ in range(num_blocks - len(shared))))

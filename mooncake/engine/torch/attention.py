@@ -17,7 +17,7 @@ stride 0 (prefill).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,7 +76,7 @@ class PagedBatch:
         items: Sequence[StepItem],
         memory: PageMemory,
         after_layer: LayerHook | None,
-        loads: dict[int, LayerLoad],
+        loads: Mapping[int, LayerLoad],
     ) -> None:
         self.memory = memory
         self.gathered_bytes = 0
@@ -101,7 +101,13 @@ class PagedBatch:
             self._singles = prefill + [item for item in decode if item.first is None]
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, window: int | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
     ) -> torch.Tensor:
         """query: [1, heads, tokens, dim]; key, value: [1, kv_heads, tokens, dim]. Returns [1, tokens, heads, dim]."""
         self._wait(layer)
@@ -128,7 +134,13 @@ class PagedBatch:
                 self.failed[seq] = None
 
     def _attend_rows(
-        self, rows: _Rows, kv: torch.Tensor, grouped: torch.Tensor, out: torch.Tensor, scaling: float | None, window: int | None
+        self,
+        rows: _Rows,
+        kv: torch.Tensor,
+        grouped: torch.Tensor,
+        out: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
     ) -> None:
         num_kv, group, _, dim = grouped.shape
         token = kv.stride(0)
@@ -146,7 +158,13 @@ class PagedBatch:
         out[rows.queries] = found[rows.rows]
 
     def _attend_single(
-        self, item: _Item, kv: torch.Tensor, grouped: torch.Tensor, out: torch.Tensor, scaling: float | None, window: int | None
+        self,
+        item: _Item,
+        kv: torch.Tensor,
+        grouped: torch.Tensor,
+        out: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
     ) -> None:
         begin = max(0, item.length - window) if window is not None and item.count == 1 else 0
         if item.gather is None:

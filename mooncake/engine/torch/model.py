@@ -29,7 +29,9 @@ class Dimensions(msgspec.Struct, frozen=True):
 def load_model(path: Path, dtype: str, device: str) -> Any:
     """The model in evaluation mode, with our attention. Raises ModelError."""
     if not transformers.__version__.startswith(SUPPORTED_TRANSFORMERS):
-        raise ModelError(f"transformers {transformers.__version__} is installed; this engine is made for {SUPPORTED_TRANSFORMERS}*")
+        raise ModelError(
+            f"transformers {transformers.__version__} is installed; this engine is made for {SUPPORTED_TRANSFORMERS}*"
+        )
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     ALL_ATTENTION_FUNCTIONS.register(NAME, paged_attention)

@@ -18,7 +18,13 @@ class PageMemory:
     stream, which first waits for what the compute stream had been given when `mark` was called."""
 
     def __init__(
-        self, num_layers: int, num_slots: int, page_tokens: int, token_shape: tuple[int, ...], dtype: torch.dtype, device: str
+        self,
+        num_layers: int,
+        num_slots: int,
+        page_tokens: int,
+        token_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: str,
     ) -> None:
         self.kv = torch.empty((num_layers, num_slots, *token_shape), dtype=dtype, device=device).fill_(0)
         self.page_tokens = page_tokens
@@ -79,7 +85,7 @@ def layout_of(memory: PageMemory, name: str) -> KvLayout:
 
 
 def runs(pages: np.ndarray, page_tokens: int, start: int, count: int) -> Iterator[tuple[int, int, int]]:
-    """Contiguous pieces of tokens [start, start + count): (first slot, offset from start, length). Adjacent pages are merged."""
+    """Contiguous pieces of tokens [start, start + count): (first slot, offset from start, length). Adjacent pages merge."""
     first, last = start // page_tokens, (start + count - 1) // page_tokens
     used = pages[first : last + 1]
     breaks = np.flatnonzero(np.diff(used) != 1) + 1

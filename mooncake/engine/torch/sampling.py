@@ -30,7 +30,12 @@ class SequenceState:
     def is_plain(self) -> bool:
         """Whether the greatest logit is the answer."""
         p = self.params
-        return p.greedy and not p.logit_bias and not self._penalised and len(self.token_ids) - self.num_prompt >= p.min_tokens
+        return (
+            p.greedy
+            and not p.logit_bias
+            and not self._penalised
+            and len(self.token_ids) - self.num_prompt >= p.min_tokens
+        )
 
     @property
     def _penalised(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class TorchStepEngine:
         self._sequences.pop(seq, None)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, after_layer: LayerHook | None, loads: dict[int, LayerLoad]) -> StepResult:
+    def run(self, plan: StepPlan, after_layer: LayerHook | None, loads: Mapping[int, LayerLoad]) -> StepResult:
         began = time.monotonic_ns()
         batch = PagedBatch(plan.items, self.memory, after_layer, loads)
         logits = self.forward(plan.items, batch)
