@@ -376,6 +376,7 @@ class PrefillCore:
     def _engine_progress(self, event: EngineProgress, now: int) -> None:
         self._out.extend(self.reporter.progress(event, now))
         tokens: list[TokenOutput] = []
+        before = len(self._out)
         for output in event.outputs:
             attempt = self._table.by_seq(output.seq)
             if attempt is None:
@@ -393,7 +394,7 @@ class PrefillCore:
                 self._leave(attempt)
             elif isinstance(output, SequenceReleased):
                 self._released(attempt, now)
-        self._out.extend(group_tokens(self._name, tokens))
+        self._out[before:before] = group_tokens(self._name, tokens)  # a first token goes before its hand-over
 
     def _drawn(self, attempt: _Prefill, output: Drawn, tokens: list[TokenOutput], now: int) -> None:
         if attempt.state is not _State.RUNNING:

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from mooncake.core.messages import (
+    AnyMessage,
     AttemptEnded,
     BookingSnapshot,
     CacheDelta,
@@ -53,20 +54,20 @@ TOO_LONG = "too_long"
 _NO_PREDICTION = Prediction()
 
 
-class Received(msgspec.Struct, frozen=True):
+class Received(msgspec.Struct, frozen=True, tag=True):
     """A message arrived over the peer's connection."""
 
     sender: str
-    message: Message
+    message: AnyMessage
 
 
-class PeerGone(msgspec.Struct, frozen=True):
+class PeerGone(msgspec.Struct, frozen=True, tag=True):
     """The connection of this peer ended, and there is no newer one of the same name."""
 
     name: str
 
 
-class Tick(msgspec.Struct, frozen=True):
+class Tick(msgspec.Struct, frozen=True, tag=True):
     """The deadline passed."""
 
 

@@ -19,6 +19,7 @@ from typing import cast
 import msgspec
 
 from mooncake.core.errors import AuthError, BadArgument, ProtocolError, SegmentError, StoreError, StoreUnavailable
+from mooncake.core.event_log import EventLogWriter
 from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import CacheDelta, CacheSnapshot, NodeInfo
 from mooncake.core.types import NANOS_PER_S, Tier
@@ -59,6 +60,8 @@ def _block_keys(object_keys: tuple[bytes, ...]) -> tuple[bytes, ...]:
 
 class StoreNode:
     """`on_report` is called on the event loop with every delta and snapshot; it must not block."""
+
+    event_log: EventLogWriter | None = None
 
     def __init__(self, config: NodeConfig, on_report: Callable[[CacheDelta | CacheSnapshot], None]) -> None:
         self.config = config
@@ -137,7 +140,11 @@ class StoreNode:
 
     def handle(self, event: Event) -> None:
         """One event through the core, and its commands carried out."""
-        for command in self.core.handle(event, time.monotonic_ns()):
+        now = time.monotonic_ns()
+        commands = self.core.handle(event, now)
+        if self.event_log is not None:
+            self.event_log.append(now, event, commands)
+        for command in commands:
             self._carry_out(command)
         deadline = self.core.deadline()
         if deadline is not None and (self._timer is None or deadline < self._timer_at):

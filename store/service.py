@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
+
 from mooncake.config import Config, RoleConfig
 from mooncake.core.errors import ConfigError, MooncakeError
 from mooncake.core.messages import AnyMessage, CacheDelta, CacheSnapshot, RegisterNode, SnapshotRequest
+from mooncake.rpc.driver import open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcClient
 from mooncake.status import Status
 from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.transport.tcp import parse_address
+
+
+class StoreSettings(msgspec.Struct, frozen=True):
+    """What a `StoreCore` is built from, as its event log keeps it."""
+
+    capacity_bytes: int
+    epoch: int
+    alignment: int
 
 
 async def run(config: Config, role: RoleConfig, status: Status) -> None:
@@ -18,6 +29,8 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     status.loading(f"populating {config.store_memory >> 20} MiB of shared memory")
     reporter = _Reporter()
     node = StoreNode(_node_config(config, role), reporter.report)
+    settings = StoreSettings(node.config.capacity_bytes, node.epoch, node.config.alignment)
+    node.event_log = open_event_log(config, role, settings)
     await node.start()
     reporter.node = node
     hello = Hello(peer=role.name, kind=role.role, token=config.token, compat="")
@@ -36,6 +49,8 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     finally:
         await client.close()
         await node.close()
+        if node.event_log is not None:
+            node.event_log.close()
 
 
 class _Reporter:

@@ -156,11 +156,16 @@ def _by_order(state: _Sequence) -> tuple[int, int]:
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
+    """What there is now; the last three count since the start."""
+
     num_waiting: int
     waiting_tokens: int
     num_running: int
     context_tokens: int
     free_pages: int
+    num_preempted: int = 0
+    num_computed_tokens: int = 0
+    num_loaded_tokens: int = 0
 
 
 class EngineCore:
@@ -284,7 +289,16 @@ class EngineCore:
         active = self._active.values()
         to_compute = sum(s.num_tokens - s.source_tokens for s in waiting)
         to_compute += sum(s.remaining for s in active if s.remaining > 1)
-        return EngineLoad(len(waiting), to_compute, len(active), sum(s.num_tokens for s in active), self.pool.num_free)
+        return EngineLoad(
+            len(waiting),
+            to_compute,
+            len(active),
+            sum(s.num_tokens for s in active),
+            self.pool.num_free,
+            self.num_preempted,
+            self.num_computed_tokens,
+            self.num_loaded_tokens,
+        )
 
     @property
     def idle(self) -> bool:

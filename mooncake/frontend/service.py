@@ -7,6 +7,8 @@ import random
 import time
 from pathlib import Path
 
+import msgspec
+
 from mooncake.config import Config, RoleConfig
 from mooncake.core.messages import CONDUCTOR
 from mooncake.core.types import NANOS_PER_S, InstanceInfo, Slo
@@ -27,6 +29,14 @@ from mooncake.status import Status
 _READY_POLL_S = 0.02
 
 
+class DispatcherSettings(msgspec.Struct, frozen=True):
+    """What a `Dispatcher` is built from, as its event log keeps it."""
+
+    name: str
+    limits: DispatcherLimits
+    block_tokens: int
+
+
 async def run(config: Config, role: RoleConfig, status: Status) -> None:
     """Until cancelled."""
     status.loading("the tokenizer")
@@ -43,7 +53,8 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
         max_requests=config.limits.requests, place_timeout_ns=int(config.timeouts.placement_s * NANOS_PER_S)
     )
     dispatcher = Dispatcher(role.name, limits, hashed_keys(config.block_tokens))
-    backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=open_event_log(config, role, limits))
+    event_log = open_event_log(config, role, DispatcherSettings(role.name, limits, config.block_tokens))
+    backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=event_log)
     backend.dialer = dialer = InstanceDialer(config, role, backend)
     app = create_app(backend, tokenizer, _settings(config), registry=Registry(), rng=random.Random())
     server = HttpServer(app, config.host, config.port, grace_s=config.timeouts.drain_s)

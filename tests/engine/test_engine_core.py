@@ -1,0 +1,308 @@
+"""Continuous batching on tiny numbers: pages of four tokens, blocks of eight, steps of sixteen."""
+
+import random
+from typing import Any
+
+import pytest
+from mooncake.core.types import AttemptKey, FinishReason, Job, SamplingParams
+from mooncake.engine.base import EngineLimits, StepPlan, StepResult
+from mooncake.engine.core import (
+    Drawn,
+    EngineCore,
+    KvLoaded,
+    KvStored,
+    LoadKv,
+    SequenceFailed,
+    SequenceReleased,
+    SequenceStarted,
+    StoreKv,
+)
+
+STOP = 7
+
+
+def make_job(number: int, num_tokens: int, max_tokens: int = 4, **more: Any) -> Job:
+    keys = tuple(bytes([number, index]) for index in range(num_tokens // 8))
+    fields = {"block_keys": keys, "token_ids": b"", "sampling": SamplingParams(stop_token_ids=(STOP,))} | more
+    return Job(AttemptKey("f", number), num_tokens, num_tokens, max_tokens, **fields)
+
+
+class Driver:
+    """Submits, steps and answers loads and stores at once unless told to hold them."""
+
+    def __init__(self, num_pages: int = 12, max_batch: int = 4, overlap: bool = False, max_context: int = 1000) -> None:
+        limits = EngineLimits(num_pages, 4, 8, max_batch, max_step_tokens=16, max_context=max_context)
+        self.core = EngineCore(limits, overlap_loads=overlap)
+        self.outputs: list[Any] = []
+        self.hold = False
+
+    def submit(self, number: int, num_tokens: int, max_tokens: int = 4, *, fields: Any = None, **more: Any) -> None:
+        self.core.submit(number, make_job(number, num_tokens, max_tokens, **(fields or {})), **more)
+
+    def shape(self) -> list[tuple[int, int, int]] | None:
+        """Plan a step and give its items as (seq, start, count)."""
+        self.plan = self.core.schedule()
+        self._take()
+        return None if self.plan is None else [(item.seq, item.start, item.count) for item in self.plan.items]
+
+    def finish(self, token: int = 1, failed: tuple[int, ...] = ()) -> None:
+        assert self.plan is not None
+        tokens = tuple((token,) if item.sample else () for item in self.plan.items)
+        self.core.update(self.plan, StepResult(tokens, failed=failed))
+        self._take()
+        self.core.check_integrity()
+
+    def step(self, token: int = 1) -> list[tuple[int, int, int]] | None:
+        shape = self.shape()
+        if shape is not None:
+            self.finish(token)
+        return shape
+
+    def run(self) -> None:
+        while self.step() is not None:
+            pass
+
+    def of(self, kind: type) -> list[Any]:
+        return [output for output in self.outputs if isinstance(output, kind)]
+
+    def _take(self) -> None:
+        new = self.core.take_outputs()
+        self.outputs += new
+        for output in new:
+            if self.hold:
+                continue
+            if isinstance(output, LoadKv):
+                self.core.loaded(output.seq, True)
+            elif isinstance(output, StoreKv) and not output.during_step:
+                self.core.stored(output.seq, output.start, output.end, True)
+        if new:
+            self._take()
+
+
+def test_a_sequence_is_prefilled_in_chunks_and_decoded_to_its_limit() -> None:
+    drive = Driver()
+    drive.submit(1, 21, max_tokens=3)
+    assert [drive.step() for _ in range(5)] == [[(1, 0, 16)], [(1, 16, 5)], [(1, 21, 1)], [(1, 22, 1)], None]
+    assert drive.outputs == [
+        SequenceStarted(1),
+        Drawn(1, 21, (1,), None, (), 0),
+        Drawn(1, 22, (1,), None),
+        Drawn(1, 23, (1,), FinishReason.LENGTH),
+        SequenceReleased(1),
+    ]
+    assert drive.core.idle and drive.core.num_computed_tokens == 23
+
+
+def test_a_stop_token_ends_but_not_before_min_tokens() -> None:
+    drive = Driver()
+    drive.submit(1, 4, max_tokens=9)
+    drive.submit(2, 4, max_tokens=9, fields={"sampling": SamplingParams(stop_token_ids=(STOP,), min_tokens=2)})
+    drive.step(token=STOP)
+    assert [o.finish for o in drive.of(Drawn)] == [FinishReason.STOP, None]
+    drive.step(token=STOP)
+    drive.step(token=STOP)
+    assert [(o.seq, o.finish) for o in drive.of(Drawn)[2:]] == [(2, None), (2, FinishReason.STOP)]
+
+
+def test_decode_items_come_first_and_prefill_tokens_share_a_budget() -> None:
+    drive = Driver(num_pages=40)
+    drive.submit(1, 3)
+    drive.step()
+    drive.submit(2, 10)
+    drive.submit(3, 20)
+    assert drive.step() == [(1, 3, 1), (2, 0, 10)], "3 tokens of the budget are left: no whole block of the next"
+    assert drive.step() == [(1, 4, 1), (2, 10, 1), (3, 0, 16)]
+
+
+def test_chunks_end_on_block_boundaries_except_the_last() -> None:
+    drive = Driver(num_pages=40)
+    drive.submit(1, 9)
+    drive.submit(2, 30)
+    assert drive.step() == [(1, 0, 9)]
+    drive.submit(3, 2)
+    shapes = [drive.step() for _ in range(2)]
+    assert shapes == [[(1, 9, 1), (2, 0, 16)], [(1, 10, 1), (2, 16, 14), (3, 0, 2)]]
+
+
+def test_admission_is_oldest_first_and_nobody_overtakes() -> None:
+    drive = Driver(num_pages=6)
+    drive.submit(1, 12)
+    drive.submit(2, 20)
+    drive.submit(3, 2)
+    assert drive.shape() == [(1, 0, 12)], "3 would fit, but 2 is older"
+    drive.finish()
+    drive.run()
+    assert [output.seq for output in drive.of(SequenceStarted)] == [1, 2, 3]
+
+
+def test_priority_goes_before_age() -> None:
+    drive = Driver(max_batch=1)
+    for number, priority in ((1, 0), (2, 5), (3, 5)):
+        drive.submit(number, 4, max_tokens=1, fields={"priority": priority})
+    drive.run()
+    assert [output.seq for output in drive.of(SequenceStarted)] == [2, 3, 1]
+
+
+def test_the_youngest_is_preempted_and_continues_with_what_it_has() -> None:
+    drive = Driver(num_pages=4)
+    drive.submit(1, 7, max_tokens=6)
+    drive.submit(2, 7, max_tokens=6)
+    assert [drive.step() for _ in range(3)] == [[(1, 0, 7), (2, 0, 7)], [(1, 7, 1), (2, 7, 1)], [(1, 8, 1)]]
+    assert drive.core.num_preempted == 1
+    assert [drive.step() for _ in range(3)] == [[(1, 9, 1)], [(1, 10, 1)], [(1, 11, 1)]]
+    assert drive.step() == [(2, 0, 9)], "prompt and tokens so far, computed again"
+    drive.run()
+    assert [(o.seq, o.position) for o in drive.of(Drawn) if o.seq == 2] == [(2, 7 + n) for n in range(6)]
+    assert [o.seq for o in drive.of(Drawn) if o.finish] == [1, 2]
+
+
+def test_a_sequence_that_fills_all_pages_ends() -> None:
+    drive = Driver(num_pages=2)
+    drive.submit(1, 6, max_tokens=100)
+    drive.run()
+    assert drive.of(Drawn)[-1].finish is FinishReason.LENGTH and drive.core.idle
+
+
+def test_a_prefix_is_reused_and_one_token_is_left_to_compute() -> None:
+    drive = Driver(num_pages=40)
+    keys = (b"a", b"b")
+    drive.submit(1, 16, max_tokens=1, fields={"block_keys": keys})
+    drive.run()
+    drive.submit(2, 16, max_tokens=1, fields={"block_keys": keys})
+    assert drive.step() == [(2, 8, 8)]
+    assert drive.of(Drawn)[-1].cached_tokens == 8
+    assert drive.core.pool.cached_keys() == keys
+
+
+def test_decode_waits_for_its_load() -> None:
+    drive = Driver()
+    drive.hold = True
+    drive.submit(1, 9, source_tokens=9)
+    assert drive.step() is None
+    [load] = drive.of(LoadKv)
+    assert (load.start, load.end, load.pages.tolist()) == (0, 8, [0, 1, 2])
+    drive.core.loaded(1, True)
+    assert drive.step() == [(1, 8, 1)]
+    assert drive.of(KvLoaded) == [KvLoaded(1, True)] and drive.of(Drawn)[0].cached_tokens == 8
+    assert (drive.core.num_loaded_tokens, drive.core.num_computed_tokens) == (8, 1)
+
+
+def test_prefill_overlaps_its_load_and_stores_what_was_loaded() -> None:
+    drive = Driver(overlap=True)
+    drive.hold = True
+    drive.submit(1, 20, source_tokens=16, one_token=True, store=True)
+    assert drive.shape() == [(1, 16, 4)] and drive.plan is not None and drive.plan.items[0].num_loading == 16
+    drive.finish()
+    assert [(s.start, s.end, s.during_step) for s in drive.of(StoreKv)] == [(16, 20, True), (0, 16, False)]
+    drive.core.loaded(1, True)
+    for store in drive.of(StoreKv):
+        drive.core.stored(1, store.start, store.end, True)
+    drive._take()
+    assert drive.of(KvStored) == [KvStored(1, 16, 20), KvStored(1, 0, 16)]
+    assert drive.outputs[-1] == SequenceReleased(1) and drive.of(Drawn)[0].cached_tokens == 16
+
+
+@pytest.mark.parametrize("order", ["loaded first", "step first"])
+def test_a_failed_load_is_computed_instead(order: str) -> None:
+    drive = Driver(overlap=True)
+    drive.hold = True
+    drive.submit(1, 20, source_tokens=16, one_token=True)
+    drive.shape()
+    if order == "loaded first":
+        drive.core.loaded(1, False)
+    drive.finish(failed=(1,))
+    if order == "step first":
+        drive.core.loaded(1, False)
+    assert drive.of(Drawn) == []
+    assert [drive.step(), drive.step()] == [[(1, 0, 16)], [(1, 16, 4)]]
+    assert drive.of(Drawn)[0].cached_tokens == 0 and drive.core.idle
+
+
+def test_a_fault_of_one_sequence_leaves_the_others() -> None:
+    drive = Driver()
+    drive.submit(1, 4)
+    drive.submit(2, 4)
+    drive.shape()
+    drive.finish(failed=(1,))
+    assert drive.of(SequenceFailed)[0].seq == 1 and SequenceReleased(1) in drive.outputs
+    assert drive.step() == [(2, 4, 1)]
+
+
+def test_pages_belong_to_the_writer_until_the_copy_is_over() -> None:
+    drive = Driver()
+    drive.submit(1, 8, one_token=True, store=True)
+    drive.shape()
+    drive.core.abort(1)
+    assert drive.core.pool.num_free == 10
+    drive.finish()
+    assert drive.core.pool.num_free == 10 and drive.of(Drawn) == []
+    drive.core.stored(1, 0, 8, False)
+    drive._take()
+    assert drive.core.pool.num_free == 12 and drive.of(KvStored) == [] and drive.core.idle
+
+
+def test_abort_of_a_waiting_and_of_an_unknown_sequence() -> None:
+    drive = Driver()
+    drive.submit(1, 8)
+    drive.core.abort(1)
+    drive.core.abort(1)
+    drive.core.abort(99)
+    assert drive.step() is None
+    assert drive.outputs == [SequenceReleased(1)]
+
+
+def test_horizon_is_bounded_by_pages_limits_and_waiting_work() -> None:
+    drive = Driver(num_pages=40, max_batch=2)
+    drive.submit(1, 4, max_tokens=50)
+    drive.submit(2, 5, max_tokens=3)
+    drive.step()
+    drive.shape()
+    assert drive.plan is not None and drive.plan.horizon == 2, "sequence 2 has two tokens left"
+    drive.core.update(drive.plan, StepResult(((1, 2), (3, 4))))
+    drive._take()
+    assert [o.token_ids for o in drive.of(Drawn)[2:]] == [(1, 2), (3, 4)]
+    drive.submit(3, 4)
+    drive.shape()
+    drive.finish()
+    drive.submit(4, 4)
+    drive.shape()
+    assert drive.plan.horizon == 1, "somebody waits"
+
+
+def test_refusals_name_the_limit() -> None:
+    core = Driver(num_pages=3).core
+    assert core.refusal(make_job(1, 11)) is None
+    assert core.refusal(make_job(1, 12)) == "12 tokens do not fit: a sequence holds at most 12 here"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_histories_end_every_sequence_once_and_leak_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    drive = Driver(overlap=rng.random() < 0.5, max_context=48)
+    drive.hold = True
+    pending: list[Any] = []
+    submitted, released = 0, 0
+    while released < 25 or not drive.core.idle:
+        if submitted < 25 and rng.random() < 0.4:
+            num_tokens = rng.randint(1, 30)
+            more = {"one_token": rng.random() < 0.3, "store": rng.random() < 0.4}
+            drive.submit(submitted, num_tokens, rng.randint(1, 12), source_tokens=rng.choice([0, num_tokens]), **more)
+            submitted += 1
+        if submitted and rng.random() < 0.05:
+            drive.core.abort(rng.randrange(submitted))
+        if drive.shape() is not None:
+            assert isinstance(drive.plan, StepPlan)
+            loading = tuple(item.seq for item in drive.plan.items if item.num_loading and rng.random() < 0.3)
+            drive.finish(token=rng.choice([1, 2, STOP]), failed=loading)
+        pending += [output for output in drive.outputs if isinstance(output, LoadKv | StoreKv)]
+        released += len(drive.of(SequenceReleased))
+        drive.outputs.clear()
+        while pending and rng.random() < 0.6:
+            copy = pending.pop(rng.randrange(len(pending)))
+            if isinstance(copy, LoadKv):
+                drive.core.loaded(copy.seq, rng.random() < 0.8)
+            else:
+                drive.core.stored(copy.seq, copy.start, copy.end, rng.random() < 0.9)
+            drive.core.check_integrity()
+        drive._take()
+    assert released == 25 and drive.core.pool.num_free == 12
