@@ -250,6 +250,7 @@ class Dispatcher:
         self._extend_keys = extend_keys
         self._requests: dict[int, _Request] = {}
         self._members: dict[str, InstanceInfo] = {}
+        self._dialled: dict[str, str] = {}
         self._open: dict[str, None] = {}
         self._timers: list[tuple[int, int]] = []
         self._repair_at: int | None = None
@@ -567,15 +568,20 @@ class Dispatcher:
     # ------------------------------------------------------------------ peers
 
     def _members_changed(self, message: Members, now: int) -> None:
-        members = {info.name: info for info in message.instances}
-        for name, info in members.items():
-            known = self._members.get(name)
-            if known is None or known.address != info.address:
+        """An instance that the Conductor does not know is given up only when its connection is gone too: a Conductor that
+        was just restarted knows nobody, and running streams must not suffer for it."""
+        self._members = {info.name: info for info in message.instances}
+        for name, info in self._members.items():
+            if self._dialled.get(name) != info.address:
+                self._dialled[name] = info.address
                 self._out.append(Connect(info))
-        for name in self._members:
-            if name not in members:
-                self._out.append(Disconnect(name))
-        self._members = members
+        for name in list(self._dialled):
+            self._drop_if_unknown(name)
+
+    def _drop_if_unknown(self, name: str) -> None:
+        if name in self._dialled and name not in self._members and name not in self._open:
+            del self._dialled[name]
+            self._out.append(Disconnect(name))
 
     def _peer_opened(self, event: PeerOpened, now: int) -> None:
         self._open[event.peer] = None
@@ -590,6 +596,7 @@ class Dispatcher:
         if event.peer not in self._open:
             return
         del self._open[event.peer]
+        self._drop_if_unknown(event.peer)
         for request in list(self._requests.values()):
             if request.instance == event.peer:
                 self._next_attempt(request, now, failed=event.peer)

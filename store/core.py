@@ -3,17 +3,17 @@
 Sans-IO: `handle(event, now)` gives commands, `deadline()` the time of the next Tick. The core never sees a byte of an
 object.
 
-An object is in `_by_number` from reservation to end. `_by_key` has, for each key, its committed object, else the
-reservation that was first. In EQUIVALENT mode a key may have several writers, since waiting for each other would let a
+An object is in `_by_number` from reservation to end, and in `_by_key` while it is committed; `_num_writers` counts a
+key's live reservations. In EQUIVALENT mode a key may have several writers, since waiting for each other would let a
 slow or dying one stop the rest: the first commit wins, and those that come later get leases of the winner, under the
 numbers of their own reservations (`aliases`). Every claim has an owner: a reservation is in its client's
-`reservations`, a lease in its client's `leases` (counted, the same client may lease twice), and an object's `refs` is
-the sum of its leases.
+`reservations`, a lease in its client's `leases` (counted, the same client may lease twice) or `aliases`, and an
+object's `refs` is the sum of both.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,7 +73,7 @@ class StoredObject:
 
 class _Claims:
     """What one client holds: numbers of its reservations, and how often it leased which number. aliases: numbers of
-    reservations that lost against another writer -> the number of which the client got a lease instead."""
+    reservations that lost against another writer -> the number of which it has a lease instead, beside `leases`."""
 
     __slots__ = ("aliases", "leases", "reservations")
 
@@ -104,6 +104,7 @@ class StoreCore:
         self._reservation_ns = reservation_ns
         self._report_ns = report_ns
         self._by_key: dict[bytes, StoredObject] = {}
+        self._num_writers: Counter[bytes] = Counter()
         self._by_number: dict[int, StoredObject] = {}
         self._clients: dict[int, _Claims] = {}
         self._expiring: OrderedDict[int, int] = OrderedDict()  # reservation -> when it runs out; one TTL, so in order
@@ -160,22 +161,25 @@ class StoreCore:
             "capacity_bytes": self._allocator.capacity,
             "used_bytes": self._allocator.used,
             "evictable_bytes": self._idle_bytes,
-            "objects": sum(1 for _ in self._committed()),
+            "objects": len(self._by_key),
             "reservations": sum(len(claims.reservations) for claims in self._clients.values()),
-            "leases": sum(sum(claims.leases.values()) for claims in self._clients.values()),
+            "leases": sum(sum(claims.leases.values()) + len(claims.aliases) for claims in self._clients.values()),
         }
 
     # ------------------------------------------------------------ requests
 
     def _reserve(self, event: Reserve, now: int) -> list[Command]:
         found = [self._by_key.get(key) for key in event.keys]
-        held = [obj for obj in found if obj is not None and obj.state is State.COMMITTED]
+        held = [obj for obj in found if obj is not None]
         self._hold(held)  # so that the batch's new objects do not evict those it found
         results: list[Put] = []
         made: list[StoredObject] = []
         for at, obj in enumerate(found):
-            if obj is not None and (obj.state is State.COMMITTED or event.mode is PutMode.STRICT):
+            if obj is not None:
                 results.append(_answer_for_known(event, at, obj))
+                continue
+            if event.mode is PutMode.STRICT and self._num_writers[event.keys[at]]:
+                results.append(_BUSY)
                 continue
             new = self._make(event, at)
             if new is None:
@@ -213,7 +217,7 @@ class StoreCore:
         location = Location(offset, size, self._last_number)
         obj = StoredObject(event.keys[at], location, event.client, event.ephemeral, checksum)
         self._move(obj, Trigger.RESERVE)
-        self._by_key.setdefault(obj.key, obj)
+        self._num_writers[obj.key] += 1
         self._by_number[obj.number] = obj
         self._claims(event.client).reservations[obj.number] = None
         return obj
@@ -228,7 +232,7 @@ class StoreCore:
             elif obj.state is State.FENCED:
                 self._end(obj, Trigger.COMMIT)
                 results.append(CommitStatus.EXPIRED)
-            elif (winner := self._winner(obj)) is not None:
+            elif (winner := self._by_key.get(obj.key)) is not None:
                 self._yield_to(winner, obj, lease=event.lease)
                 results.append(CommitStatus.EXISTS)
             else:
@@ -243,23 +247,17 @@ class StoreCore:
             self._unhold(committed)
         return _reply(event, tuple(results))
 
-    def _winner(self, obj: StoredObject) -> StoredObject | None:
-        """The committed object of a reservation's key, if another writer was faster."""
-        holder = self._by_key.get(obj.key)
-        return holder if holder is not None and holder.state is State.COMMITTED else None
-
     def _yield_to(self, winner: StoredObject, obj: StoredObject, *, lease: bool) -> None:
         if lease:
             assert obj.writer is not None
-            claims = self._claims(obj.writer)
             self._hold((winner,))
-            claims.leases[winner.number] = claims.leases.get(winner.number, 0) + 1
-            claims.aliases[obj.number] = winner.number
+            self._claims(obj.writer).aliases[obj.number] = winner.number
         self._end(obj, Trigger.CANCEL)
 
     def _publish(self, obj: StoredObject) -> None:
         """RESERVED to COMMITTED, held once by whoever commits it."""
         self._move(obj, Trigger.COMMIT)
+        self._forget_writer(obj)
         self._forget_reservation(obj)
         self._by_key[obj.key] = obj
         obj.refs = 1
@@ -281,7 +279,7 @@ class StoreCore:
         results: list[Location | Miss] = []
         for key in event.keys:
             obj = self._by_key.get(key)
-            if obj is None or obj.state is not State.COMMITTED:
+            if obj is None:
                 results.append(MISS)
                 continue
             self._hold((obj,))
@@ -298,27 +296,27 @@ class StoreCore:
         released: list[StoredObject] = []
         results = []
         for named in event.numbers:
-            number = claims.aliases.pop(named, named)
-            count = leases.get(number, 0)
-            results.append(count > 0)
-            if count > 0:
-                released.append(self._by_number[number])
-                if count == 1:
+            number = claims.aliases.pop(named, None)
+            if number is None and named in leases:
+                number = named
+                leases[number] -= 1
+                if not leases[number]:
                     del leases[number]
-                else:
-                    leases[number] = count - 1
+            results.append(number is not None)
+            if number is not None:
+                released.append(self._by_number[number])
         self._unhold(released)
         return _reply(event, tuple(results))
 
     def _exists(self, event: Exists, now: int) -> list[Command]:
         found = map(self._by_key.get, event.keys)
-        return _reply(event, tuple(obj is not None and obj.state is State.COMMITTED for obj in found))
+        return _reply(event, tuple(obj is not None for obj in found))
 
     def _remove(self, event: Remove, now: int) -> list[Command]:
         results = []
         for key in event.keys:
             obj = self._by_key.get(key)
-            if obj is None or obj.state is not State.COMMITTED:
+            if obj is None:
                 results.append(False)
                 continue
             if obj.refs:
@@ -338,10 +336,11 @@ class StoreCore:
             for number in tuple(claims.reservations):
                 self._end(self._by_number[number], Trigger.CANCEL)
             self._unhold([self._by_number[n] for n, count in claims.leases.items() for _ in range(count)])
+            self._unhold([self._by_number[n] for n in claims.aliases.values()])
         return []
 
     def _snapshot(self, event: SnapshotWanted, now: int) -> list[Command]:
-        keys = tuple(obj.key for obj in self._committed() if not obj.ephemeral)
+        keys = tuple(obj.key for obj in self._by_key.values() if not obj.ephemeral)
         return [*self._flush(), Snapshot(self.epoch, self.seq, keys)]
 
     def _tick(self, event: Tick, now: int) -> list[Command]:
@@ -352,7 +351,7 @@ class StoreCore:
             del self._expiring[number]
             obj = self._by_number[number]
             self._move(obj, Trigger.EXPIRE)
-            self._forget_key(obj)
+            self._forget_writer(obj)
             self.counters["expired"] += 1
         return []
 
@@ -410,6 +409,8 @@ class StoreCore:
         """Free the bytes of an object or reservation that nobody holds any more."""
         before = obj.state
         self._move(obj, trigger)
+        if before is State.RESERVED:
+            self._forget_writer(obj)
         if before in (State.RESERVED, State.FENCED):
             self._forget_reservation(obj)
         else:
@@ -417,13 +418,14 @@ class StoreCore:
         if before is State.COMMITTED:
             self._idle_bytes -= self._allocator.rounded(obj.location.size)
             self._note(obj, added=False)
-        self._forget_key(obj)
+            del self._by_key[obj.key]
         del self._by_number[obj.number]
         self._allocator.free(obj.location.offset)
 
-    def _forget_key(self, obj: StoredObject) -> None:
-        if self._by_key.get(obj.key) is obj:
-            del self._by_key[obj.key]
+    def _forget_writer(self, obj: StoredObject) -> None:
+        self._num_writers[obj.key] -= 1
+        if not self._num_writers[obj.key]:
+            del self._num_writers[obj.key]
 
     def _move(self, obj: StoredObject, trigger: Trigger) -> None:
         after = advance(obj.state, trigger)
@@ -442,9 +444,6 @@ class StoreCore:
         if not obj.ephemeral and self._delta.pop(obj.key, None) is None:
             self._delta[obj.key] = added
 
-    def _committed(self) -> list[StoredObject]:
-        return [obj for obj in self._by_key.values() if obj.state is State.COMMITTED]
-
     def _claims(self, client: int) -> _Claims:
         return self._clients.setdefault(client, _Claims())
 
@@ -460,13 +459,11 @@ class StoreCore:
         objects = self._by_number
         extents = {o.location.offset: self._allocator.rounded(o.location.size) for o in objects.values()}
         _require(len(extents) == len(objects) and extents == self._allocator.extents(), "index and allocator disagree")
-        committed = {o.key: o for o in objects.values() if o.state is State.COMMITTED}
-        _require(
-            len(committed) == sum(o.state is State.COMMITTED for o in objects.values()), "a key is committed twice"
-        )
-        _require(all(self._by_key.get(key) is o for key, o in committed.items()), "a committed object is not found")
-        others = [o for key, o in self._by_key.items() if key not in committed]
-        _require(all(o.state is State.RESERVED and o.number in objects for o in others), "key index disagrees")
+        committed = [o for o in objects.values() if o.state is State.COMMITTED]
+        _require(len({o.key for o in committed}) == len(committed), "a key is committed twice")
+        _require(self._by_key == {o.key: o for o in committed}, "key index disagrees")
+        live = Counter(o.key for o in objects.values() if o.state is State.RESERVED)
+        _require(dict(self._num_writers) == live, "a key's writers are miscounted")
         reserved = {(c, n) for c, claims in self._clients.items() for n in claims.reservations}
         writers = {(o.writer, o.number) for o in objects.values() if o.state in (State.RESERVED, State.FENCED)}
         _require(reserved == writers, "a reservation has no owner, or an owner no reservation")
@@ -475,20 +472,17 @@ class StoreCore:
         )
         refs = dict.fromkeys(objects, 0)
         for claims in self._clients.values():
-            _require(all(n in claims.leases for n in claims.aliases.values()), "an alias of a lease that is not there")
-            for number, count in claims.leases.items():
+            for number, count in (*claims.leases.items(), *((n, 1) for n in claims.aliases.values())):
                 _require(number in refs and count > 0, f"lease of {number}, which is not there")
                 refs[number] += count
         _require(refs == {n: o.refs for n, o in objects.items()}, "leases do not add up to reference counts")
         _require(all(o.refs for o in objects.values() if o.state is State.CONDEMNED), "a condemned object nobody holds")
-        idle = [extents[o.location.offset] for o in self._committed() if not o.refs]
+        idle = [extents[o.location.offset] for o in committed if not o.refs]
         _require(sum(idle) == self._idle_bytes, "evictable bytes do not add up")
         _require((self._policy.victim() is None) == (not idle), "the policy has no victim, or one it should not have")
 
 
 def _answer_for_known(event: Reserve, at: int, obj: StoredObject) -> Put:
-    if obj.state is State.RESERVED:
-        return _BUSY
     if event.mode is PutMode.STRICT and obj.checksum != event.checksums[at]:
         return _CONFLICT
     return Put(PutStatus.EXISTS, obj.location if event.lease_existing else None)

@@ -29,7 +29,8 @@ _numbers = itertools.count()
 
 
 class Cluster:
-    """`mooncake serve` with these options, ready when made. `folder` outlives it only for a successor (`keep`)."""
+    """`mooncake serve` with these options, ready when made. As a context manager it is stopped, checked and removed at the
+    end. folder, name: those of a predecessor that was killed."""
 
     def __init__(self, *options: str, folder: Path | None = None, name: str = "") -> None:
         self.folder = folder or Path(tempfile.mkdtemp(prefix="mooncake-live-"))
@@ -40,18 +41,29 @@ class Cluster:
         self._seen: dict[str, ProcessId] = {}
         self._checkpoints: list[tuple[str, int]] = []
         fixed = ("--port", "0", "--run-dir", str(self.run_dir), "--cluster", self.name, "--timeouts-drain-s", "1")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mooncake", "serve", *fixed, "--event-log", str(self.event_logs), *options],
-            stdout=self._screen.open("wb"),
-            stderr=subprocess.STDOUT,
-            env=clean_environment(),
-            cwd=ROOT,
-        )
+        with self._screen.open("wb") as screen:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mooncake", "serve", *fixed, "--event-log", str(self.event_logs), *options],
+                stdout=screen,
+                stderr=subprocess.STDOUT,
+                env=clean_environment(),
+                cwd=ROOT,
+            )
         try:
             self._wait_ready()
         except BaseException:
             self.abandon()
             raise
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and self.process.poll() is None:
+                self.stop()
+        finally:
+            self.abandon()
 
     # ------------------------------------------------------------ what is there
 
@@ -100,19 +112,16 @@ class Cluster:
 
     def stop(self) -> None:
         """Ctrl-C, and nothing may be left: no process, no shared memory, no socket, nothing held at a checkpoint."""
-        try:
-            self.pids()
-            self.process.send_signal(signal.SIGINT)
-            code = self.process.wait(20)
-            assert code == 0, self.screen
-            assert "killed" not in self.screen.rpartition("stopping")[2], self.screen
-            self.assert_gone()
-            assert sorted(path.name for path in self.run_dir.iterdir()) == ["lock", "logs"]
-            for label, at in self._checkpoints:
-                left = {path.stem: found.leftovers() for path, found in self.replay_all(at)}
-                assert not any(left.values()), f"{label}: {left}"
-        finally:
-            self.abandon()
+        self.pids()
+        self.process.send_signal(signal.SIGINT)
+        code = self.process.wait(20)
+        assert code == 0, self.screen
+        assert "killed" not in self.screen.rpartition("stopping")[2], self.screen
+        self.assert_gone()
+        assert sorted(path.name for path in self.run_dir.iterdir()) == ["lock", "logs"]
+        for label, at in self._checkpoints:
+            left = {name: found.leftovers() for name, found in self.replay_all(at).items()}
+            assert not any(left.values()), f"{label}: {left}"
 
     def assert_gone(self) -> None:
         alive = [name for name, process in self._seen.items() if process.alive]
@@ -132,14 +141,14 @@ class Cluster:
 
     # ------------------------------------------------------------ inside
 
-    def replay_all(self, until_ns: int | None = None) -> list[tuple[Path, Replayed]]:
-        """Every process that lives at that time, or lived last; to be asked after the end, when the logs are complete."""
-        newest: dict[str, tuple[Path, Replayed]] = {}
+    def replay_all(self, until_ns: int | None = None) -> dict[str, Replayed]:
+        """By name, the process that lives at that time, or lived last; to be asked after `stop`, when the logs are whole."""
+        found: dict[str, Replayed] = {}
         for path in sorted(self.event_logs.iterdir()):
-            found = replay(path, until_ns)
-            if found is not None:
-                newest[path.stem.rpartition("-")[0]] = (path, found)
-        return list(newest.values())
+            replayed = replay(path, until_ns)
+            if replayed is not None:
+                found[path.stem.rpartition("-")[0]] = replayed
+        return found
 
     def _wait_ready(self) -> None:
         self._until(lambda: "curl" in self.screen, "the screen")

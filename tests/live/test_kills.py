@@ -33,9 +33,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    found = Cluster(*OPTIONS)
-    yield found
-    found.stop()
+    with Cluster(*OPTIONS) as found:
+        yield found
 
 
 def prompt(stream: int) -> list[int]:
@@ -142,23 +141,20 @@ def test_clients_that_leave_free_everything_within_a_second(cluster: Cluster, to
 
 def test_supervisor(tokenizer: Tokenizer) -> None:
     """Its children end with it, and the next start finds a clean machine."""
-    first = Cluster(*OPTIONS)
-
-    async def scenario() -> list[Completion]:
-        async with Client(first) as client:
-            running = asyncio.create_task(streams(client, 100))
-            await asyncio.sleep(0.5)
-            first.process.kill()
-            return await running
-
-    try:
+    with Cluster(*OPTIONS) as first:
         first.pids()
+
+        async def scenario() -> list[Completion]:
+            async with Client(first) as client:
+                running = asyncio.create_task(streams(client, 100))
+                await asyncio.sleep(0.5)
+                first.process.kill()
+                return await running
+
         completions = asyncio.run(scenario())
         assert all(expected(tokenizer, len(prompt(at)), at).startswith(c.text) for at, c in enumerate(completions))
         first.process.wait()
-        second = Cluster(*OPTIONS, folder=first.folder, name=first.name)
-        assert_works(second, tokenizer)
-        second.stop()
-        first.assert_gone()
-    finally:
-        first.abandon()
+        with Cluster(*OPTIONS, folder=first.folder, name=first.name) as second:
+            assert_works(second, tokenizer)
+            second.stop()
+            first.assert_gone()

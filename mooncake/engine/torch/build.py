@@ -28,7 +28,7 @@ def build_torch(config: Config, max_batch: int, num_threads: int) -> TorchStepEn
     dims = dimensions(model)
     if config.max_context is not None and config.max_context > dims.max_context:
         raise ConfigError(f"max_context = {config.max_context}: the model's own limit is {dims.max_context}")
-    token_bytes = dims.num_layers * 2 * dims.num_kv_heads * dims.head_dim * model.dtype.itemsize
+    token_bytes = dims.token_elements * model.dtype.itemsize
     limits = engine_limits(config, max_batch, dims.max_context, _default_kv_tokens(device, token_bytes))
     engine = TorchStepEngine(model, dims, limits, device)
     check_model(model, engine)

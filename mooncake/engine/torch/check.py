@@ -16,7 +16,8 @@ import torch
 from mooncake.core.errors import ModelError
 from mooncake.core.types import SamplingParams
 from mooncake.engine.base import StepItem
-from mooncake.engine.torch.attention import NAME, PagedBatch, UnknownSemantics
+from mooncake.engine.torch.attention import NAME, UnknownSemantics
+from mooncake.engine.torch.batch import LayerWriter
 from mooncake.engine.torch.step_engine import TorchStepEngine
 
 _LENGTHS = (23, 40)
@@ -71,9 +72,9 @@ def _packed_logits(engine: TorchStepEngine, prompts: Sequence[list[int]]) -> tor
             StepItem(seq, start, end - start, owned, sample=True)
             for seq, start, end, owned in zip(sequences, starts, ends, pages, strict=True)
         ]
-        batch = PagedBatch(items, engine.memory, None, {})
-        logits = engine.forward(items, batch).float().cpu()
-        if sorted(batch.layers_seen) != list(range(engine.layout.num_layers)):
+        writer = LayerWriter(items, engine.memory, None, {})
+        logits = engine.forward(items, writer).float().cpu()
+        if sorted(writer.layers_seen) != list(range(engine.layout.num_layers)):
             raise UnknownSemantics("it does not call its attention once per layer")
         starts = list(ends)
     for seq in sequences:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,20 @@ SUPPORTED_TRANSFORMERS = "5.23."
 
 
 class Dimensions(msgspec.Struct, frozen=True):
+    """token_shape: of one token's KV in one layer. layout: its name, see `KvLayout`. latent: whether it is what keys and values
+    are expanded from (multi-head latent attention)."""
+
     num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    token_shape: tuple[int, ...]
+    layout: str
+    latent: bool
     vocab_size: int
     max_context: int
+
+    @property
+    def token_elements(self) -> int:
+        """Of all layers together."""
+        return self.num_layers * math.prod(self.token_shape)
 
 
 def load_model(path: Path, dtype: str, device: str) -> Any:
@@ -47,12 +57,22 @@ def load_model(path: Path, dtype: str, device: str) -> Any:
 def dimensions(model: Any) -> Dimensions:
     """Raises ModelError for a configuration without the usual words."""
     config = model.config.get_text_config()
+    latent = getattr(config, "kv_lora_rank", None)
     try:
-        num_heads = config.num_attention_heads
+        if latent:
+            rope: int = config.qk_rope_head_dim
+            shape: tuple[int, ...] = (latent + rope,)
+            layout = f"mla.{latent}+{rope}"
+        else:
+            num_heads = config.num_attention_heads
+            num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+            shape = (2, num_kv_heads, getattr(config, "head_dim", None) or config.hidden_size // num_heads)
+            layout = f"kv.{shape[1]}x{shape[2]}"
         return Dimensions(
             num_layers=config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            token_shape=shape,
+            layout=layout,
+            latent=bool(latent),
             vocab_size=config.vocab_size,
             max_context=config.max_position_embeddings,
         )

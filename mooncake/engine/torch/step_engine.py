@@ -12,7 +12,7 @@ import torch
 from mooncake.core.costs import fit_decode, fit_prefill
 from mooncake.core.types import CostModel, SamplingParams
 from mooncake.engine.base import EngineLimits, KvLayout, LayerHook, LayerLoad, StepItem, StepPlan, StepResult
-from mooncake.engine.torch.attention import PagedBatch
+from mooncake.engine.torch.batch import HeadsBatch, LatentBatch, LayerWriter
 from mooncake.engine.torch.model import Dimensions
 from mooncake.engine.torch.pages import PageMemory, layout_of
 from mooncake.engine.torch.sampling import SequenceState, draw_tokens
@@ -35,11 +35,12 @@ class TorchStepEngine:
             dims.num_layers,
             limits.num_pages * limits.page_tokens,
             limits.page_tokens,
-            (2, dims.num_kv_heads, dims.head_dim),
+            dims.token_shape,
             model.dtype,
             device,
         )
-        self.layout: KvLayout = layout_of(self.memory, f"kv.{dims.num_kv_heads}x{dims.head_dim}")
+        self.layout: KvLayout = layout_of(self.memory, dims.layout)
+        self._batch = LatentBatch if dims.latent else HeadsBatch
         self._model = model
         self._device = device
         self._sequences: dict[int, SequenceState] = {}
@@ -55,9 +56,8 @@ class TorchStepEngine:
     @torch.inference_mode()
     def run(self, plan: StepPlan, after_layer: LayerHook | None, loads: Mapping[int, LayerLoad]) -> StepResult:
         began = time.monotonic_ns()
-        batch = PagedBatch(plan.items, self.memory, after_layer, loads)
-        logits = self.forward(plan.items, batch)
-        self.gathered_bytes = batch.gathered_bytes
+        writer = LayerWriter(plan.items, self.memory, after_layer, loads)
+        logits = self.forward(plan.items, writer)
         sampled = [item for item in plan.items if item.sample]
         drawn: dict[int, int] = {}
         logprobs: dict[int, Any] = {}
@@ -66,17 +66,18 @@ class TorchStepEngine:
             tokens, found = draw_tokens(logits, sequences)
             for item, token, logprob in zip(sampled, tokens, found, strict=True):
                 drawn[item.seq], logprobs[item.seq] = token, logprob
-                if item.seq not in batch.failed:
+                if item.seq not in writer.failed:
                     self._sequences[item.seq].token_ids.append(token)
         return StepResult(
             tokens=tuple((drawn[item.seq],) if item.sample else () for item in plan.items),
             logprobs=tuple(logprobs.get(item.seq, ()) for item in plan.items),
-            failed=tuple(batch.failed),
+            failed=tuple(writer.failed),
             step_ns=time.monotonic_ns() - began,
         )
 
-    def forward(self, items: Sequence[StepItem], batch: PagedBatch) -> torch.Tensor:
+    def forward(self, items: Sequence[StepItem], writer: LayerWriter) -> torch.Tensor:
         """Logits of the items that sample, [sampled, vocabulary]."""
+        batch = self._batch(items, self.memory, writer)
         tokens: list[int] = []
         positions: list[np.ndarray] = []
         last: list[int] = []
@@ -89,10 +90,12 @@ class TorchStepEngine:
         found = self._model(
             input_ids=torch.tensor([tokens], device=self._device),
             position_ids=torch.from_numpy(np.concatenate(positions)).unsqueeze(0).to(self._device),
+            past_key_values=batch.past_key_values,
             use_cache=False,
             logits_to_keep=keep,
             paged=batch,
         )
+        self.gathered_bytes = batch.gathered_bytes
         logits: torch.Tensor = found.logits[0]
         return logits
 
