@@ -15,7 +15,7 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from mooncake.core.types import CostModel, SamplingParams, TokenLogprobs
+from mooncake.core.types import CostModel, Job, SamplingParams, TokenLogprobs
 
 
 class KvLayout(msgspec.Struct, frozen=True):
@@ -134,3 +134,47 @@ class StepEngine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class KvReader(Protocol):
+    """Leased objects of one sequence. Errors are `MooncakeError`s."""
+
+    num_tokens: int
+
+    def use(self, index: int, offset: int, size: int, use: Callable[[memoryview], None]) -> None:
+        """Call `use` with that range of object `index`; the bytes are valid during the call."""
+        ...
+
+
+class KvWriter(Protocol):
+    """Reserved objects of one sequence. Errors are `MooncakeError`s."""
+
+    num_tokens: int
+
+    def wants(self, index: int) -> bool:
+        """False where the object exists already."""
+        ...
+
+    def fill(self, index: int, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
+        """Call `fill` with a buffer whose bytes become that range of object `index`."""
+        ...
+
+
+class Engine(Protocol):
+    """Request level. What happens is told by `EngineProgress` (`mooncake.engine.attempts`), in order, from a thread of the
+    engine; the last word on each submitted sequence is `SequenceReleased`."""
+
+    def submit(
+        self, seq: int, job: Job, *, one_token: bool, reader: KvReader | None = None, writer: KvWriter | None = None
+    ) -> None:
+        """Never blocks. one_token: draw one token and end. reader: where the KV of its leading tokens can be loaded; writer:
+        where the KV of its known tokens goes. Both are used until `SequenceReleased`."""
+        ...
+
+    def abort(self, seq: int) -> None:
+        """Unknown and ended sequences are ignored."""
+        ...
+
+    def close(self) -> None:
+        """Ends the engine's threads; what still runs is dropped."""
+        ...

@@ -20,34 +20,10 @@ import msgspec
 import numpy as np
 
 from mooncake.core.errors import MooncakeError
-from mooncake.engine.base import KvLayout
+from mooncake.engine.base import KvLayout, KvReader, KvWriter
 
 LOAD_TIMEOUT_S = 10.0
 """A layer that has not arrived after this makes the load fail."""
-
-
-class KvReader(Protocol):
-    """Leased objects of one sequence. Errors are `MooncakeError`s."""
-
-    num_tokens: int
-
-    def use(self, index: int, offset: int, size: int, use: Callable[[memoryview], None]) -> None:
-        """Call `use` with that range of object `index`; the bytes are valid during the call."""
-        ...
-
-
-class KvWriter(Protocol):
-    """Reserved objects of one sequence. Errors are `MooncakeError`s."""
-
-    num_tokens: int
-
-    def wants(self, index: int) -> bool:
-        """False where the object exists already."""
-        ...
-
-    def fill(self, index: int, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
-        """Call `fill` with a buffer whose bytes become that range of object `index`."""
-        ...
 
 
 class PageAccess(Protocol):

@@ -24,8 +24,8 @@ from mooncake.engine.attempts import (
     RunSequence,
     SourceOpened,
 )
+from mooncake.engine.base import Engine
 from mooncake.engine.kv_objects import SourceReader, TargetWriter, open_source
-from mooncake.engine.stepped import SteppedEngine
 from mooncake.rpc.driver import CoreDriver
 from mooncake.rpc.stream import Link
 from mooncake.store.operations import StoreOperations
@@ -41,7 +41,7 @@ class InstanceShell:
     """driver and engine are set by the service before the first event, as they need this object to exist."""
 
     driver: CoreDriver
-    engine: SteppedEngine
+    engine: Engine
 
     def __init__(self, store_for: StoreFor, shard: bytes, block_tokens: int) -> None:
         self.shard = shard

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 from mooncake.core.types import Job, bytes_to_tokens
 from mooncake.engine.attempts import EngineProgress
-from mooncake.engine.base import StepEngine, StepPlan, StepResult
+from mooncake.engine.base import KvReader, KvWriter, StepEngine, StepPlan, StepResult
 from mooncake.engine.core import EngineCore, EngineOutput, LoadKv, SequenceReleased, ServiceOutput, StoreKv
-from mooncake.engine.kv_mover import Interval, KvMover, KvReader, KvWriter, LoadTask, StoreTask
+from mooncake.engine.kv_mover import Interval, KvMover, LoadTask, StoreTask
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +57,12 @@ class SteppedEngine:
     def submit(
         self, seq: int, job: Job, *, one_token: bool, reader: KvReader | None = None, writer: KvWriter | None = None
     ) -> None:
-        """reader: where the KV of its leading tokens can be loaded; writer: where its KV goes. Both are used until
-        `SequenceReleased`."""
         self._inbox.put(lambda: self._submit(seq, job, one_token, reader, writer))
 
     def abort(self, seq: int) -> None:
         self._inbox.put(lambda: self.core.abort(seq))
 
     def close(self) -> None:
-        """Ends the threads; what still runs is dropped."""
         self._inbox.put(None)
         self._thread.join()
         self.mover.close()

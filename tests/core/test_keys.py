@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from mooncake.core.keys import KEY_BYTES, block_keys, object_key, partial_key, root_key, shard_id
 
 VECTORS = {
@@ -24,7 +25,11 @@ print(root.hex(), keys[0].hex(), keys[1].hex(), partial_key(root, "f", 7, 1, 2).
 @pytest.mark.parametrize("hash_seed", ["0", "4711"])
 def test_vectors_hold_in_every_process(hash_seed: str) -> None:
     out = subprocess.run(
-        [sys.executable, "-c", PRINT_KEYS], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", PRINT_KEYS],
+        env={"PYTHONHASHSEED": hash_seed},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert out.stdout.split() == list(VECTORS.values())
 

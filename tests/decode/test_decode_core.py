@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from mooncake.core.messages import (
     CONDUCTOR,
     Abort,

@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 import pytest
+
 from mooncake.core.types import AttemptKey, FinishReason, Job, SamplingParams
 from mooncake.engine.base import EngineLimits, StepPlan, StepResult
 from mooncake.engine.core import (

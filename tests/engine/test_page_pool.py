@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from mooncake.engine.page_pool import PagePool
 
 K = [bytes([number]) for number in range(32)]

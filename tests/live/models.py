@@ -43,7 +43,7 @@ class Reference:
     """Plain transformers in float32."""
 
     def __init__(self, folder: Path) -> None:
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)  # more would spin in the way of the cluster
         transformers.utils.logging.disable_progress_bar()
         self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self._model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)

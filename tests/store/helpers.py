@@ -19,6 +19,7 @@ from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.store.operations import StoreOperations
 
 UNIT = 64
+MAPPED = ("memory", "shm")
 KINDS = ("memory", "shm", "stream", "tcp")
 TOKEN = "cluster-secret"
 _names = itertools.count()

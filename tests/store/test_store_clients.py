@@ -15,7 +15,7 @@ from mooncake.store.events import Lease, Release
 from mooncake.store.handles import Hold
 from mooncake.store.types import MISS, CommitStatus, PutMode, PutStatus
 from mooncake.transport.base import DONE
-from tests.store.helpers import KINDS, Store, eventually, keys, run, running_store
+from tests.store.helpers import KINDS, MAPPED, Store, eventually, keys, run, running_store
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 SIZES = (1, 63, 4096, 100_000, 300_001)
@@ -56,7 +56,7 @@ def test_a_view_needs_no_copy_where_the_segment_is_mapped(kind: str) -> None:
             reservation = await client.reserve(keys(1), [5])
             await asyncio.to_thread(reservation.write, 0, 0, b"12345")
             await client.commit(reservation, lease=True)
-            assert reservation.mapped == (kind in ("memory", "shm"))
+            assert reservation.mapped == (kind in MAPPED)
             if reservation.mapped:
                 view = reservation.view(0)
                 assert view == b"12345" and view.readonly
@@ -65,6 +65,115 @@ def test_a_view_needs_no_copy_where_the_segment_is_mapped(kind: str) -> None:
                 with pytest.raises(BadArgument, match="view"):
                     reservation.view(0)
             await client.release(reservation)
+
+    run(main())
+
+
+def test_use_and_fill_give_the_segment_where_it_is_mapped_and_a_copy_elsewhere(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            client = await store.client()
+            reservation = await client.reserve(keys(1, 2), [100_000, 10])
+            data, seen = os.urandom(70_000), []
+
+            def fill(out: memoryview) -> None:
+                assert len(out) == len(data) and reservation.busy([0]) == (kind in MAPPED)
+                out[:] = data
+
+            await asyncio.to_thread(reservation.fill, 0, 30_000, 70_000, fill)
+            await client.commit(reservation, [0], lease=True)
+            other = await (await store.client()).lease(keys(1))
+            for objects in (reservation, other):
+                use = lambda piece: seen.append(bytes(piece))  # noqa: E731
+                await asyncio.to_thread(objects.use, 0, 30_001, 20_000, use)
+            assert seen == [data[1:20_001]] * 2
+
+    run(main())
+
+
+def test_use_and_fill_check_their_range_before_they_call(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            client = await store.client()
+            reservation = await client.reserve(keys(1, 2), [10, 10])
+            await client.commit(reservation, [1], lease=True)
+
+            def never(view: memoryview) -> None:
+                raise AssertionError("called")
+
+            for index, offset, size, why in ((0, 5, 6, "offset"), (0, -1, 1, "offset"), (0, 0, 0, "offset")):
+                with pytest.raises(BadArgument, match=why):
+                    reservation.fill(index, offset, size, never)
+                with pytest.raises(BadArgument, match=why):
+                    reservation.use(index + 1, offset, size, never)
+            for call, index in ((reservation.fill, 1), (reservation.use, 0), (reservation.fill, 2)):
+                with pytest.raises(BadArgument, match="index"):
+                    call(index, 0, 1, never)
+
+    run(main())
+
+
+def test_a_callback_that_raises_leaves_the_claim_as_it_was(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            client = await store.client()
+            reservation = await client.reserve(keys(1), [10])
+
+            def broken(view: memoryview) -> None:
+                raise ValueError("broken")
+
+            with pytest.raises(ValueError, match="broken"):
+                await asyncio.to_thread(reservation.fill, 0, 0, 10, broken)
+            assert not reservation.busy([0]) and reservation.link.idle()
+            assert await client.commit(reservation, lease=True) == {0: CommitStatus.COMMITTED}
+            with pytest.raises(ValueError, match="broken"):
+                await asyncio.to_thread(reservation.use, 0, 0, 10, broken)
+            assert not reservation.busy([0]) and reservation.link.idle()
+
+    run(main())
+
+
+@pytest.mark.parametrize("lease", [True, False])
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_writers_the_first_commit_wins_and_the_other_may_hold_it(kind: str, first: int, lease: bool) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            clients = [await store.client(), await store.client()]
+            held = [await client.reserve(keys(1), [64]) for client in clients]
+            for at, reservation in enumerate(held):
+                assert reservation.statuses == (PutStatus.RESERVED,)
+                await asyncio.to_thread(reservation.write, 0, 0, bytes([at]) * 64)
+            second = 1 - first
+            winner, loser = held[first], held[second]
+            assert await clients[first].commit(winner) == {0: CommitStatus.COMMITTED}
+            assert await clients[second].commit(loser, lease=lease) == {0: CommitStatus.EXISTS}
+            assert loser.held(Hold.ELSEWHERE if lease else Hold.CLOSED) == [0] and loser.hits == 0
+            metrics = store.core.metrics()
+            assert (metrics["used_bytes"], metrics["leases"], metrics["reservations"]) == (64, lease, 0)
+            with pytest.raises(BadArgument, match="ELSEWHERE" if lease else "CLOSED"):
+                loser.read(0, 0, bytearray(1))
+            there, out = await clients[second].lease(keys(1)), bytearray(64)
+            await asyncio.to_thread(there.read, 0, 0, out)
+            assert out == bytes([first]) * 64
+            await clients[second].release(there)
+            await clients[second].release(loser)
+            await clients[second].release(loser)
+            assert loser.held(Hold.CLOSED) == [0] and store.core.metrics()["leases"] == 0
+
+    run(main())
+
+
+def test_the_losers_lease_keeps_the_winner_until_the_loser_closes(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            one, two = await store.client(), await store.client()
+            first, second = await one.reserve(keys(1), [64]), await two.reserve(keys(1), [64])
+            await one.commit(first)
+            await two.commit(second, lease=True)
+            assert await one.remove(keys(1)) == (True,)
+            assert store.core.metrics()["used_bytes"] == 64
+            await two.close()  # type: ignore[attr-defined]
+            await eventually(lambda: store.core.metrics()["used_bytes"] == 0)
 
     run(main())
 
@@ -94,8 +203,9 @@ def test_refusal_and_busy_are_values(kind: str) -> None:
         async with running_store(kind, capacity=4096) as store:
             one, two = await store.client(), await store.client()
             held = await one.reserve(keys(1), [4000])
-            assert (await two.reserve(keys(1, 2), [64, 64])).statuses == (PutStatus.BUSY, PutStatus.RESERVED)
-            assert (await two.reserve(keys(3), [64])).statuses == (PutStatus.REFUSED,)
+            busy = await two.reserve(keys(1, 2), [64, 64], mode=PutMode.STRICT, checksums=[5, 5])
+            assert busy.statuses == (PutStatus.BUSY, PutStatus.RESERVED)
+            assert (await two.reserve(keys(1), [64])).statuses == (PutStatus.REFUSED,)
             await one.cancel(held)
             strict = await two.reserve(keys(3), [64], mode=PutMode.STRICT, checksums=[5])
             await two.commit(strict)
@@ -196,6 +306,26 @@ def test_no_claim_ends_under_a_running_copy(kind: str) -> None:
             gate.open.set()
             await asyncio.gather(copy, cancel)
             assert store.core.metrics()["reservations"] == 0
+
+    run(main())
+
+
+def test_no_claim_ends_under_a_callback_that_has_the_segment(kind: str) -> None:
+    async def main() -> None:
+        if kind not in MAPPED:
+            return
+        async with running_store(kind) as store:
+            client = await store.client()
+            reservation = await client.reserve(keys(1), [100])
+            gate = threading.Event()
+            filling = asyncio.create_task(asyncio.to_thread(reservation.fill, 0, 0, 100, lambda view: gate.wait(5)))
+            await eventually(lambda: reservation.busy([0]))
+            with pytest.raises(DeadlineExceeded):
+                await client.commit(reservation, deadline_s=0.02)
+            assert reservation.held(Hold.WRITING) == [0] and store.core.metrics()["reservations"] == 1
+            gate.set()
+            await filling
+            assert await client.commit(reservation) == {0: CommitStatus.COMMITTED}
 
     run(main())
 

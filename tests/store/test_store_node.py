@@ -23,12 +23,13 @@ from mooncake.core.errors import (
     StoreError,
     StoreUnavailable,
 )
+from mooncake.core.keys import KEY_BYTES, object_key
 from mooncake.core.messages import CacheDelta, CacheSnapshot
 from mooncake.store import wire
 from mooncake.store.client import StoreClient
 from mooncake.store.handles import Link
 from mooncake.store.node import StoreNode
-from mooncake.store.types import CommitStatus, PutStatus
+from mooncake.store.types import CommitStatus, PutMode, PutStatus
 from mooncake.transport.base import Piece, Region
 from mooncake.transport.frames import HEADER, PIECE, ErrorCode, Kind
 from mooncake.transport.tcp import TcpPath, parse_address
@@ -65,12 +66,13 @@ def test_a_killed_writer_frees_its_key_at_once(at: int) -> None:
             with start_writer(arguments) as writer:
                 assert writer.stdout is not None
                 assert await asyncio.to_thread(writer.stdout.readline) == b"reserved\n"
-                assert (await client.reserve(keys(1), [10])).statuses == (PutStatus.BUSY,)
+                strict = {"mode": PutMode.STRICT, "checksums": [5]}
+                assert (await client.reserve(keys(1), [10], **strict)).statuses == (PutStatus.BUSY,)
                 writer.send_signal(signal.SIGKILL)
                 writer.wait()
             await eventually(lambda: node.metrics()["clients"] == 1, within_s=0.5)
             assert node.metrics()["leases"] == node.metrics()["reservations"] == 0
-            assert (await client.reserve(keys(1), [10])).statuses == (PutStatus.RESERVED,)
+            assert (await client.reserve(keys(1), [10], **strict)).statuses == (PutStatus.RESERVED,)
             assert await client.exists(keys(2)) == (True,)
             await client.close()
 
@@ -191,14 +193,16 @@ def test_reports_and_snapshots_tell_the_directory_everything() -> None:
         reports: list[CacheDelta | CacheSnapshot] = []
         async with running_node(reports) as node:
             client = await connect(node)
-            await client.commit(await client.reserve(keys(1, 2), [64, 64]))
+            one, two = bytes([1] * KEY_BYTES), bytes([2] * KEY_BYTES)
+            objects = [object_key(block, b"shard-0.") for block in (one, two)]
+            await client.commit(await client.reserve(objects, [64, 64]))
             await eventually(lambda: len(reports) == 1)
-            await client.remove(keys(1))
+            await client.remove(objects[:1])
             node.snapshot()
             assert reports == [
-                CacheDelta("n0", node.epoch, 1, "dram", keys(1, 2), ()),
-                CacheDelta("n0", node.epoch, 2, "dram", (), keys(1)),
-                CacheSnapshot("n0", node.epoch, 2, "dram", keys(2)),
+                CacheDelta("n0", node.epoch, 1, "dram", (one, two), ()),
+                CacheDelta("n0", node.epoch, 2, "dram", (), (one,)),
+                CacheSnapshot("n0", node.epoch, 2, "dram", (two,)),
             ]
             assert node.info.addresses == node.addresses and node.info.capacity_bytes == 1 << 20
             await client.close()

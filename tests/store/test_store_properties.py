@@ -59,7 +59,10 @@ def test_allocator_never_overlaps_and_gives_everything_back(steps: list[int]) ->
 
 class StoreHistory(RuleBasedStateMachine):
     """The model keeps what each client was told it holds, and the bytes it wrote: no two live claims of different
-    objects may overlap, a lease must find what was committed, and the directory's picture must equal the store's."""
+    objects may overlap, a lease must find what was committed, and the directory's picture must equal the store's.
+
+    A key may have several writers. Which objects are committed, and which are pinned under a loser's number, is modelled
+    too: an alias must keep its winner's bytes as they are until it is released."""
 
     @initialize(reservation_ns=st.sampled_from([5, 1000]), report_ns=st.sampled_from([0, 3]))
     def begin(self, reservation_ns: int, report_ns: int) -> None:
@@ -67,7 +70,9 @@ class StoreHistory(RuleBasedStateMachine):
         self.drive = Driver(self.core)
         self.reserved: dict[int, dict[int, Location]] = {client: {} for client in CLIENTS}
         self.leased: dict[int, list[Location]] = {client: [] for client in CLIENTS}
+        self.elsewhere: dict[int, dict[int, Location]] = {client: {} for client in CLIENTS}  # own number -> the winner
         self.contents: dict[int, bytes] = {}  # number -> the key it was written for
+        self.committed: dict[bytes, Location] = {}  # key -> the last winner
         self.segment = [0] * 12  # unit -> number of whoever wrote it last
         self.directory: set[bytes] = set()
         self.seq = 0
@@ -101,11 +106,22 @@ class StoreHistory(RuleBasedStateMachine):
             return
         for number in numbers:
             self.write(self.reserved[client][number])  # a late writer of an expired reservation writes too
+        names = tuple(dict.fromkeys(self.contents[number] for number in numbers))
+        there = dict(zip(names, self.ask(Exists(client, 0, names)), strict=True))
         for number, status in zip(numbers, self.ask(Commit(client, 0, numbers, lease)), strict=True):
-            location = self.reserved[client].pop(number)
-            assert status in (CommitStatus.COMMITTED, CommitStatus.EXPIRED)
-            if lease and status is CommitStatus.COMMITTED:
-                self.leased[client].append(location)
+            location, name = self.reserved[client].pop(number), self.contents[number]
+            if status is CommitStatus.EXPIRED:
+                continue
+            assert status is (CommitStatus.EXISTS if there[name] else CommitStatus.COMMITTED)
+            if status is CommitStatus.COMMITTED:
+                self.committed[name] = location
+                # an ephemeral object that nobody leases lives until the end of the batch that commits it
+                there[name] = True
+                if lease:
+                    self.leased[client].append(location)
+            elif lease:
+                self.elsewhere[client][number] = self.committed[name]
+                self.read(self.committed[name], name)
 
     @rule(client=st.sampled_from(CLIENTS), count=st.integers(1, 4))
     def cancel(self, client: int, count: int) -> None:
@@ -130,6 +146,34 @@ class StoreHistory(RuleBasedStateMachine):
                 self.read(location, self.contents[location.generation])
             assert all(self.ask(Release(client, 0, tuple(location.generation for location in batch))))
 
+    @rule(client=st.sampled_from(CLIENTS), count=st.integers(1, 4))
+    def release_by_alias(self, client: int, count: int) -> None:
+        numbers = tuple(self.elsewhere[client])[:count]
+        if not numbers:
+            return
+        for number in numbers:
+            winner = self.elsewhere[client].pop(number)
+            self.read(winner, self.contents[number])
+        assert all(self.ask(Release(client, 0, numbers)))
+        assert not any(self.ask(Release(client, 0, numbers)))
+
+    @rule(client=st.sampled_from(CLIENTS), name=st.integers(0, 9).map(key))
+    def reserve_strictly(self, client: int, name: bytes) -> None:
+        [there] = self.ask(Exists(client, 0, (name,)))
+        is_written = any(
+            self.contents[number] == name and self.core.allows(writer, number, location.offset, 1, True)
+            for writer in CLIENTS
+            for number, location in self.reserved[writer].items()
+        )
+        [put] = self.ask(Reserve(client, 0, (name,), (UNIT,), mode=PutMode.STRICT, checksums=(7,)))
+        if there:
+            assert put.status in (PutStatus.EXISTS, PutStatus.CONFLICT)
+        elif put.status is PutStatus.RESERVED:
+            assert not is_written
+            self.ask(Cancel(client, 0, (put.location.generation,)))
+        else:
+            assert put.status is (PutStatus.BUSY if is_written else PutStatus.REFUSED)
+
     @rule(keys=KEYS)
     def remove(self, keys: tuple[bytes, ...]) -> None:
         before = self.ask(Exists(1, 0, keys))
@@ -139,7 +183,7 @@ class StoreHistory(RuleBasedStateMachine):
     @rule(client=st.sampled_from(CLIENTS))
     def gone(self, client: int) -> None:
         self.ask(ClientGone(client))
-        self.reserved[client], self.leased[client] = {}, []
+        self.reserved[client], self.leased[client], self.elsewhere[client] = {}, [], {}
 
     @rule()
     def pass_deadline(self) -> None:
@@ -159,7 +203,8 @@ class StoreHistory(RuleBasedStateMachine):
     def claims_never_overlap(self) -> None:
         if not hasattr(self, "core"):
             return
-        held = {loc.generation: loc for c in CLIENTS for loc in (*self.reserved[c].values(), *self.leased[c])}
+        claims = [(*self.reserved[c].values(), *self.leased[c], *self.elsewhere[c].values()) for c in CLIENTS]
+        held = {loc.generation: loc for loc in itertools.chain(*claims)}
         ranges = sorted((loc.offset, loc.offset + loc.size) for loc in held.values())
         assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
         self.apply_reports()

@@ -105,13 +105,19 @@ def test_a_range_outside_is_refused_and_the_path_stays_usable(path: Path) -> Non
     path.read([Piece(SIZE - 8, buffer)]).wait()
 
 
-def test_a_view_is_read_only_and_sees_writes(path: Path) -> None:
+def test_a_view_is_the_region_itself_both_ways(path: Path) -> None:
     view = path.view(10, 3)
     if view is None:
         assert isinstance(path, TcpPath)
         return
     path.write([Piece(10, memoryview(b"abc"))]).wait()
-    assert view == b"abc" and view.readonly
+    assert view == b"abc"
+    view[:] = b"xyz"
+    out = memoryview(bytearray(3))
+    path.read([Piece(10, out)]).wait()
+    assert out == b"xyz"
+    with pytest.raises(OutOfRange):
+        path.view(SIZE - 2, 3)
 
 
 def test_threads_share_a_path(path: Path) -> None:

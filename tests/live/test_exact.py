@@ -1,0 +1,143 @@
+"""The cluster says, token for token, what plain transformers say: float32, a tiny random model, every way that KV can go."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.live.harness import Client, Cluster, Completion
+from tests.live.models import Reference, save_tiny_model
+
+FLOAT32 = ("--engine", "torch", "--dtype", "float32", "--block-tokens", "32", "--page-tokens", "16")
+NUM_TOKENS = 24
+Expect = Callable[[tuple[int, ...], int], str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def expect(model: Path) -> Expect:
+    reference = Reference(model)
+    return functools.cache(lambda prompt, num_tokens: reference.text(prompt, num_tokens))
+
+
+@pytest.fixture(scope="module")
+def cluster(model: Path) -> Iterator[Cluster]:
+    """Two of each, and prefill in chunks of two blocks."""
+    options = ("--prefill", "2", "--decode", "2", "--max-step-tokens", "64", "--store-memory", "128MiB")
+    with Cluster("--model", str(model), *FLOAT32, *options) as found:
+        yield found
+        found.stop()
+        assert_continued(found)
+
+
+def assert_continued(cluster: Cluster) -> None:
+    """Not only the texts were right: streams were indeed cut off and went on elsewhere, and prefixes were read from the store."""
+    lives = cluster.replay_all()
+    assert any(ended.num_attempts > 1 and ended.num_output > 1 for ended in lives["frontend-0"].ended)
+
+
+def prompt(seed: int, num_tokens: int) -> tuple[int, ...]:
+    rng = random.Random(seed)
+    return tuple(rng.randrange(1000, 40_000) for _ in range(num_tokens))
+
+
+def ask(cluster: Cluster, *calls: tuple[tuple[int, ...], int], **options: Any) -> list[Completion]:
+    """All at once."""
+
+    async def scenario() -> list[Completion]:
+        async with Client(cluster) as client:
+            return list(await asyncio.gather(*(client.complete(list(p), n, **options) for p, n in calls)))
+
+    return asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("num_tokens", [5, 31, 32, 33, 500, 4000])
+def test_alone_and_cold(cluster: Cluster, expect: Expect, num_tokens: int) -> None:
+    tokens = prompt(num_tokens, num_tokens)
+    [found] = ask(cluster, (tokens, NUM_TOKENS))
+    assert (found.error, found.text) == ("", expect(tokens, NUM_TOKENS))
+    assert (found.num_prompt, found.num_output, found.num_cached) == (num_tokens, NUM_TOKENS, 0)
+
+
+def test_batched(cluster: Cluster, expect: Expect) -> None:
+    sizes = [5, 17, 64, 65, 96, 130, 200, 333, 700, 1000, 1500, 4000]
+    calls = [(prompt(100 + at, size), 10 + 7 * at) for at, size in enumerate(sizes)]
+    for (tokens, num_tokens), found in zip(calls, ask(cluster, *calls), strict=True):
+        assert (found.error, found.text) == ("", expect(tokens, num_tokens)), len(tokens)
+
+
+def test_prefix_reused_by_the_same_instance(cluster: Cluster, expect: Expect) -> None:
+    first = prompt(1, 640)
+    ask(cluster, (first, 1))
+    for tokens, reused in ((first[:600] + prompt(2, 100), 576), (first, 608), (first[:320], 288)):
+        [found] = ask(cluster, (tokens, NUM_TOKENS))
+        assert (found.error, found.text) == ("", expect(tokens, NUM_TOKENS))
+        assert found.num_cached == reused
+
+
+def test_prefix_read_from_the_store_by_an_instance_that_never_saw_it(cluster: Cluster, expect: Expect) -> None:
+    first = prompt(3, 3000)
+    ask(cluster, (first, 1))
+    for name, pid in [(name, cluster.kill(name)) for name in ("prefill-0", "prefill-1")]:
+        cluster.until_back(name, pid)
+    tokens = first[:2900] + prompt(4, 100)
+    [found] = ask(cluster, (tokens, NUM_TOKENS))
+    assert (found.error, found.text) == ("", expect(tokens, NUM_TOKENS))
+    assert found.num_cached == 2880
+
+
+def ask_and_kill_both_decodes(
+    cluster: Cluster, *calls: tuple[tuple[int, ...], int], **options: Any
+) -> list[Completion]:
+    """All at once; each decode instance is killed after its streams began, the second when the first is back."""
+
+    async def scenario() -> list[Completion]:
+        async with Client(cluster) as client:
+            running = asyncio.gather(*(client.complete(list(p), n, **options) for p, n in calls))
+            await asyncio.sleep(0.5)
+            pids.append(await asyncio.to_thread(cluster.kill, "decode-0"))
+            return list(await running)
+
+    pids: list[int] = []
+    found = asyncio.run(scenario())
+    cluster.until_back("decode-0", pids[0])
+    return found
+
+
+def test_continued_after_a_decode_instance_was_killed(cluster: Cluster, expect: Expect) -> None:
+    calls = [(prompt(200 + at, 40 + 50 * at), 160) for at in range(8)]
+    for (tokens, num_tokens), found in zip(calls, ask_and_kill_both_decodes(cluster, *calls), strict=True):
+        assert (found.error, found.text) == ("", expect(tokens, num_tokens))
+        assert found.num_output == num_tokens
+
+
+def test_seeded_sampling(cluster: Cluster) -> None:
+    """The same text alone, in a busy batch, and when it goes on at another instance."""
+    sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 1234}
+    calls = [(prompt(300 + at, 30 + 40 * at), 120) for at in range(6)]
+    alone = [ask(cluster, call, **sampling)[0].text for call in calls]
+    assert [found.text for found in ask(cluster, *calls, **sampling)] == alone
+    assert [found.text for found in ask_and_kill_both_decodes(cluster, *calls, **sampling)] == alone
+    other = ask(cluster, calls[0], **sampling | {"seed": 1235})
+    assert other[0].text != alone[0]
+
+
+def test_preempted(model: Path, expect: Expect) -> None:
+    """Eight sequences that fit when they begin and not when they have grown."""
+    calls = [(prompt(400 + at, 60), 100 + at) for at in range(8)]
+    with Cluster("--model", str(model), *FLOAT32, "--kv-tokens", "640", "--store-memory", "64MiB") as cluster:
+        for (tokens, num_tokens), found in zip(calls, ask(cluster, *calls), strict=True):
+            assert (found.error, found.text) == ("", expect(tokens, num_tokens))
+        cluster.stop()
+        load = cluster.replay_all()["decode-0"].load
+        assert load is not None and load.num_preempted > 0
