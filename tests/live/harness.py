@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import os
@@ -76,8 +75,10 @@ class Cluster:
         self._seen |= {f"{name} {process.pid}": process for name, process in found.items()}
         return {name: process.pid for name, process in found.items()}
 
-    def log(self, name: str) -> str:
-        return (self.run_dir / "logs" / f"{name}.log").read_text()
+    def cpu_s(self, name: str) -> float:
+        """Processor time that it has used."""
+        fields = Path(f"/proc/{self.pids()[name]}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     # ------------------------------------------------------------ killing
 
@@ -101,7 +102,7 @@ class Cluster:
         except httpx.TransportError:
             return False
         counts = answer.json()["instances"]
-        wanted = {role: self._config[role] for role in ("prefill", "decode")}
+        wanted = {role: self.config[role] for role in ("prefill", "decode")}
         return answer.status_code == 200 and all(counts.get(role) == count for role, count in wanted.items())
 
     # ------------------------------------------------------------ the end
@@ -152,8 +153,8 @@ class Cluster:
 
     def _wait_ready(self) -> None:
         self._until(lambda: "curl" in self.screen, "the screen")
-        self._config = json.loads((self.run_dir / "config.json").read_bytes())
-        self.url = f"http://127.0.0.1:{self._config['port']}"
+        self.config = json.loads((self.run_dir / "config.json").read_bytes())
+        self.url = f"http://127.0.0.1:{self.config['port']}"
         self.pids()
         self.until_serving()
 
@@ -202,7 +203,7 @@ class Client:
     def __init__(self, cluster: Cluster, timeout_s: float = 60.0) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
         self._http = httpx.AsyncClient(base_url=cluster.url, timeout=timeout_s, limits=limits)
-        self._model = cluster._config["model_name"]
+        self.model = cluster.config["model_name"]
 
     async def __aenter__(self) -> Client:
         return self
@@ -219,7 +220,7 @@ class Client:
 
     async def stream(self, prompt: list[int], max_tokens: int, found: Completion, **options: Any) -> AsyncIterator[str]:
         """Pieces of text as they come, gathered in `found`."""
-        body = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         body |= {"stream": True, "stream_options": {"include_usage": True}} | options
         began = time.perf_counter()
         try:
@@ -256,7 +257,3 @@ def _take(found: Completion, event: dict[str, Any]) -> str:
     found.finish = pieces[0].get("finish_reason") or found.finish
     found.text += pieces[0]["text"]
     return str(pieces[0]["text"])
-
-
-async def gather(calls: Iterable[Any]) -> list[Completion]:
-    return list(await asyncio.gather(*calls))

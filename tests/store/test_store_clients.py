@@ -84,8 +84,7 @@ def test_use_and_fill_give_the_segment_where_it_is_mapped_and_a_copy_elsewhere(k
             await client.commit(reservation, [0], lease=True)
             other = await (await store.client()).lease(keys(1))
             for objects in (reservation, other):
-                use = lambda piece: seen.append(bytes(piece))  # noqa: E731
-                await asyncio.to_thread(objects.use, 0, 30_001, 20_000, use)
+                await asyncio.to_thread(objects.use, 0, 30_001, 20_000, lambda piece: seen.append(bytes(piece)))
             assert seen == [data[1:20_001]] * 2
 
     run(main())

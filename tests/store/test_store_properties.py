@@ -99,6 +99,16 @@ class StoreHistory(RuleBasedStateMachine):
                 self.leased[client].append(put.location)
                 self.read(put.location, name)
 
+    @rule(
+        name=st.integers(0, 9).map(key), ephemeral=st.booleans(), order=st.permutations(CLIENTS), leases=st.booleans()
+    )
+    def race(self, name: bytes, ephemeral: bool, order: list[int], leases: bool) -> None:
+        """Random batches seldom write the same key at once; here two clients do, and all commit what they have."""
+        for client in order[:2]:
+            self.reserve(client, (name,), 1, (True, False, ephemeral))
+        for client in reversed(order):
+            self.commit(client, leases, 4)
+
     @rule(client=st.sampled_from(CLIENTS), lease=st.booleans(), count=st.integers(1, 4))
     def commit(self, client: int, lease: bool, count: int) -> None:
         numbers = tuple(self.reserved[client])[:count]

@@ -1,7 +1,7 @@
 """Attention over paged KV, behind transformers' attention interface.
 
 The forward is one packed row of tokens: chunks of prompts and single decode tokens of many sequences. Each item attends to
-its own context, in pieces: a decode token is one piece, a chunk one for every `_PIECE_TOKENS` tokens, so that little is computed
+its own context in pieces: a decode token is one, a chunk has one for every `_PIECE_TOKENS` tokens, so that little is computed
 above the diagonal or before the window. The queries of a group become rows of one query, token by token, so keys are never
 copied for grouped heads, and the CPU kernel gets the tall blocks that it is fastest with.
 """
@@ -21,8 +21,9 @@ from mooncake.engine.torch.pages import first_slot, slots
 NAME = "mooncake_paged"
 _PIECE_TOKENS = 256
 KNOWN_KEYWORDS = frozenset(
-    {"paged", "dropout", "scaling", "sliding_window", "is_causal", "position_ids", "use_cache", "output_attentions",
-     "output_hidden_states", "cache_position", "logits_to_keep", "num_items_in_batch", "position_embeddings", "return_dict"}
+    {"dropout", "scaling", "sliding_window", "is_causal", "position_ids", "use_cache", "output_attentions", "return_dict",
+     "output_hidden_states", "cache_position", "logits_to_keep", "num_items_in_batch", "output_router_logits",
+     "position_embeddings"}
 )  # fmt: skip
 """What models may pass on to the attention function; others change its meaning and are refused at load."""
 
@@ -99,7 +100,7 @@ def attend_piece(
 
 
 class PackedStep(Protocol):
-    """One step, as the attention function needs it. Passed through the model's forward as the keyword `paged`."""
+    """One step, as the attention function needs it."""
 
     def attend(
         self,
@@ -114,6 +115,16 @@ class PackedStep(Protocol):
         ...
 
 
+class RunningStep:
+    """The step that a model is computing, where its attention modules find it: not every model passes keywords on to them."""
+
+    def __init__(self, model: Any) -> None:
+        self.step: PackedStep | None = None
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.running = self
+
+
 def paged_attention(
     module: Any,
     query: torch.Tensor,
@@ -126,11 +137,11 @@ def paged_attention(
     **keywords: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function that transformers calls once per layer."""
-    paged: PackedStep = keywords["paged"]
     unknown = [name for name, given in keywords.items() if name not in KNOWN_KEYWORDS and given is not None]
     if unknown:
         raise UnknownSemantics(f"its attention takes {', '.join(sorted(unknown))}")
-    return paged.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
+    step: PackedStep = module.running.step
+    return step.attend(module.layer_idx, query, key, value, scaling, sliding_window), None
 
 
 class UnknownSemantics(Exception):

@@ -13,6 +13,7 @@ import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mooncake.core.errors import ModelError
+from mooncake.engine.models import model_config
 from mooncake.engine.torch.attention import NAME, paged_attention
 
 SUPPORTED_TRANSFORMERS = "5.23."
@@ -50,6 +51,9 @@ def load_model(path: Path, dtype: str, device: str) -> Any:
             path, dtype=getattr(torch, dtype), attn_implementation=NAME, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if isinstance(error, KeyError) and NAME in error.args:
+            kind = model_config(path).get("model_type")
+            raise ModelError(f"model type {kind!r} is not supported: its attention cannot be replaced") from error
         raise ModelError(f"cannot load the model in {path}: {error}") from error
     return model.to(device).eval()
 

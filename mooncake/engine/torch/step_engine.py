@@ -12,15 +12,18 @@ import torch
 from mooncake.core.costs import fit_decode, fit_prefill
 from mooncake.core.types import CostModel, SamplingParams
 from mooncake.engine.base import EngineLimits, KvLayout, LayerHook, LayerLoad, StepItem, StepPlan, StepResult
+from mooncake.engine.torch.attention import RunningStep
 from mooncake.engine.torch.batch import HeadsBatch, LatentBatch, LayerWriter
 from mooncake.engine.torch.model import Dimensions
 from mooncake.engine.torch.pages import PageMemory, layout_of
 from mooncake.engine.torch.sampling import SequenceState, draw_tokens
 
-_MEASURED_CHUNKS = ((64, 0), (256, 0), (256, 256), (512, 0), (256, 768))
-"""(new, prefix) tokens of the prefill steps that calibration runs, as far as they fit."""
-_MEASURED_BATCHES = ((1, 64), (1, 512), (4, 256), (8, 64))
-"""(sequences, context of each) of its decode steps."""
+_MEASURED_TOKENS_MAX = 512
+"""Calibration uses chunks and contexts up to this or to what the engine takes, and these shares of it."""
+_MEASURED_CHUNKS = ((1 / 8, 0), (1 / 2, 0), (1 / 2, 1 / 2), (1, 0), (1 / 2, 3 / 2))
+"""(new, prefix) tokens of the prefill steps."""
+_MEASURED_BATCHES = ((1, 1 / 8), (1, 1), (4, 1 / 2), (8, 1 / 8))
+"""(sequences, context of each) of the decode steps."""
 
 
 class TorchStepEngine:
@@ -42,6 +45,7 @@ class TorchStepEngine:
         self.layout: KvLayout = layout_of(self.memory, dims.layout)
         self._batch = LatentBatch if dims.latent else HeadsBatch
         self._model = model
+        self._running = RunningStep(model)
         self._device = device
         self._sequences: dict[int, SequenceState] = {}
 
@@ -87,13 +91,13 @@ class TorchStepEngine:
             if item.sample:
                 last.append(len(tokens) - 1)
         keep = torch.tensor(last or [len(tokens) - 1], device=self._device)
+        self._running.step = batch
         found = self._model(
             input_ids=torch.tensor([tokens], device=self._device),
             position_ids=torch.from_numpy(np.concatenate(positions)).unsqueeze(0).to(self._device),
             past_key_values=batch.past_key_values,
             use_cache=False,
             logits_to_keep=keep,
-            paged=batch,
         )
         self.gathered_bytes = batch.gathered_bytes
         logits: torch.Tensor = found.logits[0]
@@ -106,11 +110,12 @@ class TorchStepEngine:
         self.memory.write(layer, pages, start, count, data)
 
     def measure(self) -> CostModel:
-        chunks = [(n, p) for n, p in _MEASURED_CHUNKS if n <= self.limits.max_step_tokens and self._fits(1, n + p)]
-        batches = [(b, c) for b, c in _MEASURED_BATCHES if b <= self.limits.max_batch and self._fits(b, c + 1)]
-        self._time([(16, 0)])
-        prefill = [(n, p, self._time([(n, p)])) for n, p in chunks]
-        decode = [(b, b * c, self._time([(1, c)] * b)) for b, c in batches]
+        whole = min(_MEASURED_TOKENS_MAX, self.limits.max_step_tokens, self.limits.max_context - 1)
+        chunks = [(int(n * whole), int(p * whole)) for n, p in _MEASURED_CHUNKS]
+        batches = [(b, int(c * whole)) for b, c in _MEASURED_BATCHES if b <= self.limits.max_batch]
+        self._time(chunks[:1])
+        prefill = [(n, p, self._time([(n, p)])) for n, p in chunks if self._fits(1, n + p)]
+        decode = [(b, b * c, self._time([(1, c)] * b)) for b, c in batches if self._fits(b, c + 1)]
         return CostModel(fit_prefill(prefill), fit_decode(decode))
 
     def close(self) -> None:
