@@ -477,7 +477,8 @@ class Dispatcher:
         if request.state is _State.DECODING:
             if output.compute_ns is not None:
                 request.pass_stage(Stage.DECODE_START, now - output.compute_ns)
-            self._release_handover(request)
+            # The partial block goes with the leases, so the hand-over as a whole cannot be read a second time.
+            self._drop_source(request)
         request.num_generated += len(tokens)
         request.token_ids.extend(tokens)
         cached = None if request.cached_told else output.cached_tokens

@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 
 from mooncake.config import Config, RoleConfig
-from mooncake.core.errors import ConfigError, MooncakeError
+from mooncake.core.errors import ConfigError, MooncakeError, StoreError
 from mooncake.core.messages import AnyMessage, CacheDelta, CacheSnapshot, RegisterNode, SnapshotRequest
 from mooncake.rpc.driver import open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcClient
@@ -31,7 +31,10 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     node = StoreNode(_node_config(config, role), reporter.report)
     settings = StoreSettings(node.config.capacity_bytes, node.epoch, node.config.alignment)
     node.event_log = open_event_log(config, role, settings)
-    await node.start()
+    try:
+        await node.start()
+    except StoreError as error:  # no room or no place to listen: a restart cannot mend it
+        raise ConfigError(str(error)) from None
     reporter.node = node
     hello = Hello(peer=role.name, kind=role.role, token=config.token, compat="")
     client = RpcClient(

@@ -16,6 +16,9 @@
     │   ├── TransferTimeout    the path made no progress in time
     │   └── SegmentError       shared memory that is missing, too small, foreign, or owned by a live process
     ├── RpcError               a control stream that broke, or a peer that refused us
+    │   ├── Refused            the peer does not want us, or we not it; the message names both values
+    │   ├── ProtocolFault      what came, or was to go, is no valid message of the protocol
+    │   └── OutboxFull         the peer does not read
     └── ProcessError           a process of the cluster that does not come up
 
 A miss and a refusal are values and not in this tree. Rooms above transport never let a TransportError out: the store maps
@@ -86,6 +89,18 @@ class SegmentError(TransportError):
 
 
 class RpcError(MooncakeError):
+    pass
+
+
+class Refused(RpcError):
+    pass
+
+
+class ProtocolFault(RpcError):
+    pass
+
+
+class OutboxFull(RpcError):
     pass
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from mooncake.core.errors import MooncakeError
 from mooncake.engine.base import KvLayout, KvReader, KvWriter
+from mooncake.engine.threads import start_thread
 
 LOAD_TIMEOUT_S = 10.0
 """A layer that has not arrived after this makes the load fail."""
@@ -137,11 +138,9 @@ class KvMover:
         self._loads: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._stores: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=_work, args=(work,), name=name, daemon=True)
-            for name, work in (("kv-load", self._loads), ("kv-store", self._stores))
+            start_thread("kv-load", lambda: _work(self._loads)),
+            start_thread("kv-store", lambda: _work(self._stores)),
         ]
-        for thread in self._threads:
-            thread.start()
 
     def load(self, task: LoadTask) -> None:
         self._loads.put(lambda: self._load(task))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import time
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ from mooncake.engine.attempts import EngineProgress
 from mooncake.engine.base import KvReader, KvWriter, StepEngine, StepPlan, StepResult
 from mooncake.engine.core import EngineCore, EngineOutput, LoadKv, SequenceReleased, ServiceOutput, StoreKv
 from mooncake.engine.kv_mover import Interval, KvMover, LoadTask, StoreTask
+from mooncake.engine.threads import start_thread
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,7 @@ class SteppedEngine:
         self._step_stores: list[StoreTask] = []
         self._busy = False
         self.mover = KvMover(step_engine, core.limits.block_tokens, self._load_ended, self._store_ended, record)
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._thread = start_thread("engine", self._run)
 
     # ------------------------------------------------------------------ from any thread
 

@@ -127,14 +127,15 @@ class Endpoint:
         try:
             generation = self._backend.start(generate)
         except BackendError as error:
-            raise from_backend(error) from None
+            raise from_backend(error, request.prompt_field) from None
         model, sampling = self._backend.model, generate.sampling
         head = Head(request_id, int(time.time()), model.name, model.fingerprint)
         renderer = self._kind.renderer(head, self._tokenizer, request.include_usage)
         detokenizer = self._tokenizer.detokenizer()
         assembly = Assembly(detokenizer, request.stops, sampling.stop_token_ids, sampling.min_tokens)
         client = Client(scope, receive, send, generation, self._settings.stall_s)
-        answer = Answer(client, generation, generate, renderer, assembly, self._instruments, started_at)
+        field = request.prompt_field
+        answer = Answer(client, generation, generate, field, renderer, assembly, self._instruments, started_at)
         try:
             if request.stream:
                 return await answer.stream(self._settings.merge_tokens)
@@ -230,6 +231,7 @@ class Answer:
         client: Client,
         generation: Generation,
         generate: Generate,
+        prompt_field: str,
         renderer: Renderer,
         assembly: Assembly,
         instruments: Instruments,
@@ -238,6 +240,7 @@ class Answer:
         self._client = client
         self._generation = generation
         self._generate = generate
+        self._prompt_field = prompt_field
         self._renderer = renderer
         self._assembly = assembly
         self._instruments = instruments
@@ -294,7 +297,7 @@ class Answer:
         try:
             outputs = await self._generation.next()
         except BackendError as error:
-            raise from_backend(error) from None
+            raise from_backend(error, self._prompt_field) from None
         except asyncio.CancelledError:
             raise SHUTTING_DOWN from None
         if not outputs:

@@ -52,15 +52,15 @@ def too_long(param: str, num_prompt: str, max_tokens: int, max_context: int) -> 
     return bad_field(param, message, "context_length_exceeded")
 
 
-def from_backend(error: BackendError) -> ApiError:
-    """The HTTP answer to each error of the backend."""
+def from_backend(error: BackendError, prompt_field: str | None = None) -> ApiError:
+    """The HTTP answer to each error of the backend. prompt_field: the name that the prompt has in this request."""
     match error:
         case Overloaded():
             return ApiError(
                 429, str(error), kind="rate_limit_error", code=error.reason, retry_after_s=error.retry_after_s
             )
         case PromptTooLong():
-            return ApiError(400, str(error), code="context_length_exceeded")
+            return ApiError(400, str(error), param=prompt_field, code="context_length_exceeded")
         case Unavailable():
             return ApiError(503, str(error), kind="server_error", code="unavailable", retry_after_s=1.0)
         case Failed():

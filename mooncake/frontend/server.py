@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import errno
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from mooncake.config import TlsConfig
 from mooncake.core.errors import ConfigError
 from mooncake.frontend.endpoint import ABORT_EXTENSION
 from mooncake.frontend.errors import ApiError
@@ -66,9 +68,12 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """Serves an application. The port is taken at construction; ConfigError if it cannot be.
 
-    grace_s: how long running requests may go on after `stop`; then they are cancelled, and their clients told."""
+    tls: with a certificate and its key the port speaks HTTPS. grace_s: how long running requests may go on after `stop`;
+    then they are cancelled, and their clients told."""
 
-    def __init__(self, app: Any, host: str, port: int, *, grace_s: float = 0.5) -> None:
+    def __init__(self, app: Any, host: str, port: int, *, tls: TlsConfig | None = None, grace_s: float = 0.5) -> None:
+        self._tls = tls or TlsConfig()
+        _check_certificate(self._tls)
         self._socket = _bind(host, port)
         self.host, self.port = self._socket.getsockname()[:2]
         self._grace_s = grace_s
@@ -82,13 +87,15 @@ class HttpServer:
             server_header=False,
             proxy_headers=False,
             backlog=_BACKLOG,
+            ssl_certfile=self._tls.cert,
+            ssl_keyfile=self._tls.key,
         )
         self._server = _Server(config)
 
     @property
     def url(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"{'https' if self._tls.cert else 'http'}://{host}:{self.port}"
 
     async def run(self) -> None:
         """Returns after `stop`, or when cancelled."""
@@ -115,6 +122,16 @@ class HttpServer:
 async def serve(app: Any, host: str, port: int) -> None:
     """Serve until cancelled."""
     await HttpServer(app, host, port).run()
+
+
+def _check_certificate(tls: TlsConfig) -> None:
+    if tls.cert is None or tls.key is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert, tls.key)
+    except OSError as error:  # ssl.SSLError is one
+        reason = error.strerror or str(error)
+        raise ConfigError(f"tls.cert = {tls.cert!r}, tls.key = {tls.key!r}: {reason}") from None
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -57,7 +57,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=event_log)
     backend.dialer = dialer = InstanceDialer(config, role, backend)
     app = create_app(backend, tokenizer, _settings(config), registry=Registry(), rng=random.Random())
-    server = HttpServer(app, config.host, config.port, grace_s=config.timeouts.drain_s)
+    server = HttpServer(app, config.host, config.port, tls=config.tls, grace_s=config.timeouts.drain_s)
     dialer.dial(CONDUCTOR, role.conductor)
     serving = asyncio.create_task(server.run())
     try:

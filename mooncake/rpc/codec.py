@@ -1,15 +1,17 @@
 """Messages to protobuf and back, one pair of functions for each type, in one table.
 
-Decoding checks what protobuf does not: known roles, whole keys, columns of equal length. It raises ProtocolFault, and the
-connection that sent such a message is closed.
+Decoding checks what protobuf does not: known roles, whole keys, columns that fit each other. A fault on either way raises
+ProtocolFault, and the link is closed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from mooncake.core.errors import RpcError
+from google.protobuf.message import DecodeError, EncodeError
+
+from mooncake.core.errors import ProtocolFault
 from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import (
     Abort,
@@ -61,26 +63,39 @@ _LOAD_FIELDS = InstanceLoad.__struct_fields__
 _PREDICTION_FIELDS = Prediction.__struct_fields__
 
 
-class ProtocolFault(RpcError):
-    """The peer sent what is no valid message of this protocol."""
+def encode_envelope(messages: Sequence[AnyMessage], max_bytes: int) -> Iterator[bytes]:
+    """One envelope, or as few as keep within max_bytes each. Raises ProtocolFault."""
+    data = _encode(messages)
+    if len(data) <= max_bytes:
+        yield data
+        return
+    if len(messages) == 1:
+        raise ProtocolFault(f"{type(messages[0]).__name__} of {len(data)} bytes is over the limit of {max_bytes}")
+    half = len(messages) // 2
+    yield from encode_envelope(messages[:half], max_bytes)
+    yield from encode_envelope(messages[half:], max_bytes)
 
 
-def encode_envelope(messages: Iterable[AnyMessage]) -> pb.Envelope:
+def _encode(messages: Sequence[AnyMessage]) -> bytes:
     envelope = pb.Envelope()
-    for message in messages:
-        _ENCODERS[type(message)](message, envelope.items.add())
-    return envelope
+    message: AnyMessage | None = None
+    try:
+        for message in messages:
+            _ENCODERS[type(message)](message, envelope.items.add())
+        return envelope.SerializeToString()
+    except (AttributeError, KeyError, TypeError, ValueError, EncodeError) as error:
+        raise ProtocolFault(f"cannot encode {type(message).__name__}: {error!r}") from error
 
 
-def decode_envelope(envelope: pb.Envelope) -> list[AnyMessage]:
+def decode_envelope(data: bytes) -> list[AnyMessage]:
     """Items of unknown kinds, from a newer peer, are left out. Raises ProtocolFault."""
     messages: list[AnyMessage] = []
     try:
-        for item in envelope.items:
+        for item in pb.Envelope.FromString(data).items:
             field = item.WhichOneof("message")
             if field is not None:
                 messages.append(_DECODERS[field](getattr(item, field)))
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, DecodeError) as error:
         raise ProtocolFault(f"invalid message: {error}") from error
     return messages
 
@@ -384,9 +399,9 @@ def _step_tokens(message: StepTokens, item: pb.Item) -> None:
     outputs = message.outputs
     out = item.step_tokens
     out.instance = message.instance
-    if outputs:
-        out.frontend = outputs[0].key.frontend
     keys = [output.key for output in outputs]
+    if outputs:
+        (out.frontend,) = {key.frontend for key in keys}  # a mixed step is a ValueError, never somebody else's tokens
     out.requests.extend([key.request for key in keys])
     out.choices.extend([key.choice for key in keys])
     out.attempts.extend([key.attempt for key in keys])
@@ -441,6 +456,8 @@ def _to_step_tokens(message: pb.StepTokens) -> StepTokens:
             )
         )
         at += count
+    if at != len(tokens):
+        raise ValueError(f"{len(tokens)} token ids for counts that add up to {at}")
     return StepTokens(message.instance, tuple(outputs))
 
 

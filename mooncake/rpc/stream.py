@@ -6,26 +6,27 @@ the dialling side tries again with growing pauses. A refused one is reported by 
 whoever refused may be replaced.
 
 Callbacks are plain functions on the event loop. `Link.send` never waits: what does not fit into the outbox breaks the link,
-because a peer so far behind is as good as dead.
+because a peer so far behind is as good as dead. So does a message that cannot be sent, and a callback that fails: messages are
+lost only together with their link, and the snapshots that follow a new one repair what was lost.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import grpc
 import grpc.aio
 import msgspec
+from google.protobuf.message import DecodeError
 
 from mooncake.config import TlsConfig
-from mooncake.core.errors import ConfigError, RpcError
+from mooncake.core.errors import ConfigError, OutboxFull, ProtocolFault, Refused, RpcError
 from mooncake.core.messages import AnyMessage
 from mooncake.rpc.codec import decode_envelope, encode_envelope
 from mooncake.rpc.generated import mooncake_pb2 as pb
@@ -38,9 +39,13 @@ MAX_MESSAGE_BYTES = 64 << 20
 """A prompt of a million tokens is 4 MB; a snapshot of a million block keys 16 MB."""
 OUTBOX_MESSAGES = 65_536
 HANDSHAKE_S = 5.0
+"""For connection and handshake together."""
 BACKOFF_S = (0.02, 1.0)
 REFUSED_S = 5.0
+_EXPLAIN_S = 1.0
+"""How long a failed write waits for the reader, which learns why the stream ended."""
 _METHOD = "/mooncake.v1.Peer/Stream"
+_BROKEN = (grpc.aio.AioRpcError, grpc.aio.InternalError, grpc.aio.UsageError, asyncio.InvalidStateError)
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -56,10 +61,6 @@ _OPTIONS = (
 )
 
 
-class Refused(RpcError):
-    """The serving side does not want this peer; the message says why and names both values."""
-
-
 class Hello(msgspec.Struct, frozen=True):
     """Who a process is. token: the cluster's secret; compat: see `engine.build.compat_hash`, or empty."""
 
@@ -72,72 +73,108 @@ class Hello(msgspec.Struct, frozen=True):
 class _Stream(Protocol):
     """What grpc.aio's call (dialling side) and context (serving side) have in common."""
 
-    def write(self, message: pb.Envelope) -> Awaitable[None]: ...
+    def write(self, message: bytes) -> Awaitable[None]: ...
 
     def read(self) -> Awaitable[Any]: ...
 
-    def cancel(self) -> Any: ...
-
 
 class Link:
-    """One end of an open stream. peer, kind, compat: of the other end."""
+    """One end of an open stream. peer, kind, compat: of the other end. error: why it ended, as far as this end knows."""
 
     def __init__(self, stream: _Stream, hello: pb.Hello) -> None:
         self.peer: str = hello.peer
         self.kind: str = hello.kind
         self.compat: str = hello.compat
         self.closed = False
+        self.error: RpcError | None = None
         self._stream = stream
         self._outbox: list[AnyMessage] = []
         self._wake = asyncio.Event()
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
 
     def send(self, message: AnyMessage) -> None:
         """Queue for the next write. On a closed link this does nothing: `on_close` has been or will be called."""
         if self.closed:
             return
         if len(self._outbox) >= OUTBOX_MESSAGES:
-            log.warning("%s does not read: %d messages wait; the link is closed", self.peer, len(self._outbox))
-            self.close()
+            self.close(OutboxFull(f"{self.peer} does not read: {len(self._outbox)} messages wait"))
             return
         self._outbox.append(message)
         self._wake.set()
 
-    def close(self) -> None:
+    def close(self, error: RpcError | None = None) -> None:
+        """What waits in the outbox is dropped; `on_close` follows. The dialling side connects anew."""
+        if self.closed:
+            return
+        if error is not None:
+            log.warning("link to %s is closed: %s", self.peer, error)
         self.closed = True
-        self._wake.set()
-        self._stream.cancel()
+        self.error = error
+        for task in self._tasks:
+            task.cancel()
 
-    async def run(self, on_message: OnMessage) -> None:
-        """Read and write until either ends. Never raises for a broken stream."""
-        writer = asyncio.create_task(self._write())
+    async def attend(self, callbacks: Callbacks) -> None:
+        """The open link's whole life. Raises neither for a broken stream nor for a failing callback."""
         try:
-            while True:
-                envelope = await self._stream.read()
-                if envelope is grpc.aio.EOF:
-                    return
-                on_message(self, decode_envelope(envelope))
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
-            log.debug("link to %s ended: %s", self.peer, error)
+            callbacks.on_open(self)
+            await self._run(callbacks.on_message)
         except RpcError as error:
             log.warning("link to %s: %s", self.peer, error)
+            self.error = error
+        except Exception as error:
+            log.exception("link to %s: a callback failed", self.peer)
+            self.error = RpcError(f"the receiver failed: {type(error).__name__}")
         finally:
             self.closed = True
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+            callbacks.on_close(self)
+
+    async def _run(self, on_message: OnMessage) -> None:
+        """Read and write until either ends. They are tasks of their own, so that `close` ends them and nobody else."""
+        if self.closed:
+            return
+        self._tasks = (asyncio.create_task(self._read(on_message)), asyncio.create_task(self._write()))
+        try:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.closed = True
+            for task in self._tasks:
+                task.cancel()
+            results = await asyncio.gather(*self._tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception) and self.error is None:
+                _raise_meaning(result)
+
+    async def _read(self, on_message: OnMessage) -> None:
+        while (data := await self._stream.read()) is not grpc.aio.EOF:
+            on_message(self, decode_envelope(data))
 
     async def _write(self) -> None:
-        while not self.closed:
+        while True:
             await self._wake.wait()
             self._wake.clear()
             messages, self._outbox = self._outbox, []
-            if messages:
-                await self._stream.write(encode_envelope(messages))
+            try:
+                for data in encode_envelope(messages, MAX_MESSAGE_BYTES):
+                    await self._stream.write(data)
+            except _BROKEN:
+                await asyncio.sleep(_EXPLAIN_S)
+                raise
 
 
 OnLink = Callable[[Link], None]
 OnMessage = Callable[[Link, list[AnyMessage]], None]
+
+
+class Callbacks(NamedTuple):
+    """on_close is called once for each link, also where on_open failed."""
+
+    on_open: OnLink
+    on_message: OnMessage
+    on_close: OnLink
+
+
 Admit = Callable[[Hello], str | None]
-"""Why a peer is not wanted, or None."""
+"""Why a peer is not wanted, or None. The text names both values."""
 
 
 def _admit_all(hello: Hello) -> str | None:
@@ -160,18 +197,17 @@ class RpcServer:
     ) -> None:
         self.address = address
         self._hello = hello
-        self._on_open, self._on_message, self._on_close = on_open, on_message, on_close
+        self._callbacks = Callbacks(on_open, on_message, on_close)
         self._admit = admit
         self._tls = tls or TlsConfig()
         self._links: dict[str, Link] = {}
+        self._serving: set[asyncio.Task[None]] = set()
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
         """Raises ConfigError naming the address if it cannot be had."""
         server = grpc.aio.server(options=_OPTIONS)
-        handler = grpc.stream_stream_rpc_method_handler(
-            self._serve, request_deserializer=pb.Envelope.FromString, response_serializer=pb.Envelope.SerializeToString
-        )
+        handler: Any = grpc.stream_stream_rpc_method_handler(self._serve)
         service, method = _METHOD.strip("/").split("/")
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
         try:
@@ -184,66 +220,60 @@ class RpcServer:
         self._server = server
 
     def _bind(self, server: grpc.aio.Server) -> int:
-        if self._tls.cert is None or self._tls.key is None or self.address.startswith("unix:"):
+        pem = _load_pem(self._tls, self.address)
+        if pem is None:
             return server.add_insecure_port(self.address)
-        pair = (_read(self._tls.key), _read(self._tls.cert))
-        ca = None if self._tls.ca is None else _read(self._tls.ca)
-        credentials = grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+        credentials = grpc.ssl_server_credentials([(pem.key, pem.cert)], pem.ca, require_client_auth=pem.ca is not None)
         return server.add_secure_port(self.address, credentials)
 
     async def close(self) -> None:
-        for link in list(self._links.values()):
-            link.close()
+        """When it returns, `on_close` has been called for every link."""
         if self._server is not None:
             await self._server.stop(grace=None)
+        await asyncio.gather(*self._serving, return_exceptions=True)
 
-    async def _serve(self, requests: AsyncIterator[pb.Envelope], context: Any) -> None:
-        try:
-            async with asyncio.timeout(HANDSHAKE_S):
-                first = await context.read()
-        except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello")
-        refusal = self._refusal(first)
-        if refusal is not None:
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, refusal)
-        await context.write(_hello_envelope(self._hello))
-        link = Link(_ServerStream(context), first.hello)
+    async def _serve(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        link = Link(context, await self._greet(context))
         older = self._links.get(link.peer)
         if older is not None:
-            older.close()
+            older.close(Refused(f"replaced by a newer connection of the same name, {link.peer}"))
         self._links[link.peer] = link
-        self._on_open(link)
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         try:
-            await link.run(self._on_message)
+            await link.attend(self._callbacks)
         finally:
-            link.closed = True
             if self._links.get(link.peer) is link:
                 del self._links[link.peer]
-            self._on_close(link)
+        if link.error is not None:
+            code = grpc.StatusCode.PERMISSION_DENIED if isinstance(link.error, Refused) else grpc.StatusCode.ABORTED
+            await context.abort(code, str(link.error))
 
-    def _refusal(self, first: Any) -> str | None:
-        if first is grpc.aio.EOF or not first.HasField("hello"):
-            return "the first message must be a hello"
-        hello = first.hello
+    async def _greet(self, context: Any) -> pb.Hello:
+        """The serving side's handshake. A peer that is not wanted is told why."""
+        hello = pb.Hello()
+        try:
+            async with asyncio.timeout(HANDSHAKE_S):
+                hello = _hello_of(await context.read())
+                self._check(hello)
+                await context.write(_hello_envelope(self._hello, token=""))
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello in time")
+        except RpcError as error:
+            log.warning("%s is refused: %s", hello.peer or "a peer", error)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+        return hello
+
+    def _check(self, hello: pb.Hello) -> None:
+        """The token comes first: who does not know it learns nothing else."""
         if not hmac.compare_digest(hello.token.encode(), self._hello.token.encode()):
-            return "wrong cluster token"
-        if hello.major != PROTOCOL_MAJOR or abs(hello.minor - PROTOCOL_MINOR) > 1:
-            ours, theirs = f"{PROTOCOL_MAJOR}.{PROTOCOL_MINOR}", f"{hello.major}.{hello.minor}"
-            return f"protocol {theirs} of {hello.peer} does not fit {ours} of {self._hello.peer}"
-        return self._admit(Hello(hello.peer, hello.kind, "", hello.compat))
-
-
-class _ServerStream:
-    """The serving side's context, with the dialling side's way to end the stream."""
-
-    def __init__(self, context: Any) -> None:
-        self.read = context.read
-        self.write = context.write
-        self._task = asyncio.current_task()
-
-    def cancel(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
+            raise Refused("wrong cluster token")
+        _check_version(hello, self._hello)
+        refusal = self._admit(Hello(hello.peer, hello.kind, "", hello.compat))
+        if refusal is not None:
+            raise Refused(refusal)
 
 
 class RpcClient:
@@ -257,92 +287,131 @@ class RpcClient:
         on_open: OnLink,
         on_message: OnMessage,
         on_close: OnLink,
-        on_refused: Callable[[str], None] = lambda why: log.warning("refused: %s", why),
+        on_refused: Callable[[Refused], None] = lambda why: log.warning("refused: %s", why),
         tls: TlsConfig | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._address = address
         self._hello = hello
-        self._on_open, self._on_message, self._on_close = on_open, on_message, on_close
+        self._callbacks = Callbacks(on_open, on_message, on_close)
         self._on_refused = on_refused
         self._tls = tls or TlsConfig()
         self._rng = rng or random.Random(hello.peer)
+        self._credentials: grpc.ChannelCredentials | None = None
         self._task: asyncio.Task[None] | None = None
-        self._link: Link | None = None
 
     def start(self) -> None:
+        """Raises ConfigError if a file of `tls` cannot be read."""
+        pem = _load_pem(self._tls, self._address)
+        if pem is not None:
+            self._credentials = grpc.ssl_channel_credentials(pem.ca, pem.key, pem.cert)
         self._task = asyncio.create_task(self._keep())
 
     async def close(self) -> None:
+        """When it returns, `on_close` has been called if a link was open."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def _keep(self) -> None:
+        """A link that breaks soon counts as a failed try: a peer that always breaks it is not dialled in a tight loop."""
         delay_s, longest_s = BACKOFF_S
         while True:
-            pause_s = delay_s * (0.5 + self._rng.random())
+            pause_s = delay_s
             try:
-                await self._connect_once()
-                delay_s = BACKOFF_S[0]
+                lived_s = await self._connect_once()
             except Refused as error:
-                self._on_refused(str(error))
+                self._on_refused(error)
                 pause_s = REFUSED_S
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
+            except (*_BROKEN, RpcError, TimeoutError) as error:
                 log.debug("no link to %s: %s", self._address, error)
-                delay_s = min(2 * delay_s, longest_s)
-            await asyncio.sleep(pause_s)
+            else:
+                if lived_s > longest_s:
+                    delay_s = pause_s = BACKOFF_S[0]
+            delay_s = min(2 * delay_s, longest_s)
+            await asyncio.sleep(pause_s * (0.5 + self._rng.random()))
 
-    async def _connect_once(self) -> None:
-        """One stream, from dial to end. Returns when an opened one ended; raises if none could be opened."""
+    async def _connect_once(self) -> float:
+        """One stream, from dial to end; how long it was open, in seconds. Raises if none could be opened, or if refused."""
+        clock = asyncio.get_running_loop().time
         async with self._channel() as channel:
-            call = channel.stream_stream(
-                _METHOD, request_serializer=pb.Envelope.SerializeToString, response_deserializer=pb.Envelope.FromString
-            )()
+            call: Any = channel.stream_stream(_METHOD)()
             try:
                 async with asyncio.timeout(HANDSHAKE_S):
-                    await call.write(_hello_envelope(self._hello))
-                    first = await call.read()
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-                raise await _reason(call, error) from None
-            if not isinstance(first, pb.Envelope):
-                raise await _reason(call, TimeoutError("the peer ended the stream"))
-            link = Link(call, first.hello)
-            self._on_open(link)
-            try:
-                await link.run(self._on_message)
-            finally:
-                link.closed = True
-                call.cancel()
-                self._on_close(link)
+                    await call.write(_hello_envelope(self._hello, token=self._hello.token))
+                    hello = _hello_of(await call.read())
+            except _BROKEN as error:
+                _raise_meaning(error)
+                raise
+            _check_version(hello, self._hello)
+            link = Link(call, hello)
+            opened_at = clock()
+            await link.attend(self._callbacks)
+            if isinstance(link.error, Refused):
+                raise link.error
+            return clock() - opened_at
 
     def _channel(self) -> grpc.aio.Channel:
-        if self._tls.ca is None or self._address.startswith("unix:"):
+        """A fresh one for each try: gRPC would put pauses of its own between tries of an old one."""
+        if self._credentials is None:
             return grpc.aio.insecure_channel(self._address, options=_OPTIONS)
-        pair = (None, None) if self._tls.key is None else (_read(self._tls.key), _read(self._tls.cert or ""))
-        credentials = grpc.ssl_channel_credentials(_read(self._tls.ca), *pair)
-        return grpc.aio.secure_channel(self._address, credentials, options=_OPTIONS)
+        return grpc.aio.secure_channel(self._address, self._credentials, options=_OPTIONS)
 
 
-async def _reason(call: Any, error: BaseException) -> BaseException:
-    with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
-        async with asyncio.timeout(1.0):
-            if await call.code() is grpc.StatusCode.PERMISSION_DENIED:
-                return Refused(await call.details())
-    return error
+def _raise_meaning(error: Exception) -> None:
+    """What the peer said when it ended the stream is our error; a stream that merely broke is none."""
+    if not isinstance(error, _BROKEN):
+        raise error
+    if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.PERMISSION_DENIED:
+        raise Refused(error.details())
+    if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.ABORTED:
+        raise RpcError(f"the peer ended it: {error.details()}")
+    log.debug("a stream broke: %s", error)
 
 
-def _hello_envelope(hello: Hello) -> pb.Envelope:
-    return pb.Envelope(
-        hello=pb.Hello(
-            major=PROTOCOL_MAJOR,
-            minor=PROTOCOL_MINOR,
-            peer=hello.peer,
-            kind=hello.kind,
-            token=hello.token,
-            compat=hello.compat,
-        )
+def _hello_of(data: Any) -> pb.Hello:
+    """From the first envelope of a direction. Raises ProtocolFault."""
+    try:
+        envelope = pb.Envelope() if data is grpc.aio.EOF else pb.Envelope.FromString(data)
+    except DecodeError as error:
+        raise ProtocolFault(f"invalid envelope: {error}") from error
+    if not envelope.HasField("hello"):
+        raise ProtocolFault("the first message must be a hello")
+    return envelope.hello
+
+
+def _check_version(theirs: pb.Hello, ours: Hello) -> None:
+    if theirs.major != PROTOCOL_MAJOR or abs(theirs.minor - PROTOCOL_MINOR) > 1:
+        version = f"protocol {theirs.major}.{theirs.minor} of {theirs.peer}"
+        raise Refused(f"{version} does not fit {PROTOCOL_MAJOR}.{PROTOCOL_MINOR} of {ours.peer}")
+
+
+def _hello_envelope(hello: Hello, *, token: str) -> bytes:
+    """token: the dialling side proves with it that it belongs here; the answer need not carry it."""
+    mine = pb.Hello(
+        major=PROTOCOL_MAJOR,
+        minor=PROTOCOL_MINOR,
+        peer=hello.peer,
+        kind=hello.kind,
+        token=token,
+        compat=hello.compat,
     )
+    return pb.Envelope(hello=mine).SerializeToString()
+
+
+class _Pem(NamedTuple):
+    key: bytes
+    cert: bytes
+    ca: bytes | None
+
+
+def _load_pem(tls: TlsConfig, address: str) -> _Pem | None:
+    """None: plain text. Both sides decide alike, and a half-given configuration never means plain text. Raises ConfigError."""
+    if (tls.cert is None) != (tls.key is None) or (tls.cert is None and tls.ca is not None):
+        raise ConfigError(f"tls: cert and key belong together, and ca needs them: {tls}")
+    if tls.cert is None or tls.key is None or address.startswith("unix:"):
+        return None
+    return _Pem(_read(tls.key), _read(tls.cert), None if tls.ca is None else _read(tls.ca))
 
 
 def _read(path: str) -> bytes:
@@ -350,6 +419,3 @@ def _read(path: str) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"tls: cannot read {path}: {error.strerror}") from None
-
-
-__all__: Sequence[str] = ("Hello", "Link", "Refused", "RpcClient", "RpcServer")

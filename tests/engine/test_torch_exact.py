@@ -57,6 +57,16 @@ def test_batched_mixed_lengths_in_chunks_are_what_generate_says(kind: str, tmp_p
     assert [generate(engine, [prompt], NUM_TOKENS)[0] for prompt in PROMPTS[:2]] == expected[:2]
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "deepseek_v3"])
+def test_a_chunk_of_several_pieces_is_what_generate_says(kind: str, tmp_path: Path) -> None:
+    path = save_model(SUPPORTED[kind], tmp_path)
+    limits = msgspec.structs.replace(LIMITS, num_pages=128, max_step_tokens=352, max_context=512)
+    [prompt, other] = prompts(440, 300, seed=2)
+    engine = tiny_engine(path, limits)
+    assert generate(engine, [prompt], 3) == [reference(path, prompt, 3)]
+    assert generate(engine, [other, prompt], 3) == [reference(path, other, 3), reference(path, prompt, 3)]
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_would_come_out_wrong_is_refused_by_name(kind: str, tmp_path: Path) -> None:
     path = save_model(REFUSED[kind], tmp_path)

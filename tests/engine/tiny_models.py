@@ -22,7 +22,7 @@ LIMITS = EngineLimits(num_pages=64, page_tokens=8, block_tokens=16, max_batch=8,
 GREEDY = SamplingParams(temperature=0.0)
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
 }  # fmt: skip
 GROUPED = {**COMMON, "num_key_value_heads": 2}
 MLA = {
@@ -43,7 +43,7 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {**GROUPED, "sliding_window": WINDOW}),
     "gemma3": ("gemma3_text", {**GROUPED, "head_dim": 16, "sliding_window": WINDOW,
                                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
-    "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256, "eos_token_id": 1,
+    "gpt2": ("gpt2", {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512, "eos_token_id": 1,
                       "bos_token_id": 0}),
     "opt": ("opt", {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "phi3": ("phi3", GROUPED),
@@ -158,7 +158,11 @@ def scatter(run: Run) -> None:
 
 
 def generate(
-    engine: TorchStepEngine, given: Sequence[Sequence[int]], num_tokens: int, *sampling: SamplingParams, row_pages: int = 1
+    engine: TorchStepEngine,
+    given: Sequence[Sequence[int]],
+    num_tokens: int,
+    *sampling: SamplingParams,
+    row_pages: int = 1,
 ) -> list[list[int]]:
     """All prompts at once; sampling: of each, the last one for the rest."""
     run = Run(engine, row_pages=row_pages)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import msgspec
@@ -54,7 +54,7 @@ class Cluster:
             self.abandon()
             raise
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -205,7 +205,7 @@ class Client:
         self._http = httpx.AsyncClient(base_url=cluster.url, timeout=timeout_s, limits=limits)
         self.model = cluster.config["model_name"]
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:

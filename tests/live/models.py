@@ -61,4 +61,4 @@ class Reference:
         return "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+        return self._tokenizer.encode(text, add_special_tokens=False)

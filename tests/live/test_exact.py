@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expect(model: Path) -> Expect:
     reference = Reference(model)
-    return functools.cache(lambda prompt, num_tokens: reference.text(prompt, num_tokens))
+    return functools.cache(reference.text)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ def reference() -> Reference:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster("--engine", "torch", "--dtype", "float32", "--prefill", "2", "--store-memory", "512MiB") as found:
+    small = ("--max-batch", "4", "--max-step-tokens", "256", "--kv-tokens", "4096", "--store-memory", "256MiB")
+    with Cluster("--engine", "torch", "--dtype", "float32", "--prefill", "2", *small) as found:
         yield found
 
 
@@ -47,7 +48,7 @@ def ask(cluster: Cluster, *prompts: list[int]) -> list[Completion]:
 
 
 def test_exact(cluster: Cluster, reference: Reference, words: list[int]) -> None:
-    prompts = [words[:5], words[50:178], words[20:420], words[300:1200]]
+    prompts = [words[:5], words[50:178], words[300:1200]]
     batched = ask(cluster, *prompts)
     [alone] = ask(cluster, prompts[0])
     for prompt, found in zip((*prompts, prompts[0]), (*batched, alone), strict=True):
@@ -60,26 +61,22 @@ def test_a_prefix_is_read_by_another_instance(cluster: Cluster, reference: Refer
     busy_before = {name: cluster.cpu_s(name) for name in ("prefill-0", "prefill-1")}
     [cold] = ask(cluster, first)
     owner = max(busy_before, key=lambda name: cluster.cpu_s(name) - busy_before[name])
-    cluster.until_back(owner, cluster.kill(owner))
     before_ns = time.monotonic_ns()
+    pid = cluster.kill(owner)
     [warm] = ask(cluster, second)
 
     assert (cold.error, warm.error) == ("", "")
-    assert cold.text == reference.text(first, NUM_TOKENS)
     assert warm.text == reference.text(second, NUM_TOKENS)
     assert (cold.num_cached, warm.num_cached) == (0, REUSED_TOKENS)
     ratio = warm.ttft_s / cold.ttft_s
     print(f"TTFT cold {1000 * cold.ttft_s:.0f} ms, reused {1000 * warm.ttft_s:.0f} ms: ratio {ratio:.3f}")
     assert ratio < RATIO_MAX
 
+    cluster.until_back(owner, pid)
     cluster.stop()
-    loaded, computed = counters(cluster, None)
-    loaded_before, computed_before = counters(cluster, before_ns)
-    assert loaded - loaded_before == REUSED_TOKENS
-    assert computed - computed_before == len(second) - REUSED_TOKENS
-
-
-def counters(cluster: Cluster, at_ns: int | None) -> tuple[int, int]:
-    """Tokens loaded and computed by both prefill engines since their starts."""
-    loads = [life.load for name, life in cluster.replay_all(at_ns).items() if name.startswith("prefill") and life.load]
-    return sum(load.num_loaded_tokens for load in loads), sum(load.num_computed_tokens for load in loads)
+    [other] = {"prefill-0", "prefill-1"} - {owner}
+    before, after = cluster.replay_all(before_ns)[other].load, cluster.replay_all()[other].load
+    assert after is not None
+    loaded_before, computed_before = (before.num_loaded_tokens, before.num_computed_tokens) if before else (0, 0)
+    assert after.num_loaded_tokens - loaded_before == REUSED_TOKENS
+    assert after.num_computed_tokens - computed_before == len(second) - REUSED_TOKENS

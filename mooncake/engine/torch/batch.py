@@ -46,6 +46,8 @@ class LayerWriter:
         self._after_layer = after_layer
         self._loads = [(item.seq, loads[item.seq]) for item in items if item.num_loading]
         new_slots = np.concatenate([slots(i.pages, memory.page_tokens, i.start, i.count) for i in items])
+        first, end = int(new_slots[0]), int(new_slots[-1]) + 1
+        self._run = slice(first, end) if end - first == len(new_slots) and np.all(np.diff(new_slots) == 1) else None
         self._slots = torch.from_numpy(new_slots).to(memory.kv.device)
 
     def put(self, layer: int, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -54,7 +56,10 @@ class LayerWriter:
             if seq not in self.failed and not load.wait(layer):
                 self.failed[seq] = None
         for target, new in parts:
-            target.index_copy_(0, self._slots, new)
+            if self._run is not None:
+                target[self._run].copy_(new)
+            else:
+                target.index_copy_(0, self._slots, new)
         self.layers_seen.append(layer)
         self._memory.mark(layer)
         if self._after_layer is not None:

@@ -81,4 +81,4 @@ def dimensions(model: Any) -> Dimensions:
             max_context=config.max_position_embeddings,
         )
     except AttributeError as error:
-        raise ModelError(f"models of type {config.model_type!r} are not supported: {error}") from error
+        raise ModelError(f"model type {config.model_type!r} is not supported: {error}") from error

@@ -30,13 +30,13 @@ class PageMemory:
         self.page_tokens = page_tokens
         self._bytes = None if device != "cpu" else self.kv.view(num_layers, num_slots, -1).view(torch.uint8).numpy()
         self._token_bytes = self.kv[0, 0].nbytes
-        self._stream = torch.cuda.Stream() if device != "cpu" else None
+        self._stream = torch.cuda.Stream() if device != "cpu" else None  # type: ignore[no-untyped-call]
         self._marks: dict[int, torch.cuda.Event] = {}
 
     def mark(self, layer: int) -> None:
         """The compute stream has been given all work that fills this layer's pages in this step."""
         if self._stream is not None:
-            event = self._marks[layer] = torch.cuda.Event()
+            event = self._marks[layer] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
 
     def read(self, layer: int, pages: np.ndarray, start: int, count: int, out: memoryview) -> None:
@@ -61,7 +61,7 @@ class PageMemory:
             if layer in self._marks:
                 self._marks[layer].wait(self._stream)
             staging.copy_(self._device_bytes(layer, slot, len(target)), non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         done.synchronize()
         np.copyto(target, staging.numpy())
@@ -71,7 +71,7 @@ class PageMemory:
         np.copyto(staging.numpy(), source)
         with torch.cuda.stream(self._stream):
             self._device_bytes(layer, slot, len(source)).copy_(staging, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         done.synchronize()
 

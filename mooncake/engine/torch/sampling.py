@@ -14,6 +14,9 @@ import torch
 from mooncake.core.noise import uniform
 from mooncake.core.types import SamplingParams, TokenLogprobs
 
+_NUCLEUS_GUESS = 1024
+"""A nucleus of no more tokens, which is the rule, is found without sorting the vocabulary."""
+
 
 class SequenceState:
     """Tokens of one sequence and how to draw more; what penalties need is rebuilt from the tokens."""
@@ -72,17 +75,27 @@ class SequenceState:
 def _weights(logits: np.ndarray, p: SamplingParams) -> np.ndarray:
     """Unnormalised probabilities after temperature and filters, float64, in the order of the vocabulary."""
     scaled = logits.astype(np.float64) / p.temperature
-    weights = np.exp(scaled - scaled.max())
+    weights: np.ndarray = np.exp(scaled - scaled.max())
     if p.top_k and p.top_k < len(weights):
         weights[weights < np.partition(weights, -p.top_k)[-p.top_k]] = 0.0
     if p.top_p < 1.0:
-        descending = np.sort(weights)[::-1]
-        reached = np.cumsum(descending)
-        last = int(np.searchsorted(reached, p.top_p * reached[-1]))
-        weights[weights < descending[min(last, len(descending) - 1)]] = 0.0
+        weights[weights < _nucleus_floor(weights, p.top_p)] = 0.0
     if p.min_p > 0.0:
         weights[weights < p.min_p * weights.max()] = 0.0
     return weights
+
+
+def _nucleus_floor(weights: np.ndarray, share: float) -> float:
+    """The smallest weight of the fewest, greatest ones that have `share` of the sum."""
+    wanted = share * weights.sum()
+    best = weights
+    if len(weights) > _NUCLEUS_GUESS:
+        best = np.partition(weights, -_NUCLEUS_GUESS)[-_NUCLEUS_GUESS:]
+        if best.sum() < wanted:
+            best = weights
+    descending = np.sort(best)[::-1]
+    last = int(np.searchsorted(np.cumsum(descending), wanted))
+    return float(descending[min(last, len(descending) - 1)])
 
 
 def _pick(weights: np.ndarray, number: float) -> int:

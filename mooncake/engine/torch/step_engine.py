@@ -90,7 +90,7 @@ class TorchStepEngine:
             positions.append(np.arange(item.start, item.start + item.count))
             if item.sample:
                 last.append(len(tokens) - 1)
-        keep = torch.tensor(last or [len(tokens) - 1], device=self._device)
+        keep = torch.tensor(last, dtype=torch.long, device=self._device)
         self._running.step = batch
         found = self._model(
             input_ids=torch.tensor([tokens], device=self._device),

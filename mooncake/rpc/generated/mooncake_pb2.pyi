@@ -176,7 +176,7 @@ class Job(_message.Message):
     priority: int
     deadline_ns: int
     allow_in_place: bool
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., hand_over: _Optional[bool] = ..., priority: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., allow_in_place: _Optional[bool] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., hand_over: bool = ..., priority: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., allow_in_place: bool = ...) -> None: ...
 
 class PlaceRequest(_message.Message):
     __slots__ = ("key", "num_tokens", "block_keys", "max_tokens", "num_generated", "tenant", "priority", "slo", "exclude", "decode_only", "first")
@@ -202,7 +202,7 @@ class PlaceRequest(_message.Message):
     exclude: _containers.RepeatedScalarFieldContainer[str]
     decode_only: bool
     first: bool
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., num_generated: _Optional[int] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., exclude: _Optional[_Iterable[str]] = ..., decode_only: _Optional[bool] = ..., first: _Optional[bool] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., num_generated: _Optional[int] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., exclude: _Optional[_Iterable[str]] = ..., decode_only: bool = ..., first: bool = ...) -> None: ...
 
 class PrefillDone(_message.Message):
     __slots__ = ("key", "ttft_ns")
@@ -222,7 +222,7 @@ class AttemptEnded(_message.Message):
     num_output: int
     completed: bool
     mean_itl_ns: int
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_output: _Optional[int] = ..., completed: _Optional[bool] = ..., mean_itl_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_output: _Optional[int] = ..., completed: bool = ..., mean_itl_ns: _Optional[int] = ...) -> None: ...
 
 class Booking(_message.Message):
     __slots__ = ("key", "prefill", "decode", "num_tokens")
@@ -416,7 +416,7 @@ class Registered(_message.Message):
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     accepted: bool
     detail: str
-    def __init__(self, accepted: _Optional[bool] = ..., detail: _Optional[str] = ...) -> None: ...
+    def __init__(self, accepted: bool = ..., detail: _Optional[str] = ...) -> None: ...
 
 class InstanceLoad(_message.Message):
     __slots__ = ("name", "epoch", "seq", "num_waiting", "waiting_tokens", "num_running", "context_tokens", "free_pages", "step_ns")
