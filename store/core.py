@@ -215,7 +215,8 @@ class StoreCore:
         self._last_number += 1
         checksum = event.checksums[at] if event.checksums else None
         location = Location(offset, size, self._last_number)
-        obj = StoredObject(event.keys[at], location, event.client, event.ephemeral, checksum)
+        ephemeral = event.ephemeral or (event.ephemeral_last and at == len(event.keys) - 1)
+        obj = StoredObject(event.keys[at], location, event.client, ephemeral, checksum)
         self._move(obj, Trigger.RESERVE)
         self._num_writers[obj.key] += 1
         self._by_number[obj.number] = obj

@@ -31,7 +31,8 @@ class Reserve(Request, frozen=True):
 
     lease_existing: lease those that EXIST to the client. all_or_nothing: if one key gets no room, none is reserved or
     leased and all are REFUSED. ephemeral: the objects are freed as soon as their last lease goes and are not reported
-    to the directory. checksums: xxh3-64 of the contents, one per key; mandatory in STRICT mode."""
+    to the directory; ephemeral_last: only the last of them. checksums: xxh3-64 of the contents, one per key; mandatory
+    in STRICT mode."""
 
     keys: tuple[bytes, ...]
     sizes: tuple[int, ...]
@@ -40,6 +41,7 @@ class Reserve(Request, frozen=True):
     all_or_nothing: bool = False
     ephemeral: bool = False
     checksums: tuple[int, ...] = ()
+    ephemeral_last: bool = False
 
 
 class Commit(Request, frozen=True):

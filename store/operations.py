@@ -40,13 +40,23 @@ class StoreOperations(ABC):
         lease_existing: bool = False,
         all_or_nothing: bool = False,
         ephemeral: bool = False,
+        ephemeral_last: bool = False,
         checksums: Sequence[int] = (),
         deadline_s: float = DEADLINE_S,
     ) -> Reservation:
         """Space for new objects; what became of each key is in `statuses`. See `events.Reserve` for the flags."""
         link = self._link_or_raise()
         request = Reserve(
-            0, 0, tuple(keys), tuple(sizes), mode, lease_existing, all_or_nothing, ephemeral, tuple(checksums)
+            0,
+            0,
+            tuple(keys),
+            tuple(sizes),
+            mode,
+            lease_existing,
+            all_or_nothing,
+            ephemeral,
+            tuple(checksums),
+            ephemeral_last,
         )
         puts = await self._call(request, deadline_s)
         return Reservation(link, [put.location for put in puts], [put.status for put in puts])

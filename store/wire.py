@@ -58,6 +58,7 @@ class Flag(enum.IntFlag):
     EPHEMERAL = 4
     STRICT = 8
     CHECKSUMS = 16
+    EPHEMERAL_LAST = 32
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -115,6 +116,7 @@ def encode_request(event: Request) -> bytes:
                 Flag.LEASE * event.lease_existing
                 | Flag.ALL_OR_NOTHING * event.all_or_nothing
                 | Flag.EPHEMERAL * event.ephemeral
+                | Flag.EPHEMERAL_LAST * event.ephemeral_last
                 | Flag.STRICT * (event.mode is PutMode.STRICT)
                 | Flag.CHECKSUMS * bool(event.checksums)
             )
@@ -153,6 +155,7 @@ def _decode_reserve(client: int, frame: Frame) -> Request:
         lease_existing=bool(flags & Flag.LEASE),
         all_or_nothing=bool(flags & Flag.ALL_OR_NOTHING),
         ephemeral=bool(flags & Flag.EPHEMERAL),
+        ephemeral_last=bool(flags & Flag.EPHEMERAL_LAST),
         checksums=values[2 * n :],
     )
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from mooncake.core.errors import StoreError
 from mooncake.core.keys import object_key
@@ -41,36 +40,27 @@ def _keys(source: KvSource) -> tuple[bytes, ...]:
 
 
 class TargetWriter:
-    """Objects to be written for a sequence: shared blocks, and the partial last one, which lives as long as its leases. Each of
-    the two, where there is one, is a reservation of its own."""
+    """Objects to be written for a sequence: shared blocks, and the partial last one, which lives as long as its leases."""
 
-    def __init__(self, client: StoreOperations, parts: Sequence[Reservation], target: KvSource) -> None:
+    def __init__(self, client: StoreOperations, reservation: Reservation, target: KvSource) -> None:
         self._client = client
-        self._parts = parts
-        self._places = [(part, at) for part in parts for at in range(len(part))]
+        self._reservation = reservation
         self.num_tokens = target.num_tokens
 
     def wants(self, index: int) -> bool:
-        part, at = self._places[index]
-        return part.statuses[at] is PutStatus.RESERVED
+        return self._reservation.statuses[index] is PutStatus.RESERVED
 
     def fill(self, index: int, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
-        part, at = self._places[index]
-        part.fill(at, offset, size, fill)
+        self._reservation.fill(index, offset, size, fill)
 
     async def commit(self, first: int, last: int) -> bool:
         """Commit and keep leased; whether all of [first, last) can be read now."""
-        wanted = [self._places[index] for index in range(first, last) if self.wants(index)]
-        calls = [
-            self._client.commit(part, [at for owner, at in wanted if owner is part], lease=True) for part in self._parts
-        ]
-        done = (CommitStatus.COMMITTED, CommitStatus.EXISTS)
-        return all(status in done for statuses in await asyncio.gather(*calls) for status in statuses.values())
+        statuses = await self._client.commit(self._reservation, range(first, last), lease=True)
+        return all(status in (CommitStatus.COMMITTED, CommitStatus.EXISTS) for status in statuses.values())
 
     async def close(self) -> None:
         """Cancel what is not committed, release the rest."""
-        for part in self._parts:
-            await _give_back(self._client, part)
+        await _give_back(self._client, self._reservation)
 
 
 async def reserve_target(
@@ -78,35 +68,26 @@ async def reserve_target(
 ) -> TargetWriter | None:
     """All or nothing; None if there is no room now. Raises StoreError if the node cannot be asked."""
     num_blocks = len(target.block_keys)
-    calls = []
-    if num_blocks:
-        keys = [object_key(key, shard) for key in target.block_keys]
-        sizes = [layout.object_bytes(block_tokens)] * num_blocks
-        calls.append(client.reserve(keys, sizes, lease_existing=True, all_or_nothing=True))
+    sizes = [layout.object_bytes(block_tokens)] * num_blocks
     if target.partial_key:
-        keys = [object_key(target.partial_key, shard)]
-        sizes = [layout.object_bytes(target.num_tokens - num_blocks * block_tokens)]
-        calls.append(client.reserve(keys, sizes, lease_existing=True, all_or_nothing=True, ephemeral=True))
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    parts = [result for result in results if isinstance(result, Reservation)]
-    if len(parts) == len(calls) and all(_granted(part) for part in parts):
-        return TargetWriter(client, parts, target)
-    for part in parts:
-        await _give_back(client, part)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+        sizes.append(layout.object_bytes(target.num_tokens - num_blocks * block_tokens))
+    reservation = await client.reserve(
+        [object_key(key, shard) for key in _keys(target)],
+        sizes,
+        lease_existing=True,
+        all_or_nothing=True,
+        ephemeral_last=bool(target.partial_key),
+    )
+    if all(status in (PutStatus.RESERVED, PutStatus.EXISTS) for status in reservation.statuses):
+        return TargetWriter(client, reservation, target)
+    await _give_back(client, reservation)
     return None
 
 
-def _granted(part: Reservation) -> bool:
-    return all(status in (PutStatus.RESERVED, PutStatus.EXISTS) for status in part.statuses)
-
-
-async def _give_back(client: StoreOperations, part: Reservation) -> None:
+async def _give_back(client: StoreOperations, reservation: Reservation) -> None:
     try:
-        await client.cancel(part)
-        await client.release(part)
+        await client.cancel(reservation)
+        await client.release(reservation)
     except StoreError:
         # The node is gone or does not answer: it takes everything back when it sees our connection end.
         return

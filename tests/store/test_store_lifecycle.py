@@ -251,3 +251,12 @@ def test_a_range_is_allowed_only_inside_a_live_claim() -> None:
         and not allows(B, number, at, 1, False)
     )
     assert key(1) != key(2)
+
+
+def test_only_the_last_key_of_a_batch_may_be_ephemeral() -> None:
+    drive = Driver(ten_objects())
+    puts = drive(Reserve(A, 0, keys(1, 2), (50, 50), ephemeral_last=True))
+    numbers = tuple(put.location.generation for put in puts)
+    drive(Commit(A, 0, numbers, lease=True))
+    drive(Release(A, 0, numbers))
+    assert present(drive, 1, 2) == [1]
