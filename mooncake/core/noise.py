@@ -5,6 +5,8 @@ So a sequence draws the same tokens in every process, in every batch, and when i
 
 from __future__ import annotations
 
+import numpy as np
+
 _MASK = (1 << 64) - 1
 
 
@@ -16,6 +18,11 @@ def noise(seed: int, choice: int, position: int) -> int:
     return x ^ (x >> 31)
 
 
-def uniform(seed: int, choice: int, position: int) -> float:
-    """In [0, 1), with 53 bits."""
-    return (noise(seed, choice, position) >> 11) * 2.0**-53
+def uniforms(base: int, indices: np.ndarray) -> np.ndarray:
+    """A number in (0, 1) for each index, float64: SplitMix64's stream from `base`, at those places."""
+    with np.errstate(over="ignore"):
+        x = np.uint64(base) + (indices.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return ((x >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from mooncake.core.noise import noise, uniform
+from mooncake.core.noise import noise, uniforms
 
 VECTORS = [
     ((0, 0, 0), 0),
@@ -19,15 +20,17 @@ VECTORS = [
 @pytest.mark.parametrize(("arguments", "expected"), VECTORS)
 def test_vectors(arguments: tuple[int, int, int], expected: int) -> None:
     assert noise(*arguments) == expected
-    assert uniform(*arguments) == (expected >> 11) / 2**53
 
 
 def test_uniform_numbers_are_spread_evenly() -> None:
-    numbers = [uniform(seed, choice, position) for seed in range(10) for choice in range(10) for position in range(100)]
-    assert min(numbers) >= 0.0 and max(numbers) < 1.0
-    tenths = [sum(1 for number in numbers if int(number * 10) == tenth) for tenth in range(10)]
-    assert all(900 < count < 1100 for count in tenths)
-    assert len(set(numbers)) == len(numbers)
+    numbers = uniforms(noise(1, 2, 3), np.arange(10_000))
+    assert numbers.min() > 0.0 and numbers.max() < 1.0 and len(np.unique(numbers)) == len(numbers)
+    assert all(900 < count < 1100 for count in np.histogram(numbers, bins=10, range=(0.0, 1.0))[0])
+
+
+def test_a_number_depends_on_its_index_alone_not_on_its_neighbours() -> None:
+    assert uniforms(7, np.array([3, 40]))[1] == uniforms(7, np.arange(50))[40]
+    assert uniforms(7, np.array([40])).tolist() == [0.6438741852851495]
 
 
 def test_each_argument_matters() -> None:

@@ -39,6 +39,8 @@ class End:
         self.envelopes: list[int] = []
         """The number of messages of each."""
         self.refusals: list[Refused] = []
+        self.fail_next: Exception | None = None
+        """What the next messages make `received` raise."""
         self._changed = asyncio.Event()
 
     @property
@@ -54,6 +56,9 @@ class End:
         self._note(f"open {link.peer}")
 
     def received(self, link: Link, messages: list[AnyMessage]) -> None:
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
         self.envelopes.append(len(messages))
         self.inbox.extend(messages)
         self._changed.set()

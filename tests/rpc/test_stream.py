@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import socket
 import subprocess
 import time
@@ -19,8 +18,10 @@ from mooncake.core.errors import ConfigError, OutboxFull, ProtocolFault, Refused
 from mooncake.core.messages import CacheSnapshot, Drain, Registered
 from mooncake.rpc import stream
 from mooncake.rpc.generated import mooncake_pb2 as pb
-from mooncake.rpc.stream import RpcClient
 from tests.rpc.harness import End, Wire, dialling, hello, pair, run, serving
+
+# gRPC and the harness's frozen and cut sockets are collected whenever the collector likes, long after their test.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def drains(count: int) -> list[Drain]:
@@ -234,21 +235,6 @@ def test_a_broken_connection_is_seen_by_both_ends_and_made_anew() -> None:
     run(test)
 
 
-def test_a_peer_that_went_silent_is_noticed_by_both_ends_within_five_seconds() -> None:
-    async def test() -> None:
-        server, client = End(hello("server")), End(hello("client"))
-        async with serving(server) as at:
-            wire = Wire(at.address)
-            async with wire.open() as address, dialling(client, address):
-                await asyncio.gather(client.until_event("open server"), server.until_event("open client"))
-                wire.freeze()
-                began = time.monotonic()
-                await asyncio.gather(client.until_event("close server"), server.until_event("close client"))
-                assert time.monotonic() - began < 5.0
-
-    run(test)
-
-
 def test_an_idle_link_stays_open() -> None:
     """Longer than a keepalive and its answer; too many pings would end in GOAWAY."""
 
@@ -278,46 +264,6 @@ def test_a_server_that_comes_late_or_comes_back_is_found() -> None:
         assert server.events == ["open client", "close client"] * 2
 
     run(test)
-
-
-def test_pauses_between_tries_grow_to_a_bound_and_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def pauses(seed: int) -> list[float]:
-        slept: list[float] = []
-        done = asyncio.Event()
-
-        async def sleep(seconds: float) -> None:
-            slept.append(seconds)
-            if len(slept) == 10:
-                done.set()
-            await real_sleep(0 if len(slept) < 10 else 3600)
-
-        real_sleep = asyncio.sleep
-        with socket.socket() as closed, monkeypatch.context() as patch:
-            closed.bind(("127.0.0.1", 0))  # bound and not listening: refused at once
-            patch.setattr(asyncio, "sleep", sleep)
-            client = RpcClient(
-                "127.0.0.1:{}".format(closed.getsockname()[1]),
-                hello("client"),
-                **End(hello("client")).callbacks,
-                rng=random.Random(seed),
-            )
-            client.start()
-            async with asyncio.timeout(5):
-                await done.wait()
-            await client.close()
-        return slept
-
-    async def test() -> None:
-        first = await pauses(7)
-        shortest, longest = stream.BACKOFF_S
-        for index, pause in enumerate(first):
-            assert 0.5 <= pause / min(shortest * 2**index, longest) < 1.5
-        assert first == await pauses(7) != await pauses(8)
-
-    run(test)
-
-
-# ---------------------------------------------------------------- faults of this side
 
 
 def test_an_outbox_that_overflows_closes_the_link_and_a_new_one_follows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,24 +305,16 @@ def test_a_failing_callback_ends_its_link_loudly_and_a_new_one_follows(
     async def test() -> None:
         async with pair() as (server, client):
             far, near = (server, client) if broken == "client" else (client, server)
-            near.link.error = None
-            fail_once = iter([ZeroDivisionError("a bug")])
-            receive = near.received
-
-            def received(link: stream.Link, messages: list[Drain]) -> None:
-                for error in fail_once:
-                    raise error
-                receive(link, messages)  # type: ignore[arg-type]
-
-            near.received = received  # type: ignore[assignment,method-assign]
+            near.fail_next = ZeroDivisionError("a bug")
             far.link.send(Drain("lost with its link"))
-            await asyncio.gather(
-                client.until_event("close server"),
-                server.until_event("close client"),
-            )
+            await asyncio.gather(client.until_event("close server"), server.until_event("close client"))
+            await asyncio.gather(client.until_event("open server", 2), server.until_event("open client", 2))
+            far.link.send(Drain("again"))
+            await near.until_received(1)
+            assert near.inbox == [Drain("again")]
 
     run(test)
-    assert caplog.records is not None
+    assert any("a callback failed" in record.message for record in caplog.records)
 
 
 def test_wrong_bytes_close_the_link_and_the_peer_is_told_why() -> None:
@@ -416,7 +354,7 @@ def test_closing_is_prompt_in_every_state(state: str) -> None:
         mute = socket.create_server(("127.0.0.1", 0))
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(mute.close)
-            address = "127.0.0.1:{}".format(mute.getsockname()[1])
+            address = f"127.0.0.1:{mute.getsockname()[1]}"
             if state in ("open", "refused"):
                 why = "no" if state == "refused" else None
                 address = (await stack.enter_async_context(serving(server, admit=lambda peer: why))).address

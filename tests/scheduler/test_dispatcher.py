@@ -170,19 +170,28 @@ def test_a_gap_is_a_failed_attempt() -> None:
     assert (ask.key, ask.decode_only, ask.num_tokens) == (key(1), True, 21)
 
 
-def test_a_lost_decode_instance_is_replaced_on_the_kv_that_exists() -> None:
+def test_a_decode_instance_lost_before_its_first_token_is_replaced_on_the_kv_that_exists() -> None:
     drive = Driver()
     drive.decoding()
-    drive.tokens("d0", 21, 6)
     commands = drive(PeerGone("d0"))
     assert sends(commands, Abort) == []
     assert sends(commands, AttemptEnded)[0][1].key == key()
     [(_, ask)] = sends(commands, PlaceRequest)
-    assert (ask.decode_only, ask.exclude, ask.first, ask.num_generated) == (True, ("d0",), False, 2)
+    assert (ask.decode_only, ask.exclude, ask.first, ask.num_generated) == (True, ("d0",), False, 1)
     [(to, submit)] = sends(drive.hear(Placed(key(1), "", "d1", None, PREDICTION)), Submit)
-    assert to == "d1" and submit.job.source == SOURCE and submit.job.num_tokens == 22
-    assert len(submit.job.block_keys) == 3 and submit.job.token_ids == b"\x05\0\0\0\x06\0\0\0"
-    assert only(drive.tokens("d1", 22, 7, attempt=1), Output).token_ids == (7,)
+    assert to == "d1" and submit.job.source == SOURCE and submit.job.num_tokens == 21
+    assert only(drive.tokens("d1", 21, 7, attempt=1), Output).token_ids == (7,)
+
+
+def test_a_decode_instance_lost_later_is_replaced_from_prompt_and_tokens() -> None:
+    drive = Driver()
+    drive.decoding()
+    drive.tokens("d0", 21, 6)
+    [(_, ask)] = sends(drive(PeerGone("d0")), PlaceRequest)
+    assert (ask.decode_only, ask.exclude, ask.num_generated) == (False, ("d0",), 2)
+    [(to, submit)] = sends(drive.placed("p1", "d1", attempt=1), Submit)
+    assert to == "p1" and submit.job.num_tokens == 22 and len(submit.job.block_keys) == 3
+    assert submit.job.token_ids == b"\x05\0\0\0\x06\0\0\0"
 
 
 def test_kv_that_is_gone_is_computed_again_from_prompt_and_tokens() -> None:

@@ -1,7 +1,9 @@
-"""From logits to tokens: greedy, or by the inverse of the distribution function with one uniform number per token.
+"""From logits to tokens: greedy, or the greatest of log probability plus Gumbel noise (Gumbel 1954; "Gumbel-max"), which draws
+from the distribution exactly.
 
-Walking the distribution in the order of the vocabulary (not of probability) keeps a draw stable when logits differ in the last
-bits, as they do between batches of different composition. Filters: temperature, then top_k, top_p and min_p on what remains.
+The noise of a token is a pure function of (seed, choice, position, token). A draw changes only where the two best sums are as
+close as the last bits in which logits differ between batches of other composition; walking a cumulative distribution would be
+moved by the differences of all tokens before. Filters: temperature, then top_k, top_p and min_p on what remains.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mooncake.core.noise import uniform
+from mooncake.core.noise import noise, uniforms
 from mooncake.core.types import SamplingParams, TokenLogprobs
 
 _NUCLEUS_GUESS = 1024
@@ -58,7 +60,7 @@ class SequenceState:
         if p.greedy:
             return int(np.argmax(logits))
         weights = _weights(logits, p)
-        return _pick(weights, uniform(p.seed, self.choice, len(self.token_ids)))
+        return _pick(weights, noise(p.seed, self.choice, len(self.token_ids)))
 
     def _penalise(self, logits: np.ndarray) -> None:
         p = self.params
@@ -98,10 +100,10 @@ def _nucleus_floor(weights: np.ndarray, share: float) -> float:
     return float(descending[min(last, len(descending) - 1)])
 
 
-def _pick(weights: np.ndarray, number: float) -> int:
-    reached = np.cumsum(weights)
-    at = int(np.searchsorted(reached, number * reached[-1], side="right"))
-    return min(at, int(np.flatnonzero(weights)[-1]))
+def _pick(weights: np.ndarray, base: int) -> int:
+    left = np.flatnonzero(weights)
+    gumbel = -np.log(-np.log(uniforms(base, left)))
+    return int(left[np.argmax(np.log(weights[left]) + gumbel)])
 
 
 def draw_tokens(
