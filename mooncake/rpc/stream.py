@@ -3,7 +3,7 @@
 The dialling side sends a Hello, the serving side checks it (token, protocol version, `admit`) and answers with its own; after
 that both send envelopes, each with everything that waited. A broken stream is reported at once to both ends by `on_close`;
 the dialling side tries again with growing pauses. A refused one is reported by `on_refused` and tried again rarely, since
-whoever refused may be replaced.
+whoever refused may be replaced. A silent peer, be it frozen or behind a dead wire, is given up by both ends (SILENCE_S).
 
 Callbacks are plain functions on the event loop. `Link.send` never waits: what does not fit into the outbox breaks the link,
 because a peer so far behind is as good as dead. So does a message that cannot be sent, and a callback that fails: messages are
@@ -53,6 +53,11 @@ PATIENCE_S = 0.02
 _PATIENT = frozenset({AttemptEnded, BookingSnapshot, CacheDelta, HandoverDone, LiveAttempts, LoadReport, PrefillDone})
 """Messages that nobody waits for go with the next one that somebody does, or after PATIENCE_S: a write costs both ends about
 100 us of CPU, whatever it carries."""
+BEAT_S = 1.0
+"""Who has said nothing for so long sends an empty envelope. gRPC's own keep-alive is no match: a serving end sends no pings
+while its peer's transport answers for a process that does not run."""
+SILENCE_S = 4.0
+"""Who has not been heard for so long is as good as dead."""
 BACKOFF_S = (0.02, 1.0)
 REFUSED_S = 5.0
 _EXPLAIN_S = 1.0
@@ -62,12 +67,6 @@ _BROKEN = (grpc.aio.AioRpcError, grpc.aio.InternalError, grpc.aio.UsageError, as
 _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.so_reuseport", 0),
@@ -104,6 +103,9 @@ class Link:
         self._outbox: list[AnyMessage] = []
         self._wake = asyncio.Event()
         self._patience_runs = False
+        self._spoke = False
+        """Whether anything was written since the last beat."""
+        self._heard_at = 0.0
         self._tasks: tuple[asyncio.Task[None], ...] = ()
 
     def send(self, message: AnyMessage) -> None:
@@ -147,10 +149,11 @@ class Link:
             callbacks.on_close(self)
 
     async def _run(self, on_message: OnMessage) -> None:
-        """Read and write until either ends. They are tasks of their own, so that `close` ends them and nobody else."""
+        """Read, write and beat until one ends. They are tasks of their own, so that `close` ends them and nobody else."""
         if self.closed:
             return
-        self._tasks = (asyncio.create_task(self._read(on_message)), asyncio.create_task(self._write()))
+        parts = (self._read(on_message), self._write(), self._beat())
+        self._tasks = tuple(asyncio.create_task(part) for part in parts)
         try:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -163,8 +166,26 @@ class Link:
                 _raise_meaning(result)
 
     async def _read(self, on_message: OnMessage) -> None:
+        clock = asyncio.get_running_loop().time
         while (data := await self._stream.read()) is not grpc.aio.EOF:
-            on_message(self, decode_envelope(data))
+            self._heard_at = clock()
+            if data:
+                on_message(self, decode_envelope(data))
+
+    async def _beat(self) -> None:
+        clock = asyncio.get_running_loop().time
+        beat_at = self._heard_at = clock()
+        while True:
+            await asyncio.sleep(BEAT_S)
+            now = clock()
+            if now - beat_at > 2 * BEAT_S:  # this process did not run: what the peer said meanwhile is still to be read
+                self._heard_at = now
+            beat_at = now
+            if now - self._heard_at > SILENCE_S:
+                raise RpcError(f"nothing was heard from it for {SILENCE_S:g} s")
+            if not self._spoke:
+                self._wake.set()
+            self._spoke = False
 
     async def _write(self) -> None:
         while True:
@@ -172,6 +193,9 @@ class Link:
             self._wake.clear()
             self._patience_runs = False
             messages, self._outbox = self._outbox, []
+            if not messages and self._spoke:
+                continue
+            self._spoke = True
             try:
                 for data in encode_envelope(messages, MAX_MESSAGE_BYTES):
                     await self._stream.write(data)

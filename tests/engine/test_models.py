@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mooncake.core.errors import ModelError
 from mooncake.engine import models
@@ -89,6 +90,21 @@ def test_the_fingerprint_sees_other_weights_and_another_revision(model: Path, tm
     with (model / "model.safetensors").open("ab") as weights:
         weights.write(b"more")
     assert len({first, second, third, fingerprint(model, "float32")}) == 4
+
+
+def test_the_fingerprint_sees_weights_of_the_same_shapes(model: Path, tmp_path: Path) -> None:
+    other = save_model(SUPPORTED["llama"], tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    name = sorted(weights)[-1]
+    weights[name] = weights[name] * 1.001
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert fingerprint(other, "float32") != fingerprint(model, "float32")
+
+
+def test_a_folder_without_weights_has_no_fingerprint(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"a-model: it has no \*\.safetensors file"):
+        fingerprint(model, "float32")
 
 
 def test_a_broken_folder_is_a_model_error(model: Path) -> None:

@@ -20,9 +20,6 @@ from mooncake.rpc import stream
 from mooncake.rpc.generated import mooncake_pb2 as pb
 from tests.rpc.harness import End, Wire, dialling, hello, pair, run, serving
 
-# gRPC and the harness's frozen and cut sockets are collected whenever the collector likes, long after their test.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def drains(count: int) -> list[Drain]:
     return [Drain(str(number)) for number in range(count)]
@@ -176,22 +173,21 @@ def test_who_says_nothing_is_shown_out_in_time(monkeypatch: pytest.MonkeyPatch) 
 def test_a_server_that_accepts_and_says_nothing_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         monkeypatch.setattr(stream, "HANDSHAKE_S", 0.2)
-        num_dialled = 0
+        writers: list[asyncio.StreamWriter] = []
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            nonlocal num_dialled
-            num_dialled += 1
-            with contextlib.suppress(ConnectionError):
-                await reader.read()
-            writer.close()
+            writers.append(writer)
 
         mute = await asyncio.start_server(accept, "127.0.0.1", 0)
         client = End(hello("client"))
         async with dialling(client, f"127.0.0.1:{mute.sockets[0].getsockname()[1]}"):
             async with asyncio.timeout(5):
-                while num_dialled < 2:
+                while len(writers) < 2:
                     await asyncio.sleep(0.01)
         mute.close()
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
         assert client.events == []
 
     run(test)
@@ -235,12 +231,50 @@ def test_a_broken_connection_is_seen_by_both_ends_and_made_anew() -> None:
     run(test)
 
 
-def test_an_idle_link_stays_open() -> None:
-    """Longer than a keepalive and its answer; too many pings would end in GOAWAY."""
+def test_a_silent_wire_is_noticed_by_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BEAT_S", 0.05)
+    monkeypatch.setattr(stream, "SILENCE_S", 0.3)
+
+    async def test() -> None:
+        server, client = End(hello("server")), End(hello("client"))
+        async with serving(server) as at:
+            wire = Wire(at.address)
+            async with wire.open() as address, dialling(client, address):
+                await asyncio.gather(client.until_event("open server"), server.until_event("open client"))
+                wire.freeze()
+                await asyncio.gather(client.until_event("close server"), server.until_event("close client"))
+                for end in (client, server):
+                    assert "nothing was heard from it for 0.3 s" in str(end.link.error)
+
+    run(test)
+
+
+def test_an_end_that_did_not_run_does_not_blame_its_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ends live in this loop, so what stops one stops the other; each finds its own clock far ahead."""
+    monkeypatch.setattr(stream, "BEAT_S", 0.05)
+    monkeypatch.setattr(stream, "SILENCE_S", 0.3)
 
     async def test() -> None:
         async with pair() as (server, client):
-            await asyncio.sleep(4.5)
+            await asyncio.sleep(0.12)
+            time.sleep(0.6)  # noqa: ASYNC251
+            client.link.send(Drain("still here"))
+            await server.until_received(1)
+            await asyncio.sleep(0.2)
+            assert (client.events, server.events) == (["open server"], ["open client"])
+
+    run(test)
+
+
+def test_an_idle_link_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the silence that would end it; empty envelopes reach nobody's handler."""
+    monkeypatch.setattr(stream, "BEAT_S", 0.05)
+    monkeypatch.setattr(stream, "SILENCE_S", 0.3)
+
+    async def test() -> None:
+        async with pair() as (server, client):
+            await asyncio.sleep(1)
+            assert server.envelopes == client.envelopes == []
             client.link.send(Drain("still here"))
             await server.until_received(1)
             assert client.events == ["open server"]
