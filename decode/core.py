@@ -3,7 +3,8 @@
     opening --source leased--> running --stop, length, abort, deadline, frontend gone--> gone
 
 Waiting sequences hold leases in the store but no pages (`mooncake.engine.core`). A job without a source is prefilled in place:
-that is what a colocated instance does with every job, and any instance with a sequence that it preempted.
+that is what a colocated instance does with every job, and any instance with a sequence that it preempted. A joint job ends with
+the first tokens of its choices; these come back as jobs of their own and find the prompt's blocks in the pages.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ class DecodeCore:
 
     def _run(self, attempt: _Decode) -> None:
         attempt.in_engine = True
-        self._out.append(RunSequence(attempt.seq, attempt.job, attempt.opened_tokens))
+        self._out.append(RunSequence(attempt.seq, attempt.job, attempt.opened_tokens, one_token=attempt.job.joint))
 
     def _engine_progress(self, event: EngineProgress, now: int) -> None:
         self._out.extend(self.reporter.progress(event, now))
@@ -203,16 +204,7 @@ class DecodeCore:
                 continue
             if isinstance(output, Drawn):
                 if not attempt.leaving:
-                    tokens.append(
-                        attempt.token_output(
-                            output.position,
-                            output.token_ids,
-                            now,
-                            output.cached_tokens,
-                            finish=output.finish,
-                            logprobs=output.logprobs,
-                        )
-                    )
+                    tokens.append(attempt.token_output(output, now))
             elif isinstance(output, KvLoaded):
                 self._close_source(attempt)
                 if not output.ok and not attempt.job.allow_in_place and not attempt.leaving:

@@ -397,20 +397,12 @@ class PrefillCore:
         self._out[before:before] = group_tokens(self._name, tokens)  # a first token goes before its hand-over
 
     def _drawn(self, attempt: _Prefill, output: Drawn, tokens: list[TokenOutput], now: int) -> None:
-        if attempt.state is not _State.RUNNING:
+        if attempt.state is _State.LEAVING:
             return
-        tokens.append(
-            attempt.token_output(
-                output.position,
-                output.token_ids,
-                now,
-                output.cached_tokens,
-                finish=output.finish,
-                logprobs=output.logprobs,
-            )
-        )
-        attempt.state = _State.STORING
-        self._maybe_ready(attempt, now)
+        tokens.append(attempt.token_output(output, now))
+        if attempt.state is _State.RUNNING:  # the first of a joint attempt's tokens, or the only one
+            attempt.state = _State.STORING
+            self._maybe_ready(attempt, now)
 
     def _stored(self, attempt: _Prefill, output: KvStored) -> None:
         if attempt.state is _State.LEAVING:

@@ -7,6 +7,9 @@
 A booking has a prefill part (until the first token) and a decode part (until the attempt ends). Each part is taken
 off exactly once, whatever comes first: the attempt's end, the loss of the instance, or the loss of the frontend. A
 decode part is *pending* from placement until a load report that must contain it.
+
+The choices of one placement are booked each under its own key, as they end one by one; the first has the prefill part of
+all, and the others are its siblings.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ class Booking:
         "pending",
         "prefill",
         "prefill_ns",
+        "siblings",
         "submitted_at",
     )
 
@@ -48,6 +52,7 @@ class Booking:
         self.pending = False
         self.submitted_at: int | None = None
         """When the decode instance could first see the attempt."""
+        self.siblings: list[Booking] = []
         self.answer: Placed | None = None
         """None after it was rebuilt from a frontend's snapshot."""
 
@@ -89,6 +94,15 @@ class Books:
             self._book_decode(booking, decode, num_pages)
         if prefill is None or prefill == decode:
             booking.submitted_at = now
+        return booking
+
+    def book_sibling(self, first: Booking, key: AttemptKey, num_pages: int) -> Booking:
+        """Another choice that decodes where `first` does, after the same prefill. The key must not be booked."""
+        assert key not in self.bookings and first.decode is not None
+        booking = self.bookings[key] = Booking(key, first.num_tokens, first.booked_at)
+        booking.submitted_at = first.submitted_at
+        first.siblings.append(booking)
+        self._book_decode(booking, first.decode, num_pages)
         return booking
 
     def _book_prefill(self, booking: Booking, slot: int, prefill_ns: int, now: int) -> None:
@@ -173,8 +187,9 @@ class Books:
         # What is left runs one after the other from now; an overdue or early end thus corrects the forecast.
         columns.busy_until[slot] = now + columns.prefill_ns[slot]
         booking.prefill = None
-        if booking.submitted_at is None:
-            booking.submitted_at = now
+        for each in (booking, *booking.siblings):
+            if each.submitted_at is None:
+                each.submitted_at = now
 
     def _drop_decode(self, booking: Booking) -> None:
         slot = booking.decode

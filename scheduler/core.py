@@ -42,6 +42,7 @@ from mooncake.core.types import AttemptKey, KvSource
 from mooncake.scheduler.admission import RETRY_NS_MIN, Accuracy, Admission, make_admission
 from mooncake.scheduler.bookings import Books
 from mooncake.scheduler.config import ConductorConfig
+from mooncake.scheduler.costs import sibling_pages
 from mooncake.scheduler.feeds import CacheFeeds
 from mooncake.scheduler.membership import Membership
 from mooncake.scheduler.placement import Ask, Decision, make_policy
@@ -171,18 +172,14 @@ class ConductorCore:
         answer = booking.answer if booking is not None else self._past_answer(request.key, now)
         if answer is not None:
             return [*commands, Send(sender, answer)]
-        if booking is not None:  # rebuilt from a snapshot, its answer is unknown: place it afresh
-            self.books.release(request.key, now)
+        for key in _keys(request):  # rebuilt from a snapshot, their answer is unknown: place them afresh
+            self.books.release(key, now)
         return commands + self._place(sender, request, now)
 
     def _place(self, sender: str, request: PlaceRequest, now: int) -> list[Send]:
-        placed = self._try_place(sender, request, now)
-        if placed is not None:
-            return placed
-        num_tokens_max = self._num_tokens_max(request)
-        if num_tokens_max is not None and request.num_tokens > num_tokens_max:
-            detail = f"{request.num_tokens} tokens; the largest instance holds {num_tokens_max}"
-            return [self._reject(sender, request.key, TOO_LONG, detail)]
+        answer = self._try_place(sender, request, now)
+        if answer is not None:
+            return [answer]
         if len(self._waiting) >= self.config.num_waiting_max:
             detail = f"no instance is ready and {len(self._waiting)} requests wait already"
             return [self._reject(sender, request.key, NO_INSTANCE, detail)]
@@ -190,49 +187,66 @@ class ConductorCore:
         self.counts["waited"] += 1
         return []
 
-    def _try_place(self, sender: str, request: PlaceRequest, now: int) -> list[Send] | None:
-        """None if no ready instances can take it."""
+    def _try_place(self, sender: str, request: PlaceRequest, now: int) -> Send | None:
+        """The answer, or None if it must wait: no ready instances can take it, but others may."""
         num_output = self.lengths.expect(request.max_tokens, request.num_generated)
         # At least one token is left to compute: the next one is drawn from its logits.
         keys = () if request.decode_only else request.block_keys[: (request.num_tokens - 1) // self.config.block_tokens]
-        ask = Ask(request.num_tokens, num_output, self.index.match(keys), request.exclude, request.decode_only)
+        ask = Ask(
+            request.num_tokens,
+            num_output,
+            self.index.match(keys),
+            request.exclude,
+            request.decode_only,
+            request.num_choices,
+        )
         decision = self._policy.choose(ask, now, self._rng)
         if decision is None:
-            return None
+            return self._reject_too_long(sender, request)
         names = self.view.names
         prefill = names[decision.prefill] if decision.prefill is not None else ""
         verdict = self._admission.judge(request.slo, decision.prediction, prefill, names[decision.decode])
         if verdict.enforced and not request.first:
             verdict = msgspec.structs.replace(verdict, enforced=False)
         policy, num_tokens, block_tokens = self._policy.name, request.num_tokens, self.config.block_tokens
-        self.records.add(Record(request.key, now, policy, num_tokens, block_tokens, names, decision, verdict))
+        self.records.add(
+            Record(request.key, now, policy, num_tokens, request.num_choices, block_tokens, names, decision, verdict)
+        )
         if verdict.enforced:
             retry_ns, prediction = verdict.retry_after_ns, decision.prediction
-            return [self._reject(sender, request.key, verdict.reason, verdict.detail, retry_ns, prediction)]
+            return self._reject(sender, request.key, verdict.reason, verdict.detail, retry_ns, prediction)
         if verdict.reason:
             self.counts[f"soft_{verdict.reason}"] += 1
-        return [Send(sender, self._book(request, num_output, decision, now))]
+        return Send(sender, self._book(request, num_output, decision, now))
 
     def _book(self, request: PlaceRequest, num_output: int, decision: Decision, now: int) -> Placed:
         prefill, decode, prediction = decision.prefill, decision.decode, decision.prediction
-        num_pages = -(-(request.num_tokens + num_output) // int(self.view.columns.page_tokens[decode]))
-        busy_ns = prediction.load_ns + prediction.prefill_ns
-        booking = self.books.book(request.key, request.num_tokens, prefill, busy_ns, decode, num_pages, now)
         if prefill is not None and self.view.columns.node[prefill]:
             expires_ns = now + prediction.ttft_ns + self.config.prediction_grace_ns
             self.index.predict(prefill, request.block_keys, expires_ns)
         names = self.view.names
         apart = prefill is not None and prefill != decode
-        booking.answer = Placed(
+        answer = Placed(
             key=request.key,
             prefill=names[prefill] if prefill is not None and apart else "",
             decode=names[decode],
             source=self._source(request, decision),
             prediction=prediction,
+            num_choices=request.num_choices,
         )
-        self._remember(booking.answer)
+        page_tokens = int(self.view.columns.page_tokens[decode])
+        num_pages = -(-(request.num_tokens + num_output) // page_tokens)
+        busy_ns = prediction.load_ns + prediction.prefill_ns
+        key, *other_keys = _keys(request)
+        booking = self.books.book(key, request.num_tokens, prefill, busy_ns, decode, num_pages, now)
+        siblings = [
+            self.books.book_sibling(booking, other, sibling_pages(num_output, page_tokens)) for other in other_keys
+        ]
+        for each in (booking, *siblings):
+            each.answer = answer
+            self._remember(each.key, answer)
         self.counts["placed"] += 1
-        return booking.answer
+        return answer
 
     def _source(self, request: PlaceRequest, decision: Decision) -> KvSource | None:
         if not decision.source:
@@ -245,6 +259,14 @@ class ConductorCore:
             block_keys=request.block_keys[:num_blocks],
             addresses=node.addresses,
         )
+
+    def _reject_too_long(self, sender: str, request: PlaceRequest) -> Send | None:
+        """None if some instance, ready or not, could take it."""
+        num_tokens_max = self._num_tokens_max(request)
+        if num_tokens_max is None or request.num_tokens <= num_tokens_max:
+            return None
+        detail = f"{request.num_tokens} tokens; the largest instance holds {num_tokens_max}"
+        return self._reject(sender, request.key, TOO_LONG, detail)
 
     def _num_tokens_max(self, request: PlaceRequest) -> int | None:
         """The longest sequence that the instances known now could take, ready or not; None if a pool is empty."""
@@ -269,7 +291,7 @@ class ConductorCore:
         prediction: Prediction = _NO_PREDICTION,
     ) -> Send:
         answer = Rejected(key, reason, detail, 0 if reason == TOO_LONG else retry_ns, prediction)
-        self._remember(answer)
+        self._remember(key, answer)
         self.counts[f"rejected_{reason}"] += 1
         return Send(sender, answer)
 
@@ -277,20 +299,20 @@ class ConductorCore:
         past = self._answers.get(key)
         return past.message if past is not None and (past.until_ns is None or now < past.until_ns) else None
 
-    def _remember(self, answer: Placed | Rejected) -> None:
+    def _remember(self, key: AttemptKey, answer: Placed | Rejected) -> None:
         until_ns = self._now + answer.retry_after_ns if isinstance(answer, Rejected) else None
-        self._answers.pop(answer.key, None)
-        self._answers[answer.key] = _Answer(answer, until_ns)
+        self._answers.pop(key, None)
+        self._answers[key] = _Answer(answer, until_ns)
         if len(self._answers) > self.config.num_answers_max:
             del self._answers[next(iter(self._answers))]
 
     def _place_waiting(self, now: int) -> list[Send]:
         commands: list[Send] = []
         for key, waiting in list(self._waiting.items()):
-            placed = self._try_place(waiting.sender, waiting.request, now)
-            if placed is not None:
+            answer = self._try_place(waiting.sender, waiting.request, now)
+            if answer is not None:
                 del self._waiting[key]
-                commands += placed
+                commands.append(answer)
         return commands
 
     # ------------------------------------------------------------ outcomes
@@ -431,3 +453,9 @@ class ConductorCore:
         assert self.index.width == len(self.view.columns.placeable) == len(self.view.names)
         assert not self._waiting.keys() & self.books.bookings.keys(), "an attempt waits and is booked"
         assert len(self._waiting) <= self.config.num_waiting_max
+
+
+def _keys(request: PlaceRequest) -> list[AttemptKey]:
+    """Of each choice that is placed by this request, first its own."""
+    key = request.key
+    return [key.of_choice(key.choice + index) for index in range(request.num_choices)]

@@ -4,10 +4,12 @@ TTFT = queue + load + prefill
 queue    until the work booked or reported there is done, one request after the other
 load     bytes of the reused blocks that are not in the instance's own pages, over the bandwidth of where they lie
 prefill  a + n (b + c (P + n/2)) for n computed tokens after P reused ones
-TBT  = a + b B + c ctx, the step time of the decode batch with this request in it
+TBT  = a + b B + c ctx, the step time of the decode batch with this request's choices in it
 """
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -59,7 +61,7 @@ class PrefillTerms(msgspec.Struct):
 
 class DecodeTerms(msgspec.Struct):
     num_seqs: np.ndarray
-    """Sequences there without this request: in the batch, waiting, or booked."""
+    """Sequences there without this request's: in the batch, waiting, or booked."""
     tbt_ns: np.ndarray
     fits: np.ndarray
     """Whether the batch has room and the free pages suffice for the expected length."""
@@ -94,12 +96,29 @@ def prefill_terms(view: View, reuse: Reuse, num_tokens: int, block_tokens: int, 
     return PrefillTerms(queue, reuse.load_ns, prefill, queue + reuse.load_ns + prefill)
 
 
-def decode_terms(view: View, num_tokens: int, num_output: int) -> DecodeTerms:
+PagesT = TypeVar("PagesT", int, np.ndarray)
+
+
+def sibling_pages(num_output: int, page_tokens: PagesT) -> PagesT:
+    """What another choice needs beside the prompt's whole pages, which the first one has: its own output, and a copy of the
+    last, partial page."""
+    return 1 + -(-num_output // page_tokens)
+
+
+def num_pages(num_tokens: int, num_output: int, num_choices: int, page_tokens: PagesT) -> PagesT:
+    pages = -(-(num_tokens + num_output) // page_tokens)
+    if num_choices > 1:
+        pages = pages + (num_choices - 1) * sibling_pages(num_output, page_tokens)
+    return pages
+
+
+def decode_terms(view: View, num_tokens: int, num_output: int, num_choices: int) -> DecodeTerms:
+    """num_tokens, num_output: of each choice."""
     columns = view.columns
     num_seqs = columns.num_seqs + columns.pending_seqs
-    batch = np.minimum(num_seqs + 1, columns.max_batch)
-    context = columns.context_tokens + columns.pending_tokens + num_tokens
-    tbt = columns.decode_a + columns.decode_b * batch + columns.decode_c * context
-    pages = -(-(num_tokens + num_output) // columns.page_tokens)
-    fits = (num_seqs < columns.max_batch) & (columns.free_pages - columns.pending_pages >= pages)
+    grown = num_seqs + num_choices
+    context = columns.context_tokens + columns.pending_tokens + num_choices * num_tokens
+    tbt = columns.decode_a + columns.decode_b * np.minimum(grown, columns.max_batch) + columns.decode_c * context
+    pages = num_pages(num_tokens, num_output, num_choices, columns.page_tokens)
+    fits = (grown <= columns.max_batch) & (columns.free_pages - columns.pending_pages >= pages)
     return DecodeTerms(num_seqs, tbt, fits)

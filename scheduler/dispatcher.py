@@ -8,6 +8,10 @@ A dispatcher runs inside each frontend, so streams go on while the Conductor is 
 attempt that fails is followed by another one that continues from prompt plus tokens so far, on the KV that still exists.
 Outputs of old attempts and repeated positions are dropped; a gap in positions counts as a failed attempt.
 
+The choices of a request share one *joint* attempt until they have their first tokens: it is placed once and prefilled once,
+under the key of choice 0. At the hand-over they part: from there each runs under its own key at the decode instance that was
+placed, all from the same KV, and what fails is tried again for that choice alone. Each is booked by itself from the start.
+
 Lost messages are repaired by two periodic ones: `LiveAttempts` to the instances (which answer that they do not know an
 attempt) and `BookingSnapshot` to the Conductor.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +68,7 @@ from mooncake.core.types import (
 
 class RequestSpec(msgspec.Struct, frozen=True):
     """A valid request. `number` is unique at this frontend. client_max_tokens: what the client asked for, if anything;
-    max_tokens: the limit that holds."""
+    max_tokens: the limit that holds, for each of num_choices outputs."""
 
     number: int
     num_tokens: int
@@ -77,6 +82,7 @@ class RequestSpec(msgspec.Struct, frozen=True):
     priority: int = 0
     slo: Slo = Slo()
     timeout_ns: int = 600 * NANOS_PER_S
+    num_choices: int = 1
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -84,9 +90,10 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """The client is gone or has enough. No output follows."""
+    """The client is gone or has enough, of one choice that has tokens or (None) of all. No output follows."""
 
     number: int
+    choice: int | None = None
 
 
 class Received(msgspec.Struct, frozen=True, tag=True):
@@ -110,13 +117,14 @@ class Tick(msgspec.Struct, frozen=True, tag=True):
 
 
 class Output(msgspec.Struct, frozen=True):
-    """Tokens for the client, each position once. cached_tokens comes with the first."""
+    """Tokens of one choice for the client, each position once. cached_tokens comes with the first of a request."""
 
     number: int
     token_ids: tuple[int, ...]
     finish: FinishReason | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int | None = None
+    choice: int = 0
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -130,7 +138,8 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """Last word on a request, after its last Output or Failure or its Cancel. timeline[stage]: time of each stage, or None."""
+    """Last word on a request, after its last Output or Failure or its Cancel. timeline[stage]: time of each stage, or None;
+    of several choices it is that of the first one to come there, and END that of the last."""
 
     number: int
     timeline: tuple[int | None, ...]
@@ -161,8 +170,9 @@ class DispatcherLimits(msgspec.Struct, frozen=True):
     place_timeout_ns: int = 30 * NANOS_PER_S
     """How long a request waits for a placement, be it that the Conductor is away or that no instance is ready."""
     max_attempts: int = 16
+    """In a row, without a token."""
     retry_ns: int = 100 * NANOS_PER_MS
-    """Pause before the next attempt after a failure, times the number of attempts."""
+    """Pause before the next attempt after the second failure and each later one, times the failures since the last token."""
     repair_ns: int = NANOS_PER_S
     """Period of LiveAttempts and BookingSnapshot."""
     linger_ns: int = 10 * NANOS_PER_S
@@ -183,48 +193,102 @@ class _State(enum.IntEnum):
 
 
 class _Request:
+    """num_output: tokens of all choices."""
+
     __slots__ = (
-        "attempt", "cached_told", "deadline", "decode", "exclude", "first_attempt", "held", "keys", "num_generated",
-        "placing_since", "prediction", "prefill", "retry_at", "sent_at", "source", "spec", "state", "timeline",
-        "token_ids",
+        "cached_told", "choices", "deadline", "decode", "num_attempts", "num_output", "prediction", "prefill", "spec",
+        "timeline",
     )  # fmt: skip
 
     def __init__(self, spec: RequestSpec, now: int) -> None:
         self.spec = spec
-        self.state = _State.PLACING
-        self.attempt = 0
-        self.first_attempt = True
-        self.token_ids: list[int] = []
-        self.num_generated = 0
-        self.keys = spec.block_keys
+        self.choices = tuple(_Choice(self, index) for index in range(spec.num_choices))
+        self.num_output = 0
+        self.num_attempts = 1
         self.prefill = self.decode = ""
-        self.source: KvSource | None = None
-        self.held: tuple[str, AttemptKey] | None = None
-        """The prefill instance that still holds the hand-over's leases, and under which key."""
-        self.exclude: tuple[str, ...] = ()
+        """The last placement of any attempt."""
         self.prediction = Prediction()
         self.cached_told = False
         self.deadline = now + spec.timeout_ns
-        self.placing_since = now
-        self.retry_at = 0
-        self.sent_at = now
         self.timeline: list[int | None] = [None] * len(Stage)
         self.timeline[Stage.RECEIVED] = now
 
     @property
-    def num_tokens(self) -> int:
-        return self.spec.num_tokens + self.num_generated
-
-    @property
-    def instance(self) -> str:
-        """Where the attempt runs now, or ""."""
-        if self.state in (_State.PREFILLING, _State.HANDING_OVER):
-            return self.prefill
-        return self.decode if self.state is _State.DECODING else ""
+    def attempts(self) -> list[_Attempt]:
+        """Those under way, each once."""
+        return list(dict.fromkeys(choice.attempt for choice in self.choices if not choice.ended))
 
     def pass_stage(self, stage: Stage, time: int) -> None:
         if self.timeline[stage] is None:
             self.timeline[stage] = time
+
+
+class _Choice:
+    """One output of a request. attempt: the present one, or the last."""
+
+    __slots__ = ("attempt", "ended", "index", "keys", "request", "token_ids")
+
+    attempt: _Attempt
+
+    def __init__(self, request: _Request, index: int) -> None:
+        self.request = request
+        self.index = index
+        self.token_ids: list[int] = []
+        self.keys = request.spec.block_keys
+        self.ended = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.request.spec.num_tokens + len(self.token_ids)
+
+
+class _Handover:
+    """KV whose leases a prefill instance holds under that key, for the attempts that have not read it yet."""
+
+    __slots__ = ("instance", "key", "num_users", "source")
+
+    def __init__(self, ready: KvReady, num_users: int) -> None:
+        self.instance = ready.instance
+        self.key = ready.key
+        self.source = ready.source
+        self.num_users = num_users
+
+
+class _Attempt:
+    """choices: whom it runs for; those that ended or went on without it are not among them. key: of the first of them when
+    it began. num_failures: of attempts before it, since the last token."""
+
+    __slots__ = (
+        "choices", "decode", "exclude", "handover", "key", "num_choices", "num_failures", "placing_since", "prefill",
+        "request", "retry_at", "sent_at", "state",
+    )  # fmt: skip
+
+    def __init__(self, key: AttemptKey, choices: list[_Choice], now: int) -> None:
+        self.key = key
+        self.choices = choices
+        self.num_choices = len(choices)
+        self.request = choices[0].request
+        self.state = _State.PLACING
+        self.prefill = self.decode = ""
+        self.handover: _Handover | None = None
+        self.exclude: tuple[str, ...] = ()
+        self.num_failures = 0
+        self.placing_since = now
+        self.retry_at = 0
+        self.sent_at = now
+        for choice in choices:
+            choice.attempt = self
+
+    @property
+    def joint(self) -> bool:
+        return self.num_choices > 1
+
+    @property
+    def instance(self) -> str:
+        """Where it runs now, or ""."""
+        if self.state in (_State.PREFILLING, _State.HANDING_OVER):
+            return self.prefill
+        return self.decode if self.state is _State.DECODING else ""
 
 
 ExtendKeys = Callable[[RequestSpec, list[int]], tuple[bytes, ...]]
@@ -294,9 +358,17 @@ class Dispatcher:
         return tuple(self._members.values())
 
     def check_integrity(self) -> None:
-        """Raises AssertionError: every request waits for something that has a deadline."""
+        """Raises AssertionError: every request waits for something that has a deadline; every choice that has not ended runs
+        in exactly one attempt; hand-overs are held for exactly those that need them."""
         timed = {number for _, number in self._timers}
         assert all(number in timed for number in self._requests), "a request without a timer"
+        for request in self._requests.values():
+            running = [choice for choice in request.choices if not choice.ended]
+            attempts = request.attempts
+            assert sorted(c.index for a in attempts for c in a.choices) == [choice.index for choice in running]
+            assert all(choice in choice.attempt.choices for choice in running)
+            users = Counter(id(attempt.handover) for attempt in attempts)
+            assert all(a.handover is None or a.handover.num_users == users[id(a.handover)] for a in attempts)
 
     # ------------------------------------------------------------------ requests come and go
 
@@ -308,115 +380,145 @@ class Dispatcher:
             self._out.append(Ended(spec.number, (now,) + (None,) * 5 + (now,), "", "", 0, 0, Prediction()))
             return
         request = self._requests[spec.number] = _Request(spec, now)
+        attempt = _Attempt(AttemptKey(self.name, spec.number), list(request.choices), now)
         self._set_timer(request, request.deadline)
         self._set_timer(request, now + self._limits.place_timeout_ns)
         self._linger(now)
-        self._ask_placement(request)
+        self._ask_placement(attempt)
 
     def _cancel(self, event: Cancel, now: int) -> None:
         request = self._requests.get(event.number)
-        if request is not None:
-            self._abort_attempt(request)
-            self._end(request, now, completed=False)
+        if request is None:
+            return
+        for choice in request.choices:
+            if not choice.ended and event.choice in (None, choice.index):
+                if choice.attempt.choices == [choice]:
+                    self._abort_attempt(choice.attempt)
+                self._end_choice(choice, now, completed=False)
 
     def _fail(self, request: _Request, reason: str, detail: str, now: int, **more: Any) -> None:
-        self._abort_attempt(request)
+        for attempt in request.attempts:
+            self._abort_attempt(attempt)
         self._out.append(Failure(request.spec.number, reason, detail, **more))
-        self._end(request, now, completed=False)
+        for choice in request.choices:
+            if not choice.ended:
+                self._end_choice(choice, now, completed=False)
 
-    def _end(self, request: _Request, now: int, *, completed: bool) -> None:
-        """The one place where a request leaves; its booking and its hand-over go with it."""
+    def _end_choice(self, choice: _Choice, now: int, *, completed: bool) -> None:
+        """The one place where a choice leaves; its booking goes with it, and what nobody else needs of its attempt."""
+        attempt, request = choice.attempt, choice.request
+        choice.ended = True
+        attempt.choices.remove(choice)
+        if not attempt.choices:
+            self._drop_handover(attempt)
+        self._end_booking(attempt, choice, now, completed=completed)
+        if all(other.ended for other in request.choices):
+            self._end(request, now)
+
+    def _end(self, request: _Request, now: int) -> None:
         del self._requests[request.spec.number]
         self._linger(now)
         request.pass_stage(Stage.END, now)
-        self._release_handover(request)
-        self._end_booking(request, completed)
         self._out.append(
             Ended(
                 request.spec.number,
                 tuple(request.timeline),
                 request.prefill,
                 request.decode,
-                request.num_generated,
-                request.attempt + 1,
+                request.num_output,
+                request.num_attempts,
                 request.prediction,
             )
         )
 
-    def _end_booking(self, request: _Request, completed: bool) -> None:
-        first = request.timeline[Stage.FIRST_TOKEN]
-        end = request.timeline[Stage.END]
+    def _end_booking(self, attempt: _Attempt, choice: _Choice, now: int, *, completed: bool) -> None:
+        num_output = len(choice.token_ids)
+        first = choice.request.timeline[Stage.FIRST_TOKEN]
         itl = None
-        if completed and first is not None and end is not None and request.num_generated > 1:
-            itl = (end - first) // (request.num_generated - 1)
-        ended = AttemptEnded(self._key(request), request.num_generated, completed, itl)
+        if completed and first is not None and num_output > 1:
+            itl = (now - first) // (num_output - 1)
+        ended = AttemptEnded(attempt.key.of_choice(choice.index), num_output, completed, itl)
         self._out.append(Send(CONDUCTOR, ended))
 
     # ------------------------------------------------------------------ placement
 
-    def _key(self, request: _Request) -> AttemptKey:
-        return AttemptKey(self.name, request.spec.number, 0, request.attempt)
-
-    def _ask_placement(self, request: _Request) -> None:
-        request.state = _State.PLACING
-        spec = request.spec
+    def _ask_placement(self, attempt: _Attempt) -> None:
+        attempt.state = _State.PLACING
+        spec, choice = attempt.request.spec, attempt.choices[0]
         self._out.append(
             Send(
                 CONDUCTOR,
                 PlaceRequest(
-                    key=self._key(request),
-                    num_tokens=request.num_tokens,
-                    block_keys=request.keys,
+                    key=attempt.key,
+                    num_tokens=choice.num_tokens,
+                    block_keys=choice.keys,
                     max_tokens=spec.client_max_tokens,
-                    num_generated=request.num_generated,
+                    num_generated=len(choice.token_ids),
                     tenant=spec.tenant,
                     priority=spec.priority,
                     slo=spec.slo,
-                    exclude=request.exclude,
-                    decode_only=request.source is not None,
-                    first=request.num_generated == 0,
+                    exclude=attempt.exclude,
+                    decode_only=attempt.handover is not None,
+                    first=not attempt.request.num_output,
+                    num_choices=attempt.num_choices,
                 ),
             )
         )
 
-    def _current(self, key: AttemptKey) -> _Request | None:
-        """The request of this key, if the key is that of its present attempt."""
+    def _choice(self, key: AttemptKey) -> _Choice | None:
+        """The choice of this key, if the key is that of its present attempt."""
         request = self._requests.get(key.request)
-        return request if request is not None and request.attempt == key.attempt else None
+        if request is None or not 0 <= key.choice < len(request.choices):
+            return None
+        choice = request.choices[key.choice]
+        return choice if not choice.ended and choice.attempt.key.attempt == key.attempt else None
+
+    def _attempt(self, key: AttemptKey) -> _Attempt | None:
+        """The attempt of this key, if it still runs for any choice."""
+        request = self._requests.get(key.request)
+        if request is None or not 0 <= key.choice < len(request.choices):
+            return None
+        attempt = request.choices[key.choice].attempt
+        return attempt if attempt.key == key and attempt.choices else None
 
     def _placed(self, message: Placed, now: int) -> None:
-        request = self._current(message.key)
-        if request is None:
-            # Cancelled, failed or overtaken while the answer was under way: the booking must not stay.
-            self._out.append(Send(CONDUCTOR, AttemptEnded(message.key)))
+        attempt = self._attempt(message.key)
+        if attempt is None:
+            # Cancelled, failed or overtaken while the answer was under way: the bookings must not stay.
+            for index in range(message.key.choice, message.key.choice + message.num_choices):
+                key = message.key.of_choice(index)
+                if self._choice(key) is None:
+                    self._out.append(Send(CONDUCTOR, AttemptEnded(key)))
             return
-        if request.state is not _State.PLACING:
+        if attempt.state is not _State.PLACING:
             return
-        request.pass_stage(Stage.PLACED, now)
-        if request.first_attempt:
+        request = attempt.request
+        if request.timeline[Stage.PLACED] is None:
             request.prediction = message.prediction
-        request.first_attempt = False
-        request.prefill, request.decode = message.prefill, message.decode
-        request.sent_at = now
-        if request.source is not None:
-            self._submit_decode(request, now)
+            request.pass_stage(Stage.PLACED, now)
+        attempt.prefill, attempt.decode = request.prefill, request.decode = message.prefill, message.decode
+        attempt.sent_at = now
+        if attempt.handover is not None:
+            self._submit_decode(attempt, attempt.handover.source, now)
         elif message.prefill:
-            request.state = _State.PREFILLING
-            hand_over = request.spec.max_tokens - request.num_generated > 1
-            self._submit(request, message.prefill, self._job(request, message.source, now, hand_over), now)
+            attempt.state = _State.PREFILLING
+            hand_over = request.spec.max_tokens - len(attempt.choices[0].token_ids) > 1
+            self._submit(attempt, message.prefill, self._job(attempt, message.source, now, hand_over=hand_over), now)
         else:
-            request.state = _State.DECODING
-            job = msgspec.structs.replace(self._job(request, message.source, now, False), allow_in_place=True)
-            self._submit(request, message.decode, job, now)
+            self._submit_in_place(attempt, message.source, now)
 
     def _rejected(self, message: Rejected, now: int) -> None:
-        request = self._current(message.key)
-        if request is None or request.state is not _State.PLACING:
+        attempt = self._attempt(message.key)
+        if attempt is None or attempt.state is not _State.PLACING:
             return
+        request = attempt.request
         if message.reason == "too_long":
             self._fail(request, "too_long", message.detail, now)
-        elif request.num_generated:
-            self._pause(request, now)
+        elif request.num_output:
+            # The Conductor gives the same answer until then; the time that it asked for is not time waited for it.
+            duration = max(message.retry_after_ns, self._limits.retry_ns)
+            attempt.placing_since += duration
+            self._pause(attempt, now, duration)
         else:
             reason = "unavailable" if message.reason == "no_instance" else "overloaded"
             self._fail(
@@ -428,143 +530,198 @@ class Dispatcher:
                 prediction=message.prediction,
             )
 
-    def _job(self, request: _Request, source: KvSource | None, now: int, hand_over: bool) -> Job:
-        spec = request.spec
+    def _job(
+        self,
+        attempt: _Attempt,
+        source: KvSource | None,
+        now: int,
+        *,
+        hand_over: bool = False,
+        allow_in_place: bool = False,
+    ) -> Job:
+        spec, choice = attempt.request.spec, attempt.choices[0]
         return Job(
-            key=self._key(request),
-            num_tokens=request.num_tokens,
+            key=attempt.key,
+            num_tokens=choice.num_tokens,
             num_prompt_tokens=spec.num_tokens,
             max_tokens=spec.max_tokens,
-            block_keys=request.keys,
-            token_ids=spec.token_ids + tokens_to_bytes(request.token_ids) if request.token_ids else spec.token_ids,
+            block_keys=choice.keys,
+            token_ids=spec.token_ids + tokens_to_bytes(choice.token_ids) if choice.token_ids else spec.token_ids,
             sampling=spec.sampling,
             source=source,
             hand_over=hand_over,
             priority=spec.priority,
-            deadline_ns=max(1, request.deadline - now),
+            deadline_ns=max(1, attempt.request.deadline - now),
+            allow_in_place=allow_in_place,
+            num_choices=attempt.num_choices,
         )
 
-    def _submit(self, request: _Request, instance: str, job: Job, now: int) -> None:
+    def _submit(self, attempt: _Attempt, instance: str, job: Job, now: int) -> None:
         if instance in self._open:
             self._out.append(Send(instance, Submit(job)))
         else:
-            self._next_attempt(request, now, failed=instance)
+            self._next_attempt(attempt, now, failed=instance)
 
-    def _submit_decode(self, request: _Request, now: int) -> None:
-        request.state = _State.DECODING
-        request.sent_at = now
-        self._submit(request, request.decode, self._job(request, request.source, now, False), now)
+    def _submit_decode(self, attempt: _Attempt, source: KvSource, now: int) -> None:
+        attempt.state = _State.DECODING
+        attempt.sent_at = now
+        self._submit(attempt, attempt.decode, self._job(attempt, source, now), now)
+
+    def _submit_in_place(self, attempt: _Attempt, source: KvSource | None, now: int) -> None:
+        attempt.state = _State.DECODING
+        self._submit(attempt, attempt.decode, self._job(attempt, source, now, allow_in_place=True), now)
+
+    def _part(self, attempt: _Attempt, choice: _Choice, now: int) -> _Attempt:
+        """The choice goes on from its first token under its own key, where the joint attempt was placed."""
+        attempt.choices.remove(choice)
+        own = _Attempt(attempt.key.of_choice(choice.index), [choice], now)
+        own.prefill, own.decode = attempt.prefill, attempt.decode
+        own.num_failures = attempt.num_failures
+        return own
 
     # ------------------------------------------------------------------ progress
 
     def _step_tokens(self, message: StepTokens, now: int) -> None:
         for output in message.outputs:
-            request = self._current(output.key)
-            if request is not None and request.instance == message.instance:
-                self._tokens(request, output, now)
+            choice = self._choice(output.key)
+            if choice is not None and choice.attempt.instance == message.instance:
+                self._tokens(choice, output, now)
 
-    def _tokens(self, request: _Request, output: TokenOutput, now: int) -> None:
-        skip = request.num_tokens - output.position
+    def _tokens(self, choice: _Choice, output: TokenOutput, now: int) -> None:
+        attempt, request = choice.attempt, choice.request
+        skip = choice.num_tokens - output.position
         if skip < 0:
-            self._next_attempt(request, now)
+            self._next_attempt(attempt, now)
             return
         tokens = output.token_ids[skip:]
         if not tokens:
             return
-        request.pass_stage(Stage.FIRST_TOKEN, now)
-        if request.state is not _State.DECODING or not request.prefill:
-            self._first_of_attempt(request, output, now)
-        if request.state is _State.DECODING:
+        if not request.num_output:
+            request.pass_stage(Stage.FIRST_TOKEN, now)
+        if attempt.state is not _State.DECODING or not attempt.prefill:
+            self._first_of_attempt(attempt, output, now)
+        if attempt.state is _State.DECODING:
             if output.compute_ns is not None:
                 request.pass_stage(Stage.DECODE_START, now - output.compute_ns)
             # The partial block goes with the leases, so the hand-over as a whole cannot be read a second time.
-            self._drop_source(request)
-        request.num_generated += len(tokens)
-        request.token_ids.extend(tokens)
+            self._drop_handover(attempt)
+        attempt.num_failures = 0
+        request.num_output += len(tokens)
+        choice.token_ids.extend(tokens)
         cached = None if request.cached_told else output.cached_tokens
         request.cached_told = True
-        self._out.append(Output(request.spec.number, tokens, output.finish, output.logprobs[skip:], cached))
+        logprobs = output.logprobs[skip:]
+        self._out.append(Output(request.spec.number, tokens, output.finish, logprobs, cached, choice.index))
         if output.finish is not None:
-            self._end(request, now, completed=True)
+            self._end_choice(choice, now, completed=True)
+        elif attempt.joint and attempt.state is _State.DECODING:
+            # Prefilled in place: there is no hand-over to wait for.
+            self._submit_in_place(self._part(attempt, choice, now), None, now)
 
-    def _first_of_attempt(self, request: _Request, output: TokenOutput, now: int) -> None:
+    def _first_of_attempt(self, attempt: _Attempt, output: TokenOutput, now: int) -> None:
         """Bookkeeping of the first token that a prefill gave."""
+        request = attempt.request
         if output.compute_ns is not None:
             request.pass_stage(Stage.PREFILL_START, now - output.compute_ns)
             placed = request.timeline[Stage.PLACED]
-            ttft = now - placed if placed is not None and not request.num_generated else None
-            self._out.append(Send(CONDUCTOR, PrefillDone(self._key(request), ttft)))
-        if request.state is _State.PREFILLING:
-            request.state = _State.HANDING_OVER
+            ttft = now - placed if placed is not None and not request.num_output else None
+            self._out.append(Send(CONDUCTOR, PrefillDone(attempt.key, ttft)))
+        if attempt.state is _State.PREFILLING:
+            attempt.state = _State.HANDING_OVER
 
     def _kv_ready(self, message: KvReady, now: int) -> None:
-        request = self._current(message.key)
-        waiting = request is not None and request.state in (_State.PREFILLING, _State.HANDING_OVER)
-        if request is None or not waiting or request.prefill != message.instance:
-            if request is None:
+        attempt = self._attempt(message.key)
+        waiting = attempt is not None and attempt.state in (_State.PREFILLING, _State.HANDING_OVER)
+        if attempt is None or not waiting or attempt.prefill != message.instance:
+            if attempt is None and not self._needs(message.key):
                 self._out.append(Send(message.instance, HandoverDone((message.key,))))
             return
-        if request.state is _State.PREFILLING:
-            # The first token was lost on its way; decode draws it again.
+        if attempt.state is _State.PREFILLING:
+            # The first tokens were lost on their way; decode draws them again.
             self._out.append(Send(CONDUCTOR, PrefillDone(message.key)))
-        request.pass_stage(Stage.KV_READY, now)
-        request.source = message.source
-        request.held = (message.instance, message.key)
-        self._submit_decode(request, now)
+        attempt.request.pass_stage(Stage.KV_READY, now)
+        handover = _Handover(message, len(attempt.choices))
+        parts = [self._part(attempt, choice, now) for choice in list(attempt.choices)] if attempt.joint else [attempt]
+        for part in parts:
+            part.handover = handover
+        for part in parts:
+            if part.choices:  # else one before it failed for the last time, and the request with it
+                self._submit_decode(part, message.source, now)
+
+    def _needs(self, key: AttemptKey) -> bool:
+        """Whether a choice still needs the hand-over of that key."""
+        request = self._requests.get(key.request)
+        attempts = request.attempts if request is not None else ()
+        return any(attempt.handover is not None and attempt.handover.key == key for attempt in attempts)
 
     # ------------------------------------------------------------------ failures
 
     def _attempt_failed(self, message: AttemptFailed, now: int) -> None:
-        request = self._current(message.key)
-        if request is None or request.instance != message.instance:
+        attempt = self._attempt(message.key)
+        if attempt is None or attempt.instance != message.instance:
             return
         if message.reason == "too_long":
-            self._fail(request, "too_long", message.detail, now)
+            self._fail(attempt.request, "too_long", message.detail, now)
             return
         if message.reason in ("load_failed", "unknown"):
-            self._drop_source(request)
+            self._drop_handover(attempt)
         # An instance that never got the attempt is as good as any other for the next one.
         failed = "" if message.reason == "unknown" else message.instance
-        self._next_attempt(request, now, failed=failed)
+        self._next_attempt(attempt, now, failed=failed)
 
-    def _next_attempt(self, request: _Request, now: int, *, failed: str = "") -> None:
-        """Give the present attempt up and continue from the tokens so far, elsewhere than at `failed` if possible."""
+    def _next_attempt(self, attempt: _Attempt, now: int, *, failed: str = "") -> None:
+        """Give the attempt up and continue from the tokens so far, elsewhere than at `failed` if possible: jointly again as
+        long as there are none."""
         self.num_retries += 1
-        self._abort_attempt(request)
-        if request.attempt + 1 >= self._limits.max_attempts:
-            self._fail(request, "error", f"gave up after {request.attempt + 1} attempts", now)
+        num_failures = attempt.num_failures + 1
+        if num_failures >= self._limits.max_attempts:
+            detail = f"gave up after {num_failures} attempts without a token"
+            self._fail(attempt.request, "error", detail, now)
             return
-        self._end_booking(request, completed=False)
-        request.attempt += 1
-        request.exclude = (failed,) if failed else ()
-        request.placing_since = now
-        if request.num_generated:
-            request.keys = self._extend_keys(request.spec, request.token_ids)
-        self._set_timer(request, now + self._limits.place_timeout_ns)
-        if request.attempt == 1:
-            self._ask_placement(request)
+        self._abort_attempt(attempt)
+        choices, attempt.choices = attempt.choices, []
+        for choice in choices:
+            self._end_booking(attempt, choice, now, completed=False)
+        joint = not any(choice.token_ids for choice in choices)
+        for group in [choices] if joint else [[choice] for choice in choices]:
+            first = group[0]
+            key = AttemptKey(self.name, attempt.key.request, first.index, attempt.key.attempt + 1)
+            following = _Attempt(key, group, now)
+            following.handover = attempt.handover
+            following.exclude = (failed,) if failed else ()
+            following.num_failures = num_failures
+            if first.token_ids:
+                first.keys = self._extend_keys(first.request.spec, first.token_ids)
+            first.request.num_attempts += 1
+            self._begin(following, now)
+
+    def _begin(self, attempt: _Attempt, now: int) -> None:
+        """A first failure is most often that of an instance; when there are more, time may help."""
+        if attempt.num_failures == 1:
+            self._set_timer(attempt.request, now + self._limits.place_timeout_ns)
+            self._ask_placement(attempt)
         else:
-            self._pause(request, now)
+            self._pause(attempt, now, self._limits.retry_ns * attempt.num_failures)
 
-    def _pause(self, request: _Request, now: int) -> None:
-        request.state = _State.PAUSED
-        request.retry_at = now + self._limits.retry_ns * request.attempt
-        self._set_timer(request, request.retry_at)
+    def _pause(self, attempt: _Attempt, now: int, duration: int) -> None:
+        attempt.state = _State.PAUSED
+        attempt.retry_at = now + duration
+        self._set_timer(attempt.request, attempt.retry_at)
+        self._set_timer(attempt.request, attempt.placing_since + self._limits.place_timeout_ns)
 
-    def _abort_attempt(self, request: _Request) -> None:
-        instance = request.instance
+    def _abort_attempt(self, attempt: _Attempt) -> None:
+        instance = attempt.instance
         if instance and instance in self._open:
-            self._out.append(Send(instance, Abort((self._key(request),))))
+            self._out.append(Send(instance, Abort((attempt.key,))))
 
-    def _drop_source(self, request: _Request) -> None:
-        request.source = None
-        self._release_handover(request)
-
-    def _release_handover(self, request: _Request) -> None:
-        if request.held is not None:
-            instance, key = request.held
-            request.held = None
-            self._out.append(Send(instance, HandoverDone((key,))))
+    def _drop_handover(self, attempt: _Attempt) -> None:
+        """The prefill instance hears of it when nobody needs the KV any more."""
+        handover = attempt.handover
+        if handover is not None:
+            attempt.handover = None
+            handover.num_users -= 1
+            if not handover.num_users:
+                self._out.append(Send(handover.instance, HandoverDone((handover.key,))))
 
     # ------------------------------------------------------------------ peers
 
@@ -590,8 +747,9 @@ class Dispatcher:
         if event.peer == CONDUCTOR:
             self._send_bookings()
             for request in self._requests.values():
-                if request.state is _State.PLACING:
-                    self._ask_placement(request)
+                for attempt in request.attempts:
+                    if attempt.state is _State.PLACING:
+                        self._ask_placement(attempt)
 
     def _peer_gone(self, event: PeerGone, now: int) -> None:
         if event.peer not in self._open:
@@ -599,8 +757,10 @@ class Dispatcher:
         del self._open[event.peer]
         self._drop_if_unknown(event.peer)
         for request in list(self._requests.values()):
-            if request.instance == event.peer:
-                self._next_attempt(request, now, failed=event.peer)
+            for attempt in request.attempts:
+                # Giving one attempt up may have ended the request.
+                if attempt.choices and attempt.instance == event.peer:
+                    self._next_attempt(attempt, now, failed=event.peer)
 
     # ------------------------------------------------------------------ time
 
@@ -610,17 +770,22 @@ class Dispatcher:
     def _run_timers(self, now: int) -> None:
         while self._timers and self._timers[0][0] <= now:
             request = self._requests.get(heapq.heappop(self._timers)[1])
-            if request is None:
-                continue
-            waiting = request.state in (_State.PLACING, _State.PAUSED)
-            if now >= request.deadline:
-                self._fail(request, "deadline", f"not done within {request.spec.timeout_ns / NANOS_PER_S:g} s", now)
-            elif waiting and now >= request.placing_since + self._limits.place_timeout_ns:
-                self._fail(request, "unavailable", "no placement in time", now, retry_after_ns=NANOS_PER_S)
-            elif request.state is _State.PAUSED and now >= request.retry_at:
-                self._ask_placement(request)
+            if request is not None:
+                self._time_passed(request, now)
         if self._repair_at is not None and self._repair_at <= now:
             self._repair(now)
+
+    def _time_passed(self, request: _Request, now: int) -> None:
+        if now >= request.deadline:
+            self._fail(request, "deadline", f"not done within {request.spec.timeout_ns / NANOS_PER_S:g} s", now)
+            return
+        for attempt in request.attempts:
+            waiting = attempt.state in (_State.PLACING, _State.PAUSED)
+            if waiting and now >= attempt.placing_since + self._limits.place_timeout_ns:
+                self._fail(request, "unavailable", "no placement in time", now, retry_after_ns=NANOS_PER_S)
+                return
+            if attempt.state is _State.PAUSED and now >= attempt.retry_at:
+                self._ask_placement(attempt)
 
     def _linger(self, now: int) -> None:
         self._linger_until = now + self._limits.linger_ns
@@ -631,30 +796,33 @@ class Dispatcher:
         self._repair_at = now + self._limits.repair_ns if self._requests or now < self._linger_until else None
         self._send_bookings()
         keys: dict[str, list[AttemptKey]] = {name: [] for name in self._open if name != CONDUCTOR}
-        held: dict[str, list[AttemptKey]] = {}
-        for request in self._requests.values():
-            if request.held is not None:
-                held.setdefault(request.held[0], []).append(request.held[1])
+        held: dict[str, dict[AttemptKey, None]] = {}
+        attempts = [attempt for request in self._requests.values() for attempt in request.attempts]
+        for attempt in attempts:
+            if attempt.handover is not None:
+                held.setdefault(attempt.handover.instance, {})[attempt.handover.key] = None
             # What was sent a moment ago may not have arrived yet, so it is not asked for.
-            if request.instance in keys and request.sent_at <= now - self._limits.repair_ns:
-                keys[request.instance].append(self._key(request))
+            if attempt.instance in keys and attempt.sent_at <= now - self._limits.repair_ns:
+                keys[attempt.instance].append(attempt.key)
         for instance, wanted in keys.items():
             message = LiveAttempts(self.name, tuple(wanted), tuple(held.get(instance, ())))
             self._out.append(Send(instance, message))
         # A lost question or answer about a placement is asked again; the Conductor answers a known key as before.
-        for request in self._requests.values():
-            if request.state is _State.PLACING and request.placing_since <= now - self._limits.repair_ns:
-                self._ask_placement(request)
+        for attempt in attempts:
+            if attempt.state is _State.PLACING and attempt.placing_since <= now - self._limits.repair_ns:
+                self._ask_placement(attempt)
 
     def _send_bookings(self) -> None:
         bookings = tuple(
             (
-                self._key(r),
-                r.prefill if r.state is _State.PREFILLING else "",
-                r.decode,
-                r.num_tokens,
+                attempt.key.of_choice(choice.index),
+                attempt.prefill if attempt.state is _State.PREFILLING and choice is attempt.choices[0] else "",
+                attempt.decode,
+                choice.num_tokens,
             )
-            for r in self._requests.values()
-            if r.instance
+            for request in self._requests.values()
+            for attempt in request.attempts
+            if attempt.instance
+            for choice in attempt.choices
         )
         self._out.append(Send(CONDUCTOR, BookingSnapshot(self.name, bookings)))

@@ -19,6 +19,7 @@ class Record(msgspec.Struct):
     at_ns: int
     policy: str
     num_tokens: int
+    num_choices: int
     block_tokens: int
     names: tuple[str, ...]
     """By slot, at that time."""
@@ -60,7 +61,7 @@ class Record(msgspec.Struct):
             room = "has room" if terms.fits[slot] else "full"
             yield (
                 f"  {_mark(slot == decision.decode)} decode {self.names[slot]}: TBT {_ms(terms.tbt_ns[slot])} ms "
-                f"at batch {int(terms.num_seqs[slot])} + 1, {room}"
+                f"at batch {int(terms.num_seqs[slot])} + {self.num_choices}, {room}"
             )
 
 

@@ -39,7 +39,8 @@ def encode_commands(commands: list[Any]) -> bytes:
 
 
 class EventLogWriter:
-    """Appends to a file that it owns. Not for several threads."""
+    """Appends to a file that it owns, which should be unbuffered: what a process did just before it was killed is what its log
+    is wanted for. Not for several threads."""
 
     def __init__(self, file: BinaryIO, core: str, seed: int, settings: Any) -> None:
         self._file = file
@@ -53,8 +54,7 @@ class EventLogWriter:
 
     def _write(self, frame: LogHeader | LogEntry) -> None:
         data = msgspec.msgpack.encode(frame)
-        self._file.write(_LENGTH.pack(len(data)))
-        self._file.write(data)
+        self._file.write(_LENGTH.pack(len(data)) + data)
 
 
 def read_log(file: BinaryIO) -> tuple[LogHeader, Iterator[LogEntry]]:

@@ -38,7 +38,9 @@ class PlaceRequest(Message, frozen=True):
 
     `decode_only`: the KV of all tokens but the last few exists at `source`; only a decode instance is wanted.
     `exclude`: instances that failed this request; used only if there is no other.
-    `first`: whether no token was sent to the client yet; only then may admission reject."""
+    `first`: whether no token was sent to the client yet; only then may admission reject.
+    `num_choices`: sequences that will decode, all at one instance. Each is booked under the key of its choice (from
+    `key.choice` on) and ends by itself."""
 
     key: AttemptKey
     num_tokens: int
@@ -52,6 +54,7 @@ class PlaceRequest(Message, frozen=True):
     exclude: tuple[str, ...] = ()
     decode_only: bool = False
     first: bool = True
+    num_choices: int = 1
 
 
 class PrefillDone(Message, frozen=True):
@@ -94,13 +97,15 @@ class Prediction(msgspec.Struct, frozen=True):
 
 
 class Placed(Message, frozen=True):
-    """prefill is "" when only a decode instance was asked for, or when the decode instance prefills in place."""
+    """prefill is "" when only a decode instance was asked for, or when the decode instance prefills in place. num_choices: as
+    many keys are booked as were asked for."""
 
     key: AttemptKey
     prefill: str
     decode: str
     source: KvSource | None
     prediction: Prediction
+    num_choices: int = 1
 
 
 class Rejected(Message, frozen=True):

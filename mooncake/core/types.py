@@ -15,6 +15,9 @@ import numpy as np
 NANOS_PER_MS = 1_000_000
 NANOS_PER_S = 1_000_000_000
 
+MAX_CHOICES = 16
+"""Outputs of one request: each is a sequence of its own in a decode batch."""
+
 
 class Role(enum.StrEnum):
     """What an instance does. `COLOCATED` is the baseline: a decode instance that prefills in place."""
@@ -55,6 +58,9 @@ class AttemptKey(msgspec.Struct, frozen=True, order=True):
     request: int
     choice: int = 0
     attempt: int = 0
+
+    def of_choice(self, choice: int) -> AttemptKey:
+        return self if choice == self.choice else AttemptKey(self.frontend, self.request, choice, self.attempt)
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -122,6 +128,8 @@ class Job(msgspec.Struct, frozen=True):
     source: KV that can be loaded instead of computed. Where it covers all but the last token, one token is computed.
     hand_over: whether the KV must go to the store for a decode instance (prefill role).
     deadline_ns: time left for this attempt, counted from when the message is received.
+    num_choices: more than 1 makes it a joint job: it ends with the first tokens of that many choices from key.choice on, all
+    drawn from the same logits. Outputs carry the choice that they are of.
     """
 
     key: AttemptKey
@@ -137,6 +145,11 @@ class Job(msgspec.Struct, frozen=True):
     deadline_ns: int = 600 * NANOS_PER_S
     allow_in_place: bool = False
     """Whether a decode instance whose source cannot be loaded may compute the tokens itself rather than refuse."""
+    num_choices: int = 1
+
+    @property
+    def joint(self) -> bool:
+        return self.num_choices > 1
 
     @property
     def num_generated(self) -> int:

@@ -14,7 +14,7 @@ import msgspec
 
 from mooncake.core.messages import AnyMessage, Send, StepTokens, TokenOutput
 from mooncake.core.types import AttemptKey, Job, KvSource
-from mooncake.engine.core import EngineLoad, ServiceOutput
+from mooncake.engine.core import Drawn, EngineLoad, ServiceOutput
 
 # ---------------------------------------------------------------- events
 
@@ -104,17 +104,15 @@ class Attempt:
         self.started_at = now
         self.deadline = now + job.deadline_ns
 
-    def token_output(
-        self, position: int, token_ids: tuple[int, ...], now: int, cached_tokens: int | None, **rest: object
-    ) -> TokenOutput:
-        compute_ns = None if cached_tokens is None else now - self.started_at
+    def token_output(self, drawn: Drawn, now: int) -> TokenOutput:
         return TokenOutput(
-            self.key,
-            position,
-            token_ids,
-            cached_tokens=cached_tokens,
-            compute_ns=compute_ns,
-            **rest,  # type: ignore[arg-type]
+            self.key.of_choice(drawn.choice),
+            drawn.position,
+            drawn.token_ids,
+            drawn.finish,
+            drawn.logprobs,
+            drawn.cached_tokens,
+            compute_ns=None if drawn.cached_tokens is None else now - self.started_at,
         )
 
 

@@ -75,7 +75,8 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """tokens[i]: drawn tokens of items[i], empty where `sample` is false; logprobs likewise or empty.
+    """tokens[i]: drawn tokens of items[i], empty where `sample` is false; logprobs likewise or empty. Of a joint sequence they
+    are its choices' first tokens, else tokens at successive positions.
 
     failed: sequences whose load failed while the step waited for it, or whose computation failed; their drawn tokens are void.
     step_ns: duration of the step (mean of the steps if several were run)."""
@@ -107,10 +108,17 @@ class StepEngine(Protocol):
     vocab_size: int
 
     def add_sequence(
-        self, seq: int, token_ids: Sequence[int], num_prompt_tokens: int, sampling: SamplingParams, choice: int
+        self,
+        seq: int,
+        token_ids: Sequence[int],
+        num_prompt_tokens: int,
+        sampling: SamplingParams,
+        choice: int,
+        num_choices: int = 1,
     ) -> None:
         """Make a sequence known: its tokens so far (prompt, then generated) and how to draw more. The engine appends the
-        tokens it draws itself."""
+        tokens it draws itself. num_choices: more than 1 makes it a joint sequence, which draws once: a token for each choice
+        from `choice` on, all from the same logits."""
         ...
 
     def remove_sequence(self, seq: int) -> None: ...

@@ -8,9 +8,11 @@ Rules:
 * Every running sequence whose known tokens are all computed but the last is a *decode* item of one token in each step.
 * Up to max_step_tokens prefill tokens come on top, oldest sequence first, in chunks that end on block boundaries, except the
   last of a sequence.
-* Waiting sequences hold no pages and are admitted oldest first; a younger one never overtakes.
+* Waiting sequences hold no pages and are admitted oldest first. The only one that may be overtaken is one whose next block an
+  active sequence is loading just now: it waits for that load, and shares the block's pages.
 * When a decode item finds no page, the youngest sequence loses its pages and waits again with the tokens it has; so the oldest
   always finishes.
+* A joint sequence draws the first tokens of several choices from its last logits and ends.
 * Pages belong to whoever still reads or writes them (a step, a load, a store); an aborted sequence frees them after that.
 
 `schedule` makes a plan and `update` applies its outcome; between them sequences may come and go. No clock is read: times are
@@ -32,7 +34,8 @@ from mooncake.engine.page_pool import PagePool
 
 
 class Drawn(msgspec.Struct, frozen=True, tag=True):
-    """Tokens drawn for a sequence, the first at absolute `position`. cached_tokens comes with a sequence's first output."""
+    """Tokens drawn for a choice of a sequence, the first at absolute `position`. cached_tokens comes with a sequence's first
+    output."""
 
     seq: int
     position: int
@@ -40,6 +43,7 @@ class Drawn(msgspec.Struct, frozen=True, tag=True):
     finish: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int | None = None
+    choice: int = 0
 
 
 class LoadKv(msgspec.Struct, frozen=True):
@@ -111,8 +115,8 @@ class _State(enum.IntEnum):
 
 class _Sequence:
     __slots__ = (
-        "cached_tokens", "computed", "in_step", "job", "keys", "loading", "num_published", "num_tokens", "one_token",
-        "order", "page_array", "seq", "source_tokens", "started", "state", "storing", "told", "wants_store",
+        "cached_tokens", "computed", "in_step", "job", "keys", "loading", "loading_keys", "num_published", "num_tokens",
+        "one_token", "order", "page_array", "seq", "source_tokens", "started", "state", "storing", "told", "wants_store",
     )  # fmt: skip
 
     def __init__(
@@ -134,6 +138,7 @@ class _Sequence:
         self.told = False
         self.in_step = False
         self.loading = False
+        self.loading_keys: tuple[bytes, ...] = ()
         self.storing = 0
         self.page_array: np.ndarray | None = None
 
@@ -185,6 +190,8 @@ class EngineCore:
         self._seqs: dict[int, _Sequence] = {}
         self._waiting: list[tuple[tuple[int, int], int]] = []
         self._active: dict[int, _Sequence] = {}
+        self._loading_blocks: dict[bytes, None] = {}
+        """Keys of the full blocks that sequences in state LOADING wait for."""
         self._num_submitted = 0
         self._outputs: list[EngineOutput] = []
 
@@ -200,7 +207,8 @@ class EngineCore:
         self, seq: int, job: Job, *, source_tokens: int = 0, one_token: bool = False, store: bool = False
     ) -> None:
         """Queue a sequence under a number of the caller's choice. source_tokens: how many leading tokens can be loaded.
-        one_token: draw one token and end (prefill role). store: pass all KV of the known tokens to the sink."""
+        one_token: draw one token, or one for each choice of a joint job, and end (prefill role). store: pass all KV of the
+        known tokens to the sink."""
         order = (-job.priority, self._num_submitted)
         self._num_submitted += 1
         self._seqs[seq] = _Sequence(seq, job, order, min(source_tokens, job.num_tokens - 1), one_token, store)
@@ -225,7 +233,7 @@ class EngineCore:
         else:
             self._take_load(state)
             if state.state is _State.LOADING:
-                state.state = _State.RUNNING
+                self._run(state)
                 state.computed = state.source_tokens
             self._publish(state)
 
@@ -271,13 +279,15 @@ class EngineCore:
             else:
                 if item.num_loading:
                     self._take_load(state)
-                state.state = _State.RUNNING
+                self._run(state)
                 tokens = result.tokens[index]
-                state.computed = item.start + item.count + max(0, len(tokens) - 1)
+                num_steps = 1 if state.one_token else max(1, len(tokens))
+                state.computed = item.start + item.count + num_steps - 1
                 self.num_computed_tokens += state.computed - item.start
                 self._publish(state)
                 if tokens:
-                    self._draw(state, tokens, result.logprobs[index] if result.logprobs else ())
+                    draw = self._draw_joint if state.job.joint else self._draw
+                    draw(state, tokens, result.logprobs[index] if result.logprobs else ())
 
     def take_outputs(self) -> list[EngineOutput]:
         outputs, self._outputs = self._outputs, []
@@ -310,18 +320,24 @@ class EngineCore:
         expected = {s.seq for s in self._seqs.values() if s.seq in self._active or s.busy}
         assert self.pool.holders() == expected, f"pages held by {self.pool.holders()}, expected {expected}"
         assert all(self._seqs[seq].state is _State.WAITING for _, seq in self._waiting)
+        loading = [key for s in self._active.values() if s.state is _State.LOADING for key in s.loading_keys]
+        assert sorted(self._loading_blocks) == sorted(loading), "blocks are loaded twice, or waited for in vain"
 
     # ------------------------------------------------------------------ inside: admission and planning
 
     def _admit(self) -> None:
-        while self._waiting and len(self._active) < self.limits.max_batch:
-            state = self._seqs[self._waiting[0][1]]
+        at = 0
+        while at < len(self._waiting) and len(self._active) < self.limits.max_batch:
+            state = self._seqs[self._waiting[at][1]]
             # At least one token is left to compute: its logits give the next token.
-            usable = (state.num_tokens - 1) // self.limits.block_tokens
-            matched = self.pool.match(state.keys[:usable])
-            if not self.pool.allocate(state.seq, state.keys[:matched], state.num_tokens):
+            keys = state.keys[: (state.num_tokens - 1) // self.limits.block_tokens]
+            matched = self.pool.match(keys)
+            if matched < len(keys) and keys[matched] in self._loading_blocks:
+                at += 1
+                continue
+            if not self.pool.allocate(state.seq, keys[:matched], state.num_tokens):
                 return
-            self._waiting.pop(0)
+            del self._waiting[at]
             self._start(state, matched)
 
     def _start(self, state: _Sequence, num_matched: int) -> None:
@@ -337,10 +353,23 @@ class EngineCore:
         if state.source_tokens > state.computed:
             state.state = _State.LOADING
             state.loading = True
+            state.loading_keys = state.keys[num_matched : state.source_tokens // self.limits.block_tokens]
+            self._loading_blocks.update(dict.fromkeys(state.loading_keys))
             self._outputs.append(LoadKv(state.seq, state.computed, state.source_tokens, self._pages(state)))
         elif state.source_tokens:
             state.source_tokens = 0
             self._outputs.append(KvLoaded(state.seq, True))
+
+    def _run(self, state: _Sequence) -> None:
+        """To state RUNNING from wherever it is."""
+        self._leave_loading(state)
+        state.state = _State.RUNNING
+
+    def _leave_loading(self, state: _Sequence) -> None:
+        """Whoever waits for its blocks finds them published next time, or else loads them itself."""
+        if state.state is _State.LOADING:
+            for key in state.loading_keys:
+                del self._loading_blocks[key]
 
     def _take_load(self, state: _Sequence) -> None:
         """The source's tokens are in the pages. A step that waited for them may learn so, and even end the sequence, before
@@ -353,9 +382,9 @@ class EngineCore:
 
     def _forget_load(self, state: _Sequence) -> None:
         """What cannot be loaded is computed."""
+        self._run(state)
         state.source_tokens = 0
         state.computed = state.cached_tokens
-        state.state = _State.RUNNING
 
     def _decode_items(self) -> list[StepItem]:
         # Oldest first: whoever is preempted on the way comes later in the list and is waiting by then.
@@ -411,6 +440,8 @@ class EngineCore:
         horizon = self._longest
         for item in items:
             state = self._active[item.seq]
+            if state.one_token:
+                return 1
             room = len(self.pool.pages(item.seq)) * self.limits.page_tokens - state.num_tokens + 1
             horizon = min(horizon, room, state.job.max_tokens - state.num_output, self._longest - state.num_tokens)
         return max(1, horizon)
@@ -435,26 +466,54 @@ class EngineCore:
         state.num_published = max(state.num_published, num_blocks)
 
     def _draw(self, state: _Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
+        """Tokens at successive positions."""
         position = state.num_tokens
         finish: FinishReason | None = None
         for count, token in enumerate(tokens, start=1):
             state.num_tokens += 1
-            if token in state.job.sampling.stop_token_ids and state.num_output > state.job.sampling.min_tokens:
-                finish = FinishReason.STOP
-            elif state.num_output >= state.job.max_tokens or state.num_tokens >= self._longest:
-                finish = FinishReason.LENGTH
+            finish = self._finish(state, token)
             if finish is not None:
                 tokens = tokens[:count]
                 break
-        cached = None if state.told else min(state.cached_tokens, state.job.num_prompt_tokens)
-        state.told = True
-        self._outputs.append(Drawn(state.seq, position, tokens, finish, logprobs[: len(tokens)], cached))
+        choice = state.job.key.choice
+        self._outputs.append(
+            Drawn(state.seq, position, tokens, finish, logprobs[: len(tokens)], self._tell_cached(state), choice)
+        )
         if finish is not None or state.one_token:
             self._end(state)
+
+    def _draw_joint(self, state: _Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
+        """Tokens at one position, one for each choice."""
+        position = state.num_tokens
+        state.num_tokens += 1
+        for index, token in enumerate(tokens):
+            finish, cached = self._finish(state, token), self._tell_cached(state)
+            choice = state.job.key.choice + index
+            self._outputs.append(
+                Drawn(state.seq, position, (token,), finish, logprobs[index : index + 1], cached, choice)
+            )
+        self._end(state)
+
+    def _finish(self, state: _Sequence, token: int) -> FinishReason | None:
+        """Whether the last of its known tokens, drawn just now, ends the sequence."""
+        sampling = state.job.sampling
+        if token in sampling.stop_token_ids and state.num_output > sampling.min_tokens:
+            return FinishReason.STOP
+        if state.num_output >= state.job.max_tokens or state.num_tokens >= self._longest:
+            return FinishReason.LENGTH
+        return None
+
+    def _tell_cached(self, state: _Sequence) -> int | None:
+        """Once for each sequence."""
+        if state.told:
+            return None
+        state.told = True
+        return min(state.cached_tokens, state.job.num_prompt_tokens)
 
     def _end(self, state: _Sequence) -> None:
         if state.state is _State.WAITING:
             self._waiting.remove((state.order, state.seq))
+        self._leave_loading(state)
         state.state = _State.ENDED
         if self._active.pop(state.seq, None) is None:
             self._forget(state)

@@ -64,12 +64,12 @@ def scaled(cost: CostModel, speed: float) -> CostModel:
 
 
 class _Sequence:
-    __slots__ = ("choice", "seed", "tokens", "trusted")
+    __slots__ = ("choices", "seed", "tokens", "trusted")
 
-    def __init__(self, token_ids: Sequence[int], seed: int, choice: int) -> None:
+    def __init__(self, token_ids: Sequence[int], seed: int, choices: range) -> None:
         self.tokens = list(token_ids)
         self.seed = seed
-        self.choice = choice
+        self.choices = choices
         self.trusted = 0
         """Tokens whose KV this engine computed or checked, for this sequence in its present pages."""
 
@@ -88,9 +88,15 @@ class SimulatedEngine:
         self._sequences: dict[int, _Sequence] = {}
 
     def add_sequence(
-        self, seq: int, token_ids: Sequence[int], num_prompt_tokens: int, sampling: SamplingParams, choice: int
+        self,
+        seq: int,
+        token_ids: Sequence[int],
+        num_prompt_tokens: int,
+        sampling: SamplingParams,
+        choice: int,
+        num_choices: int = 1,
     ) -> None:
-        self._sequences[seq] = _Sequence(token_ids, sampling.seed, choice)
+        self._sequences[seq] = _Sequence(token_ids, sampling.seed, range(choice, choice + num_choices))
 
     def remove_sequence(self, seq: int) -> None:
         del self._sequences[seq]
@@ -153,9 +159,9 @@ class SimulatedEngine:
 
     def _draw(self, item: StepItem) -> tuple[int, ...]:
         sequence = self._sequences[item.seq]
-        token = draw_token(sequence.seed, sequence.choice, item.start + item.count)
-        sequence.tokens.append(token)
-        return (token,)
+        tokens = tuple(draw_token(sequence.seed, choice, item.start + item.count) for choice in sequence.choices)
+        sequence.tokens.append(tokens[0])  # a joint sequence never computes it
+        return tokens
 
 
 def kv_words(token_ids: Sequence[int], start: int, layer: int) -> np.ndarray:

@@ -71,7 +71,7 @@ class SteppedEngine:
 
     def _submit(self, seq: int, job: Job, one_token: bool, reader: KvReader | None, writer: KvWriter | None) -> None:
         tokens = bytes_to_tokens(job.token_ids)
-        self._engine.add_sequence(seq, tokens, job.num_prompt_tokens, job.sampling, job.key.choice)
+        self._engine.add_sequence(seq, tokens, job.num_prompt_tokens, job.sampling, job.key.choice, job.num_choices)
         if reader is not None:
             self._readers[seq] = reader
         if writer is not None:

@@ -1,4 +1,4 @@
-"""From a choice's tokens to its text: detokenise, find stops, count. Pure; one instance per choice."""
+"""From tokens to text: detokenise, find stops, count. Pure; one `Assembly` per choice, `Assemblies` for a request."""
 
 from __future__ import annotations
 
@@ -19,14 +19,21 @@ class Delta(msgspec.Struct, gc=False):
 
     text: str
     logprobs: tuple[tuple[int, TokenLogprobs], ...] = ()
+    choice: int = 0
 
 
 class Assembly:
     """finish: set once the choice has ended; by a stop string before the backend says so."""
 
     def __init__(
-        self, detokenizer: Detokenizer, stops: Sequence[str], stop_token_ids: Sequence[int], min_tokens: int
+        self,
+        detokenizer: Detokenizer,
+        stops: Sequence[str],
+        stop_token_ids: Sequence[int],
+        min_tokens: int,
+        choice: int = 0,
     ) -> None:
+        self.choice = choice
         self._detokenizer = detokenizer
         self._scanner = StopScanner(stops) if stops else None
         self._stop_token_ids = stop_token_ids
@@ -46,15 +53,15 @@ class Assembly:
                 self.num_tokens += 1
                 logprobs = ((token_id, output.logprobs[index]),) if output.logprobs else ()
                 if index < num_text:
-                    deltas.append(Delta(self._text(token_id), logprobs))
+                    deltas.append(Delta(self._text(token_id), logprobs, self.choice))
                 elif logprobs:
-                    deltas.append(Delta("", logprobs))
+                    deltas.append(Delta("", logprobs, self.choice))
                 if self.finish is not None:
                     return deltas
             if output.finish is not None:
                 rest = self._end(output.finish)
                 if rest:
-                    deltas.append(Delta(rest))
+                    deltas.append(Delta(rest, choice=self.choice))
         return deltas
 
     def _ends_with_stop_token(self, output: TokenOutput) -> bool:
@@ -82,5 +89,46 @@ class Assembly:
         return text
 
 
-def merge(deltas: Sequence[Delta]) -> Delta:
-    return Delta("".join(d.text for d in deltas), tuple(entry for d in deltas for entry in d.logprobs))
+class Assemblies:
+    """The choices of one request. num_tokens: of all. running: those that have not ended."""
+
+    def __init__(self, assemblies: Sequence[Assembly]) -> None:
+        self.running = list(assemblies)
+        self.num_tokens = 0
+        self._all = assemblies
+
+    def take(self, outputs: Sequence[TokenOutput]) -> tuple[list[Delta], list[Assembly]]:
+        """The deltas of all choices, each choice's in order; and the choices that ended."""
+        if len(self._all) == 1:  # the rule, and the path of every token
+            deltas = self._all[0].take(outputs) if self.running else []
+            self.num_tokens = self._all[0].num_tokens
+        else:
+            deltas = self._take_apart(outputs)
+            self.num_tokens = sum(assembly.num_tokens for assembly in self._all)
+        ended = [assembly for assembly in self.running if assembly.finish is not None]
+        if ended:
+            self.running = [assembly for assembly in self.running if assembly.finish is None]
+        return deltas, ended
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt, which all share."""
+        return max(assembly.cached_tokens for assembly in self._all)
+
+    def _take_apart(self, outputs: Sequence[TokenOutput]) -> list[Delta]:
+        by_choice: dict[int, list[TokenOutput]] = {}
+        for output in outputs:
+            by_choice.setdefault(output.key.choice, []).append(output)
+        running = (assembly for assembly in self.running if assembly.choice in by_choice)
+        return [delta for assembly in running for delta in assembly.take(by_choice[assembly.choice])]
+
+
+def merge(deltas: Sequence[Delta]) -> list[Delta]:
+    """One for each choice that is among them."""
+    by_choice: dict[int, list[Delta]] = {}
+    for delta in deltas:
+        by_choice.setdefault(delta.choice, []).append(delta)
+    return [
+        Delta("".join(d.text for d in own), tuple(entry for d in own for entry in d.logprobs), choice)
+        for choice, own in by_choice.items()
+    ]

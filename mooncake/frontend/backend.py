@@ -85,13 +85,15 @@ class Generation(Protocol):
     """A request under way."""
 
     async def next(self) -> list[TokenOutput]:
-        """All outputs that wait, in order; waits if there are none. The last one carries `finish`. Each position of a
-        choice comes once, whatever attempts failed behind it. Raises BackendError in place of further outputs. Empty
-        only after `cancel`. The backend keeps the deadline: this never waits for longer than `Generate.timeout_s`."""
+        """All outputs that wait, in order; waits if there are none. The last one of each choice carries `finish`. Each
+        position of a choice comes once, whatever attempts failed behind it. Raises BackendError in place of further
+        outputs. Empty only after `cancel`. The backend keeps the deadline: this never waits for longer than
+        `Generate.timeout_s`."""
         ...
 
-    def cancel(self) -> None:
-        """Give the request up and free everything; wakes a waiting `next`. Idempotent; no effect after the end."""
+    def cancel(self, choice: int | None = None) -> None:
+        """Give one choice that has had outputs up, or (None) the whole request, and free everything; nothing of it follows.
+        The end of the last choice wakes a waiting `next`. Idempotent; no effect after the end."""
         ...
 
 

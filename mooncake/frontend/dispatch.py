@@ -111,8 +111,13 @@ class DispatchBackend:
             priority=generate.priority,
             slo=generate.slo,
             timeout_ns=int(generate.timeout_s * NANOS_PER_S),
+            num_choices=generate.n,
         )
-        mailbox = self._mailboxes[number] = Mailbox(lambda: self.driver.handle(Cancel(number)))
+
+        def cancel(choice: int | None) -> None:
+            self.driver.handle(Cancel(number, choice))
+
+        mailbox = self._mailboxes[number] = Mailbox(cancel, generate.n)
         self.driver.handle(Start(spec))
         return mailbox
 
@@ -157,7 +162,7 @@ class DispatchBackend:
     def _output(self, command: Output) -> None:
         mailbox = self._mailboxes.get(command.number)
         if mailbox is not None:
-            key = AttemptKey(self._name, command.number)
+            key = AttemptKey(self._name, command.number, command.choice)
             mailbox.put(TokenOutput(key, 0, command.token_ids, command.finish, command.logprobs, command.cached_tokens))
 
     def _failure(self, command: Failure) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from mooncake.core.types import FinishReason, Slo
-from mooncake.frontend.assembly import Assembly, Delta, merge
+from mooncake.frontend.assembly import Assemblies, Assembly, Delta, merge
 from mooncake.frontend.backend import Backend, BackendError, Generate, Generation, Unavailable
 from mooncake.frontend.errors import ApiError, from_backend
 from mooncake.frontend.instruments import Instruments
@@ -62,7 +62,7 @@ class Kind(msgspec.Struct, frozen=True):
 
     name: str
     parse: Callable[[bytes], Request]
-    renderer: Callable[[Head, Tokenizer, bool], Renderer]
+    renderer: Callable[[Head, Tokenizer, bool, int], Renderer]
 
 
 class Endpoint:
@@ -130,12 +130,14 @@ class Endpoint:
             raise from_backend(error, request.prompt_field) from None
         model, sampling = self._backend.model, generate.sampling
         head = Head(request_id, int(time.time()), model.name, model.fingerprint)
-        renderer = self._kind.renderer(head, self._tokenizer, request.include_usage)
-        detokenizer = self._tokenizer.detokenizer()
-        assembly = Assembly(detokenizer, request.stops, sampling.stop_token_ids, sampling.min_tokens)
+        renderer = self._kind.renderer(head, self._tokenizer, request.include_usage, generate.n)
+        detokenizer, stop_ids, min_tokens = self._tokenizer.detokenizer, sampling.stop_token_ids, sampling.min_tokens
+        assemblies = Assemblies(
+            [Assembly(detokenizer(), request.stops, stop_ids, min_tokens, choice) for choice in range(generate.n)]
+        )
         client = Client(scope, receive, send, generation, self._settings.stall_s)
         field = request.prompt_field
-        answer = Answer(client, generation, generate, field, renderer, assembly, self._instruments, started_at)
+        answer = Answer(client, generation, generate, field, renderer, assemblies, self._instruments, started_at)
         try:
             if request.stream:
                 return await answer.stream(self._settings.merge_tokens)
@@ -144,7 +146,7 @@ class Endpoint:
             generation.cancel()
             client.close()
             self._instruments.dropped.add(client.dropped)
-            self._instruments.output_tokens.add(assembly.num_tokens)
+            self._instruments.output_tokens.add(assemblies.num_tokens)
 
     async def _prepare(self, request_id: str, body: bytes, headers: Mapping[bytes, bytes]) -> tuple[Request, Generate]:
         directives = read_headers(request_id, headers, self._settings.default_slo)
@@ -223,6 +225,10 @@ class Client:
             self._abort()
 
 
+_End = tuple[int, FinishReason]
+"""A choice, and why it ended."""
+
+
 class Answer:
     """The answer to one request that the backend took."""
 
@@ -233,7 +239,7 @@ class Answer:
         generate: Generate,
         prompt_field: str,
         renderer: Renderer,
-        assembly: Assembly,
+        assemblies: Assemblies,
         instruments: Instruments,
         started_at: float,
     ) -> None:
@@ -242,28 +248,30 @@ class Answer:
         self._generate = generate
         self._prompt_field = prompt_field
         self._renderer = renderer
-        self._assembly = assembly
+        self._assemblies = assemblies
         self._instruments = instruments
-        self._last_at = started_at
+        self._started_at = self._last_at = started_at
 
     async def stream(self, merge_tokens: int) -> int:
         """Failures before the first token raise ApiError; later ones become an event of the stream."""
-        deltas = await self._first()
+        deltas, ended = await self._first()
         await self._client.start(200, [*_STREAM_HEADERS, (b"x-request-id", self._generate.request_id.encode())])
         opening = self._renderer.opening()
-        render, assembly = self._renderer.delta, self._assembly
+        render, finish = self._renderer.delta, self._renderer.finish
         try:
             while True:
                 if len(deltas) > merge_tokens:
-                    deltas = [merge(deltas)]
+                    deltas = merge(deltas)
                 events = opening + b"".join([render(delta) for delta in deltas])
-                if assembly.finish is not None:
+                for choice, reason in ended:
+                    events += finish(choice, reason)
+                if not self._assemblies.running:
                     break
                 opening = b""
                 if events:
                     await self._client.send(events, True)
-                deltas = await self._next()
-            events += self._renderer.closing(assembly.finish, self._usage())
+                deltas, ended = await self._next()
+            events += self._renderer.closing(self._usage())
         except ApiError as error:
             events = error_event(error)
         except ClientGone:
@@ -276,24 +284,29 @@ class Answer:
         return 200
 
     async def whole(self) -> int:
-        deltas = await self._first()
-        while self._assembly.finish is None:
-            deltas += await self._next()
+        deltas, ended = await self._first()
+        while self._assemblies.running:
+            more, more_ended = await self._next()
+            deltas += more
+            ended += more_ended
         self._generation.cancel()
-        body = self._renderer.whole(merge(deltas), self._assembly.finish, self._usage())
+        texts = {delta.choice: delta for delta in merge(deltas)}
+        choices = [(texts.get(choice, Delta("", choice=choice)), reason) for choice, reason in sorted(ended)]
+        body = self._renderer.whole(choices, self._usage())
         request_id, length = self._generate.request_id.encode(), b"%d" % len(body)
         await self._client.start(200, [*_JSON_HEADERS, (b"content-length", length), (b"x-request-id", request_id)])
         await self._client.send(body, False)
         return 200
 
-    async def _first(self) -> list[Delta]:
-        deltas = await self._next(first=True)
+    async def _first(self) -> tuple[list[Delta], list[_End]]:
+        found = await self._next()
+        self._instruments.ttft.observe(time.perf_counter() - self._started_at)
         self._instruments.prompt_tokens.add(len(self._generate.token_ids))
-        self._instruments.cached_tokens.add(self._assembly.cached_tokens)
-        return deltas
+        self._instruments.cached_tokens.add(self._assemblies.cached_tokens)
+        return found
 
-    async def _next(self, first: bool = False) -> list[Delta]:
-        """Raises ClientGone after a cancel, ApiError if the backend failed."""
+    async def _next(self) -> tuple[list[Delta], list[_End]]:
+        """Deltas, and the choices that ended with them. Raises ClientGone after a cancel, ApiError if the backend failed."""
         try:
             outputs = await self._generation.next()
         except BackendError as error:
@@ -302,21 +315,25 @@ class Answer:
             raise SHUTTING_DOWN from None
         if not outputs:
             raise ClientGone
-        num_before = self._assembly.num_tokens
-        deltas = self._assembly.take(outputs)
-        if self._assembly.finish in (FinishReason.ABORT, FinishReason.ERROR):
-            raise ApiError(500, "the request was given up", kind="server_error", code="failed")
-        now = time.perf_counter()
-        num_new = self._assembly.num_tokens - num_before
-        if first:
-            self._instruments.ttft.observe(now - self._last_at)
-        elif num_new:
-            self._instruments.itl.observe((now - self._last_at) / num_new, num_new)
+        all_choices = self._assemblies
+        num_before, num_running = all_choices.num_tokens, len(all_choices.running)
+        deltas, ended = all_choices.take(outputs)
+        now, num_new = time.perf_counter(), all_choices.num_tokens - num_before
+        if num_before and num_new:
+            self._instruments.itl.observe((now - self._last_at) * num_running / num_new, num_new)
         self._last_at = now
-        return deltas
+        return deltas, [self._end(assembly) for assembly in ended]
+
+    def _end(self, assembly: Assembly) -> _End:
+        """A stop string ends a choice before the backend does."""
+        if assembly.finish is None or assembly.finish in (FinishReason.ABORT, FinishReason.ERROR):
+            raise ApiError(500, "the request was given up", kind="server_error", code="failed")
+        self._generation.cancel(assembly.choice)
+        return assembly.choice, assembly.finish
 
     def _usage(self) -> Usage:
-        return Usage(len(self._generate.token_ids), self._assembly.num_tokens, self._assembly.cached_tokens)
+        all_choices = self._assemblies
+        return Usage(len(self._generate.token_ids), all_choices.num_tokens, all_choices.cached_tokens)
 
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive, settings: Settings) -> bytes:

@@ -13,42 +13,50 @@ from mooncake.frontend.backend import BackendError
 
 
 class Mailbox:
-    """on_cancel is called at most once, and not after the last output or an error was put in."""
+    """on_cancel is called with a choice, or None for all that are left: at most once for each, and not after its last output
+    or an error was put in."""
 
-    __slots__ = ("_ended", "_error", "_on_cancel", "_outputs", "_waiter")
+    __slots__ = ("_error", "_on_cancel", "_outputs", "_running", "_waiter")
 
-    def __init__(self, on_cancel: Callable[[], None]) -> None:
+    def __init__(self, on_cancel: Callable[[int | None], None], num_choices: int) -> None:
         self._on_cancel = on_cancel
         self._outputs: list[TokenOutput] = []
         self._error: BackendError | None = None
-        self._ended = False
+        self._running = set(range(num_choices))
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, output: TokenOutput) -> None:
-        """Outputs after the end are dropped."""
-        if self._ended:
+        """Outputs after the end of their choice are dropped."""
+        if output.key.choice not in self._running:
             return
         self._outputs.append(output)
-        self._ended = output.finish is not None
+        if output.finish is not None:
+            self._running.remove(output.key.choice)
         self._wake()
 
     def fail(self, error: BackendError) -> None:
         """The outputs so far are still delivered before the error."""
-        if self._ended:
+        if not self._running:
             return
-        self._error, self._ended = error, True
+        self._error = error
+        self._running.clear()
         self._wake()
 
-    def cancel(self) -> None:
-        if self._ended:
+    def cancel(self, choice: int | None = None) -> None:
+        if choice is None and self._running:
+            self._running.clear()
+            self._outputs.clear()
+        elif choice in self._running:
+            self._running.remove(choice)
+            self._outputs = [output for output in self._outputs if output.key.choice != choice]
+        else:
             return
-        self._ended = True
-        self._outputs.clear()
-        self._on_cancel()
-        self._wake()
+        self._on_cancel(choice)
+        if not self._running:
+            self._wake()
 
     async def next(self) -> list[TokenOutput]:
-        if not self._outputs and not self._ended:
+        while not self._outputs and self._running:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if not self._outputs and self._error is not None:

@@ -95,6 +95,7 @@ def build_generate(
         token_ids=token_ids,
         sampling=_sampling(request, eos_ids, model.vocab_size, rng),
         max_tokens=max_tokens,
+        n=request.n or 1,
         salt=request.cache_salt or "",
         priority=directives.priority,
         slo=directives.slo,

@@ -6,11 +6,12 @@ text is rendered once per request, so that a token costs one JSON string and one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import msgspec
 
-from mooncake.core.types import FinishReason, TokenLogprobs
+from mooncake.core.types import FinishReason
 from mooncake.frontend.assembly import Delta
 from mooncake.frontend.errors import ApiError
 from mooncake.frontend.tokenizer import Tokenizer
@@ -20,7 +21,6 @@ _MIN_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON cannot say."""
 
 _encode = msgspec.json.Encoder().encode
-Entries = tuple[tuple[int, TokenLogprobs], ...]
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -53,11 +53,15 @@ class Renderer(Protocol):
 
     def delta(self, delta: Delta) -> bytes: ...
 
-    def closing(self, finish: FinishReason, usage: Usage) -> bytes:
-        """Events after the last text, the end mark included."""
+    def finish(self, choice: int, reason: FinishReason) -> bytes:
+        """The event after a choice's last text."""
         ...
 
-    def whole(self, text: Delta, finish: FinishReason, usage: Usage) -> bytes:
+    def closing(self, usage: Usage) -> bytes:
+        """Events after the end of all choices, the end mark included."""
+        ...
+
+    def whole(self, choices: Sequence[tuple[Delta, FinishReason]], usage: Usage) -> bytes:
         """The body of an answer that is not streamed."""
         ...
 
@@ -78,7 +82,7 @@ class _Renderer:
     text_close: ClassVar[bytes]
     no_text: ClassVar[bytes]
 
-    def __init__(self, head: Head, tokenizer: Tokenizer, include_usage: bool) -> None:
+    def __init__(self, head: Head, tokenizer: Tokenizer, include_usage: bool, num_choices: int) -> None:
         self._tokenizer = tokenizer
         self._include_usage = include_usage
         self._fields = {
@@ -88,9 +92,10 @@ class _Renderer:
             "model": head.model,
             "system_fingerprint": head.fingerprint,
         }
-        self._open = b'data: %b,"choices":[{"index":0,' % _encode(self._fields)[:-1]
+        before_index = b'data: %b,"choices":[{"index":' % _encode(self._fields)[:-1]
+        self._open = [b"%b%d," % (before_index, choice) for choice in range(num_choices)]
         self._close = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
-        self._before = self._open + self.text_open
+        self._before = [opened + self.text_open for opened in self._open]
         self._after = self.text_close + b',"logprobs":null,"finish_reason":null' + self._close
 
     def opening(self) -> bytes:
@@ -98,30 +103,35 @@ class _Renderer:
 
     def delta(self, delta: Delta) -> bytes:
         if not delta.logprobs:
-            return self._before + _encode(delta.text) + self._after
-        logprobs = b'%b,"logprobs":%b,"finish_reason":null' % (self.text_close, _encode(self._logprobs(delta.logprobs)))
-        return self._before + _encode(delta.text) + logprobs + self._close
+            return self._before[delta.choice] + _encode(delta.text) + self._after
+        logprobs = b'%b,"logprobs":%b,"finish_reason":null' % (self.text_close, _encode(self._logprobs(delta)))
+        return self._before[delta.choice] + _encode(delta.text) + logprobs + self._close
 
-    def closing(self, finish: FinishReason, usage: Usage) -> bytes:
-        choice = b'%b,"logprobs":null,"finish_reason":%b' % (self.no_text, _encode(finish))
-        events = self._open + choice + self._close
-        if self._include_usage:
-            events += b"data: %b\n\n" % _encode(self._fields | {"choices": [], "usage": usage.as_dict()})
-        return events + DONE
+    def finish(self, choice: int, reason: FinishReason) -> bytes:
+        end = b'%b,"logprobs":null,"finish_reason":%b' % (self.no_text, _encode(reason))
+        return self._open[choice] + end + self._close
 
-    def whole(self, text: Delta, finish: FinishReason, usage: Usage) -> bytes:
-        choice = {
-            "index": 0,
-            **self._answer(text.text),
-            "logprobs": self._logprobs(text.logprobs) if text.logprobs else None,
-            "finish_reason": finish,
-        }
-        return _encode(self._fields | {"object": self.kind, "choices": [choice], "usage": usage.as_dict()})
+    def closing(self, usage: Usage) -> bytes:
+        if not self._include_usage:
+            return DONE
+        return b"data: %b\n\n" % _encode(self._fields | {"choices": [], "usage": usage.as_dict()}) + DONE
+
+    def whole(self, choices: Sequence[tuple[Delta, FinishReason]], usage: Usage) -> bytes:
+        rendered = [
+            {
+                "index": delta.choice,
+                **self._answer(delta.text),
+                "logprobs": self._logprobs(delta) if delta.logprobs else None,
+                "finish_reason": reason,
+            }
+            for delta, reason in choices
+        ]
+        return _encode(self._fields | {"object": self.kind, "choices": rendered, "usage": usage.as_dict()})
 
     def _answer(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _logprobs(self, entries: Entries) -> dict[str, Any]:
+    def _logprobs(self, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError
 
 
@@ -133,15 +143,15 @@ class ChatRenderer(_Renderer):
 
     def opening(self) -> bytes:
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return self._open + delta + self._close
+        return b"".join([opened + delta + self._close for opened in self._open])
 
     def _answer(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _logprobs(self, entries: Entries) -> dict[str, Any]:
+    def _logprobs(self, delta: Delta) -> dict[str, Any]:
         content = [
             self._entry(token_id, found.logprob) | {"top_logprobs": [self._entry(*pair) for pair in found.top]}
-            for token_id, found in entries
+            for token_id, found in delta.logprobs
         ]
         return {"content": content, "refusal": None}
 
@@ -155,26 +165,26 @@ class CompletionRenderer(_Renderer):
     kind = chunk_kind = "text_completion"
     text_open, text_close, no_text = b'"text":', b"", b'"text":""'
 
-    def __init__(self, head: Head, tokenizer: Tokenizer, include_usage: bool) -> None:
-        super().__init__(head, tokenizer, include_usage)
-        self._offset = 0
+    def __init__(self, head: Head, tokenizer: Tokenizer, include_usage: bool, num_choices: int) -> None:
+        super().__init__(head, tokenizer, include_usage, num_choices)
+        self._offsets = [0] * num_choices
 
     def _answer(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def _logprobs(self, entries: Entries) -> dict[str, Any]:
-        """Offsets count from the start of the answer, in characters of the tokens by themselves."""
+    def _logprobs(self, delta: Delta) -> dict[str, Any]:
+        """Offsets count from the start of the choice, in characters of the tokens by themselves."""
         tokens, offsets = [], []
-        for token_id, _ in entries:
+        for token_id, _ in delta.logprobs:
             tokens.append(self._token(token_id))
-            offsets.append(self._offset)
-            self._offset += len(tokens[-1])
+            offsets.append(self._offsets[delta.choice])
+            self._offsets[delta.choice] += len(tokens[-1])
         return {
             "tokens": tokens,
-            "token_logprobs": [max(found.logprob, _MIN_LOGPROB) for _, found in entries],
+            "token_logprobs": [max(found.logprob, _MIN_LOGPROB) for _, found in delta.logprobs],
             "top_logprobs": [
                 {self._token(token_id): max(logprob, _MIN_LOGPROB) for token_id, logprob in found.top}
-                for _, found in entries
+                for _, found in delta.logprobs
             ],
             "text_offset": offsets,
         }

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from mooncake.core.types import MAX_CHOICES
 from mooncake.frontend.errors import ApiError, bad_field
 
 MAX_STOPS = 4
@@ -31,7 +32,6 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -58,7 +58,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 class _Refused(msgspec.Struct, kw_only=True):
     """Parameters of OpenAI's and of other servers' API that are not served."""
 
-    n: Any = None
     best_of: Any = None
     tools: Any = None
     tool_choice: Any = None
@@ -107,6 +106,7 @@ class _Common(_Refused, kw_only=True):
     """What both endpoints take. None: not given."""
 
     model: str
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None

@@ -43,6 +43,7 @@ from mooncake.core.messages import (
     TokenOutput,
 )
 from mooncake.core.types import (
+    MAX_CHOICES,
     AttemptKey,
     CostModel,
     FinishReason,
@@ -131,6 +132,13 @@ def _to_block_keys(data: bytes) -> tuple[bytes, ...]:
 
 def _optional(message: Any, field: str) -> Any:
     return getattr(message, field) if message.HasField(field) else None
+
+
+def _num_choices(count: int) -> int:
+    """Older peers, which have no such field, ask for one."""
+    if not 0 <= count <= MAX_CHOICES:
+        raise ValueError(f"{count} choices; at most {MAX_CHOICES} are allowed")
+    return max(1, count)
 
 
 def _source(source: KvSource, out: pb.KvSource) -> None:
@@ -254,6 +262,7 @@ def _place_request(message: PlaceRequest, item: pb.Item) -> None:
     out.exclude.extend(message.exclude)
     out.decode_only = message.decode_only
     out.first = message.first
+    out.num_choices = message.num_choices
 
 
 def _to_place_request(message: pb.PlaceRequest) -> PlaceRequest:
@@ -269,6 +278,7 @@ def _to_place_request(message: pb.PlaceRequest) -> PlaceRequest:
         exclude=tuple(message.exclude),
         decode_only=message.decode_only,
         first=message.first,
+        num_choices=_num_choices(message.num_choices),
     )
 
 
@@ -311,11 +321,18 @@ def _placed(message: Placed, item: pb.Item) -> None:
     if message.source is not None:
         _source(message.source, out.source)
     _prediction(message.prediction, out.prediction)
+    out.num_choices = message.num_choices
 
 
 def _to_placed(message: pb.Placed) -> Placed:
-    source = _to_source(message.source) if message.HasField("source") else None
-    return Placed(_to_key(message.key), message.prefill, message.decode, source, _to_prediction(message.prediction))
+    return Placed(
+        key=_to_key(message.key),
+        prefill=message.prefill,
+        decode=message.decode,
+        source=_to_source(message.source) if message.HasField("source") else None,
+        prediction=_to_prediction(message.prediction),
+        num_choices=_num_choices(message.num_choices),
+    )
 
 
 def _rejected(message: Rejected, item: pb.Item) -> None:
@@ -356,6 +373,7 @@ def _submit(message: Submit, item: pb.Item) -> None:
     out.priority = job.priority
     out.deadline_ns = job.deadline_ns
     out.allow_in_place = job.allow_in_place
+    out.num_choices = job.num_choices
 
 
 def _to_submit(job: pb.Job) -> Submit:
@@ -375,6 +393,7 @@ def _to_submit(job: pb.Job) -> Submit:
             priority=job.priority,
             deadline_ns=job.deadline_ns,
             allow_in_place=job.allow_in_place,
+            num_choices=_num_choices(job.num_choices),
         )
     )
 

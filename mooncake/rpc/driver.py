@@ -103,5 +103,5 @@ def open_event_log(config: Config, role: RoleConfig, settings: Any) -> EventLogW
         return None
     folder = Path(config.event_log)
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / f"{role.name}-{time.time_ns()}.log").open("wb")
+    file = (folder / f"{role.name}-{time.time_ns()}.log").open("wb", buffering=0)
     return EventLogWriter(file, role.role, config.seed, settings)

@@ -28,10 +28,11 @@ _COMPAT = "simulated"
 
 
 class ClusterConfig(msgspec.Struct, frozen=True):
-    """Prefill and decode instances are dealt out to the nodes in turn, decode from the last one on."""
+    """Prefill instances are dealt out to the nodes in turn, the others from the last node on."""
 
     prefill: int = 2
     decode: int = 2
+    colocated: int = 0
     nodes: int = 2
     frontends: int = 1
     block_tokens: int = 64
@@ -119,6 +120,7 @@ class SimCluster:
             ("node", config.nodes),
             ("prefill", config.prefill),
             ("decode", config.decode),
+            ("colocated", config.colocated),
             ("frontend", config.frontends),
         )
         return (CONDUCTOR, *(f"{kind}-{at}" for kind, count in kinds for at in range(count)))

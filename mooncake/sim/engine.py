@@ -27,10 +27,10 @@ Done = Callable[[bool], None]
 class Oracle(Protocol):
     """What the simulated model says, which no policy may know."""
 
-    def token(self, job: Job, position: int) -> int: ...
+    def token(self, job: Job, choice: int, position: int) -> int: ...
 
     def num_left(self, job: Job, position: int) -> int:
-        """Tokens from `position` to the one that stops the sequence, that one included."""
+        """Tokens from `position` to the one that stops the job's own choice, that one included."""
         ...
 
 
@@ -180,7 +180,10 @@ class SimEngine:
 
     def _draw(self, item: StepItem, num_steps: int) -> tuple[int, ...]:
         job, position = self._jobs[item.seq], item.start + item.count
-        return tuple(self._oracle.token(job, position + step) for step in range(num_steps))
+        first = job.key.choice
+        if job.joint:
+            return tuple(self._oracle.token(job, first + index, position) for index in range(job.num_choices))
+        return tuple(self._oracle.token(job, first, position + step) for step in range(num_steps))
 
     # ------------------------------------------------------------------ copies
 

@@ -37,8 +37,8 @@ CANCELLED = "cancelled"
 
 
 class SimRequest(msgspec.Struct, frozen=True):
-    """One request of a trace. output_length: after how many tokens the model stops; only the simulated engine knows it.
-    block_keys: of the prompt's full blocks."""
+    """One request of a trace. output_length: after how many tokens the model stops, and each further choice one token later
+    than the one before it; only the simulated engine knows it. block_keys: of the prompt's full blocks."""
 
     arrival_ns: int
     num_tokens: int
@@ -51,19 +51,28 @@ class SimRequest(msgspec.Struct, frozen=True):
     slo: Slo = Slo()
     timeout_ns: int = 600_000_000_000
     cancel_after_ns: int | None = None
+    num_choices: int = 1
 
-    @property
-    def num_output(self) -> int:
-        return min(self.output_length, self.max_tokens)
+
+class ChoiceRecord:
+    """times: when each token reached the client; computed: when it was computed. finish: stop or length, "" until then."""
+
+    __slots__ = ("computed", "finish", "times", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.times: list[int] = []
+        self.computed: list[int] = []
+        self.finish = ""
 
 
 class RequestRecord:
-    """What happened to a request. outcome: stop, length, cancelled, frontend_lost or the reason of a failure; "" as long as it
-    runs. times: when each token reached the client."""
+    """What happened to a request. outcome: stop or length (of the choice that ended last), cancelled, frontend_lost or the
+    reason of a failure; "" as long as it runs."""
 
     __slots__ = (
-        "cached_tokens", "computed", "decode", "detail", "num_attempts", "number", "outcome", "prefill", "request",
-        "timeline", "times", "tokens",
+        "cached_tokens", "choices", "decode", "detail", "num_attempts", "number", "outcome", "prefill", "request",
+        "timeline",
     )  # fmt: skip
 
     def __init__(self, number: int, request: SimRequest) -> None:
@@ -71,10 +80,7 @@ class RequestRecord:
         self.request = request
         self.outcome = ""
         self.detail = ""
-        self.tokens: list[int] = []
-        self.times: list[int] = []
-        self.computed: list[int] = []
-        """When each token was computed."""
+        self.choices = tuple(ChoiceRecord() for _ in range(request.num_choices))
         self.timeline: tuple[int | None, ...] = ()
         self.prefill = self.decode = ""
         self.num_attempts = 0
@@ -84,14 +90,29 @@ class RequestRecord:
     def completed(self) -> bool:
         return self.outcome in ("stop", "length")
 
-    def expected_token(self, position: int) -> int:
-        if position == self.request.num_tokens + self.request.output_length - 1:
-            return STOP_TOKEN
-        return draw_token(self.number, 0, position)
+    @property
+    def tokens(self) -> list[int]:
+        """Of the first choice; `times` and `computed` likewise."""
+        return self.choices[0].tokens
 
-    def expected_tokens(self) -> list[int]:
+    @property
+    def times(self) -> list[int]:
+        return self.choices[0].times
+
+    @property
+    def computed(self) -> list[int]:
+        return self.choices[0].computed
+
+    def stop_position(self, choice: int) -> int:
+        return self.request.num_tokens + self.request.output_length + choice - 1
+
+    def expected_token(self, choice: int, position: int) -> int:
+        return STOP_TOKEN if position == self.stop_position(choice) else draw_token(self.number, choice, position)
+
+    def expected_tokens(self, choice: int = 0) -> list[int]:
         start = self.request.num_tokens
-        return [self.expected_token(start + at) for at in range(self.request.num_output)]
+        end = min(self.stop_position(choice) + 1, start + self.request.max_tokens)
+        return [self.expected_token(choice, position) for position in range(start, end)]
 
     def end(self, outcome: str, detail: str = "") -> None:
         assert not self.outcome, f"request {self.number} ends as {outcome} after it ended as {self.outcome}"
@@ -104,12 +125,11 @@ class Model:
     def __init__(self, records: list[RequestRecord]) -> None:
         self._records = records
 
-    def token(self, job: Job, position: int) -> int:
-        return self._records[job.key.request].expected_token(position)
+    def token(self, job: Job, choice: int, position: int) -> int:
+        return self._records[job.key.request].expected_token(choice, position)
 
     def num_left(self, job: Job, position: int) -> int:
-        request = self._records[job.key.request].request
-        return max(1, request.num_tokens + request.output_length - position)
+        return max(1, self._records[job.key.request].stop_position(job.key.choice) + 1 - position)
 
 
 def extend_keys(block_tokens: int) -> Callable[[RequestSpec, list[int]], tuple[bytes, ...]]:
@@ -141,8 +161,8 @@ class SimFrontend:
         self._network = network
         self._on_ended = on_ended
         self._running: dict[int, RequestRecord] = {}
-        self._counts: dict[int, int] = {}
-        """By request, how many tokens the message being handled has, and when these were computed."""
+        self._counts: dict[tuple[int, int], int] = {}
+        """By request and choice, how many tokens the message being handled has, and when these were computed."""
         self._times: list[int] = []
         self._actions: dict[type, Callable[[Any], None]] = {
             Send: lambda command: network.send(self.name, command.to, command.message),
@@ -171,6 +191,7 @@ class SimFrontend:
             priority=request.priority,
             slo=request.slo,
             timeout_ns=request.timeout_ns,
+            num_choices=request.num_choices,
         )
         self.runner.handle(Start(spec))
         if request.cancel_after_ns is not None:
@@ -184,16 +205,20 @@ class SimFrontend:
     def _output(self, output: Output) -> None:
         record = self._running[output.number]
         assert not record.outcome, f"tokens of request {output.number} after its end"
-        count = self._counts[output.number]
+        choice = record.choices[output.choice]
+        assert not choice.finish, f"tokens of choice {output.choice} of request {output.number} after its end"
+        count = self._counts[output.number, output.choice]
         times = self._times[:count][-len(output.token_ids) :]
         shift = self._loop.now - times[-1]
-        record.tokens.extend(output.token_ids)
-        record.computed.extend(times)
-        record.times.extend(time + shift for time in times)
+        choice.tokens.extend(output.token_ids)
+        choice.computed.extend(times)
+        choice.times.extend(time + shift for time in times)
         if output.cached_tokens is not None:
             record.cached_tokens = output.cached_tokens
         if output.finish is not None:
-            record.end(output.finish.value)
+            choice.finish = output.finish.value
+            if all(each.finish for each in record.choices):
+                record.end(choice.finish)
 
     def _ended(self, ended: Ended) -> None:
         record = self._running.pop(ended.number)
@@ -223,7 +248,7 @@ class SimFrontend:
     def received(self, sender: str, message: AnyMessage | TimedTokens) -> None:
         if isinstance(message, TimedTokens):
             self._times, message = message.times, message.message
-            self._counts = {output.key.request: len(output.token_ids) for output in message.outputs}
+            self._counts = {(o.key.request, o.key.choice): len(o.token_ids) for o in message.outputs}
         self.runner.handle(Received(sender, message))
 
     def _perform(self, command: Any) -> None:

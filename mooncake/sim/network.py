@@ -36,7 +36,7 @@ class NetworkConfig(msgspec.Struct, frozen=True):
     death_notice_ns: int = 5 * NANOS_PER_MS
     """How soon a peer's death breaks the stream (kernels close the sockets of the dead)."""
     cut_notice_ns: int = 4 * NANOS_PER_S
-    """How soon keep-alives notice a cut."""
+    """How soon both ends notice the silence of a cut."""
     redial_ns: int = 200 * NANOS_PER_MS
 
 

@@ -27,8 +27,8 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """outcomes: requests by how they ended. gap_ms: the pool of single gaps of all requests. hit_rate: token-weighted,
-    of completed requests, without warm-up taken off."""
+    """outcomes: requests by how they ended. tbt_ms, itl_ms: of each choice. gap_ms: the pool of single gaps of all choices.
+    hit_rate: token-weighted, of completed requests, without warm-up taken off."""
 
     outcomes: dict[str, int]
     ttft_ms: Distribution
@@ -51,7 +51,7 @@ def outcome_of(record: RequestRecord) -> stats.Outcome:
 
 def make_report(records: Sequence[RequestRecord], duration_ns: int) -> Report:
     outcomes = [outcome_of(record) for record in records]
-    times = [outcome.token_times for outcome in outcomes]
+    times = [choice.times for record in records for choice in record.choices]
     return Report(
         outcomes=dict(sorted(Counter(record.outcome for record in records).items())),
         ttft_ms=Distribution.of(stats.ttft(o.received, o.token_times) for o in outcomes),

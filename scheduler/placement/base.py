@@ -19,13 +19,14 @@ TIE_NS = NANOS_PER_MS
 
 
 class Ask(msgspec.Struct):
-    """One placement question. `num_output`: output tokens expected still to come."""
+    """One placement question. `num_output`: output tokens expected still to come, of each choice."""
 
     num_tokens: int
     num_output: int
     match: Match
     exclude: tuple[str, ...] = ()
     decode_only: bool = False
+    num_choices: int = 1
 
 
 class Decision(msgspec.Struct):
@@ -111,7 +112,7 @@ def pick_decode(view: View, terms: DecodeTerms, pool: np.ndarray, prefill: int |
 
 
 def decide_decode_only(view: View, ask: Ask, pools: Pools, rng: random.Random) -> Decision:
-    terms = decode_terms(view, ask.num_tokens, ask.num_output)
+    terms = decode_terms(view, ask.num_tokens, ask.num_output, ask.num_choices)
     chosen = pick_decode(view, terms, pools.decode, None, rng)
     prediction = Prediction(tbt_ns=int(terms.tbt_ns[chosen]))
     return Decision(None, chosen, 0, 0, 0, prediction, None, None, terms, None, pools.decode)
@@ -122,7 +123,7 @@ def decide(
 ) -> Decision:
     """Prefill by least predicted TTFT, or by the shortest queue; then decode by load."""
     prefill = prefill_terms(view, reuse, ask.num_tokens, costs.tokens, now)
-    decode = decode_terms(view, ask.num_tokens, ask.num_output)
+    decode = decode_terms(view, ask.num_tokens, ask.num_output, ask.num_choices)
     pool = pools.prefill
     if pools.in_place and (pool & decode.fits).any():
         pool = pool & decode.fits

@@ -158,3 +158,16 @@ def test_live_attempts_name_the_unknown_and_drop_the_unwanted() -> None:
     assert drive.message(LiveAttempts("f0", (key(1), key(7)))) == [told("unknown", 7)]
     drive.now = STALE_NS + 1
     assert drive.message(LiveAttempts("f0", ())) == [AbortSequence(1)]
+
+
+def test_a_joint_job_in_place_ends_with_the_first_tokens() -> None:
+    drive = Driver()
+    [run] = drive.submit(1, 20, source=None, allow_in_place=True, num_choices=2)
+    assert isinstance(run, RunSequence) and run.one_token
+    [send] = drive(
+        progress(Drawn(1, 20, (5,), None, (), 0, 0), Drawn(1, 20, (6,), None, (), None, 1), SequenceReleased(1))
+    )
+    assert [(o.key.choice, o.token_ids) for o in send.message.outputs] == [(0, (5,)), (1, (6,))]
+    assert drive.core.num_attempts == 0
+    [run] = drive.submit(1, 21, source=None, allow_in_place=True)
+    assert isinstance(run, RunSequence) and not run.one_token

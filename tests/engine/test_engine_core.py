@@ -1,11 +1,13 @@
 """Continuous batching on tiny numbers: pages of four tokens, blocks of eight, steps of sixteen."""
 
 import random
+from collections import defaultdict
 from typing import Any
 
+import msgspec
 import pytest
 
-from mooncake.core.types import AttemptKey, FinishReason, Job, SamplingParams
+from mooncake.core.types import AttemptKey, FinishReason, Job, SamplingParams, TokenLogprobs
 from mooncake.engine.base import EngineLimits, StepPlan, StepResult
 from mooncake.engine.core import (
     Drawn,
@@ -36,9 +38,12 @@ class Driver:
         self.core = EngineCore(limits, overlap_loads=overlap)
         self.outputs: list[Any] = []
         self.hold = False
+        self.num_choices: defaultdict[int, int] = defaultdict(lambda: 1)
 
     def submit(self, number: int, num_tokens: int, max_tokens: int = 4, *, fields: Any = None, **more: Any) -> None:
-        self.core.submit(number, make_job(number, num_tokens, max_tokens, **(fields or {})), **more)
+        job = make_job(number, num_tokens, max_tokens, **(fields or {}))
+        self.num_choices[number] = job.num_choices
+        self.core.submit(number, job, **more)
 
     def shape(self) -> list[tuple[int, int, int]] | None:
         """Plan a step and give its items as (seq, start, count)."""
@@ -48,7 +53,7 @@ class Driver:
 
     def finish(self, token: int = 1, failed: tuple[int, ...] = ()) -> None:
         assert self.plan is not None
-        tokens = tuple((token,) if item.sample else () for item in self.plan.items)
+        tokens = tuple((token,) * self.num_choices[item.seq] if item.sample else () for item in self.plan.items)
         self.core.update(self.plan, StepResult(tokens, failed=failed))
         self._take()
         self.core.check_integrity()
@@ -175,6 +180,76 @@ def test_a_prefix_is_reused_and_one_token_is_left_to_compute() -> None:
     assert drive.core.pool.cached_keys() == keys
 
 
+def test_a_joint_sequence_draws_for_each_choice_from_one_row_and_ends() -> None:
+    drive = Driver()
+    drive.submit(1, 21, max_tokens=9, one_token=True, fields={"num_choices": 3})
+    drive.step()
+    assert drive.shape() == [(1, 16, 5)] and drive.plan is not None
+    tops = tuple(TokenLogprobs(-float(choice)) for choice in range(3))
+    drive.core.update(drive.plan, StepResult(((4, STOP, 5),), (tops,)))
+    drive._take()
+    assert drive.outputs == [
+        SequenceStarted(1),
+        Drawn(1, 21, (4,), None, tops[:1], 0, 0),
+        Drawn(1, 21, (STOP,), FinishReason.STOP, tops[1:2], None, 1),
+        Drawn(1, 21, (5,), None, tops[2:], None, 2),
+        SequenceReleased(1),
+    ]
+    assert drive.core.idle and drive.core.num_computed_tokens == 21
+
+
+def test_what_draws_one_token_is_never_run_for_several_steps() -> None:
+    drive = Driver(num_pages=40)
+    drive.submit(1, 1, max_tokens=50, one_token=True)
+    drive.shape()
+    assert drive.plan is not None and drive.plan.horizon == 1
+
+
+def siblings(drive: Driver, count: int, num_tokens: int = 22, **more: Any) -> None:
+    """Decode jobs of one prompt: 21 tokens of KV at the source, of which two blocks are whole, and a first token."""
+    for choice in range(count):
+        fields = {"block_keys": (b"a", b"b"), "num_prompt_tokens": 21}
+        job = msgspec.structs.replace(make_job(1, num_tokens), key=AttemptKey("f", 1, choice), **fields, **more)
+        drive.core.submit(choice, job, source_tokens=21)
+
+
+def test_siblings_share_the_prompts_pages_and_load_only_the_partial_block_again() -> None:
+    drive = Driver(num_pages=40, max_batch=8)
+    drive.hold = True
+    siblings(drive, 3, max_tokens=100)
+    drive.submit(9, 4)
+    assert drive.step() == [(9, 0, 4)], "the others wait for the blocks that the first one loads; a stranger does not"
+    [load] = drive.of(LoadKv)
+    assert (load.seq, load.start, load.end) == (0, 0, 21)
+    drive.core.abort(9)
+    drive.core.loaded(0, True)
+    assert drive.step() == [(0, 21, 1)]
+    assert [(load.seq, load.start, load.end) for load in drive.of(LoadKv)[1:]] == [(1, 16, 21), (2, 16, 21)]
+    drive.core.loaded(1, True)
+    drive.core.loaded(2, True)
+    while drive.core.load.context_tokens < 3 * 50:
+        drive.step()
+    pages = [drive.core.pool.pages(seq) for seq in range(3)]
+    prompt_pages, own_pages = 4, 9
+    assert all(found[:prompt_pages] == pages[0][:prompt_pages] for found in pages)
+    assert len({page for found in pages for page in found}) == prompt_pages + 3 * own_pages
+    assert drive.core.num_loaded_tokens == 21 + 2 * 5
+
+
+@pytest.mark.parametrize("end", ["failed", "aborted"])
+def test_a_sibling_loads_for_itself_what_it_waited_for_in_vain(end: str) -> None:
+    drive = Driver(num_pages=40)
+    drive.hold = True
+    siblings(drive, 2)
+    drive.step()
+    if end == "aborted":
+        drive.core.abort(0)
+    else:
+        drive.core.loaded(0, False)
+    drive.step()
+    assert [(load.seq, load.start, load.end) for load in drive.of(LoadKv)] == [(0, 0, 21), (1, 0, 21)]
+
+
 def test_decode_waits_for_its_load() -> None:
     drive = Driver()
     drive.hold = True
@@ -286,8 +361,14 @@ def test_random_histories_end_every_sequence_once_and_leak_nothing(seed: int) ->
     while released < 25 or not drive.core.idle:
         if submitted < 25 and rng.random() < 0.4:
             num_tokens = rng.randint(1, 30)
-            more = {"one_token": rng.random() < 0.3, "store": rng.random() < 0.4}
-            drive.submit(submitted, num_tokens, rng.randint(1, 12), source_tokens=rng.choice([0, num_tokens]), **more)
+            num_choices = rng.choice([1, 1, 1, 3])
+            more = {"one_token": num_choices > 1 or rng.random() < 0.3, "store": rng.random() < 0.4}
+            keys = tuple(
+                bytes([document, index]) for document in [rng.randrange(4)] for index in range(num_tokens // 8)
+            )
+            fields = {"num_choices": num_choices, "block_keys": keys}
+            source_tokens = rng.choice([0, num_tokens])
+            drive.submit(submitted, num_tokens, rng.randint(1, 12), source_tokens=source_tokens, fields=fields, **more)
             submitted += 1
         if submitted and rng.random() < 0.05:
             drive.core.abort(rng.randrange(submitted))

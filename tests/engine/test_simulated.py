@@ -79,6 +79,13 @@ def test_another_engine_continues_on_moved_kv_with_the_same_tokens() -> None:
     assert tokens == [draw_token(3, 0, len(PROMPT)), draw_token(3, 0, len(PROMPT) + 1)]
 
 
+def test_a_joint_sequence_draws_the_token_of_each_choice() -> None:
+    one = engine()
+    one.add_sequence(1, PROMPT, len(PROMPT), SamplingParams(seed=3), 0, 3)
+    result = one.run(StepPlan((StepItem(1, 0, len(PROMPT), pages(3, 9, 1), sample=True),)), None, {})
+    assert result.tokens == (tuple(draw_token(3, choice, len(PROMPT)) for choice in range(3)),)
+
+
 @pytest.mark.parametrize("what", ["missing", "other_tokens", "other_position", "one_bit"])
 def test_wrong_kv_fails_the_sequence(what: str) -> None:
     one, other = engine(), engine()

@@ -23,14 +23,14 @@ NUM_DRAWS = 4000
 def counts(params: SamplingParams, *, known: list[int] | None = None, num_prompt: int = 0) -> dict[int, float]:
     """Share of each token over many choices."""
     drawn = Counter(
-        SequenceState(known or [], num_prompt, params, choice).draw(LOGITS.copy()) for choice in range(NUM_DRAWS)
+        SequenceState(known or [], num_prompt, params, choice).draw(LOGITS.copy())[0] for choice in range(NUM_DRAWS)
     )
     return {token: count / NUM_DRAWS for token, count in sorted(drawn.items())}
 
 
 def greedy(known: list[int], num_prompt: int, **words: object) -> int:
     params = msgspec.structs.replace(GREEDY, **words)
-    return SequenceState(known, num_prompt, params, 0).draw(LOGITS.copy())
+    return SequenceState(known, num_prompt, params, 0).draw(LOGITS.copy())[0]
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_a_nucleus_of_a_large_vocabulary_needs_no_guess_to_be_right() -> None:
     flat[7] = 0.001
     peaked = np.linspace(0, 400, 5000, dtype=np.float32)
     params = SamplingParams(top_p=0.5)
-    assert len({SequenceState([], 0, params, c).draw(flat.copy()) for c in range(300)}) > 250
-    drawn = {SequenceState([], 0, params, c).draw(peaked.copy()) for c in range(300)}
+    assert len(set(SequenceState([], 0, params, 0, 300).draw(flat.copy()))) > 250
+    drawn = set(SequenceState([], 0, params, 0, 300).draw(peaked.copy()))
     weights = np.exp(peaked.astype(np.float64) - 400)[::-1]
     size = int(np.searchsorted(np.cumsum(weights), 0.5 * weights.sum())) + 1
     assert drawn == set(range(5000 - size, 5000))
@@ -77,6 +77,16 @@ def test_penalties_look_at_the_right_tokens() -> None:
     assert greedy([0, 2], 1, repetition_penalty=0.1) == 2, "a penalty below one rewards: 0.1 * log(0.1) is the greatest"
 
 
+@pytest.mark.parametrize("params", [SamplingParams(seed=9, presence_penalty=0.5, num_logprobs=1), GREEDY])
+def test_a_joint_sequence_draws_for_each_choice_what_it_would_alone(params: SamplingParams) -> None:
+    logits = torch.tensor(np.stack([LOGITS] * 6))
+    joint, alone = SequenceState([1, 4], 1, params, 0, 5), [SequenceState([1, 4], 1, params, c) for c in range(5)]
+    (together, *tokens), (found, *logprobs) = draw_tokens(logits, [joint, *alone])
+    assert together == tuple(token for (token,) in tokens)
+    assert found == tuple(entry for entries in logprobs for entry in entries)
+    assert (len(set(together)) > 1) is not params.greedy
+
+
 def test_the_end_is_hidden_until_min_tokens_are_there() -> None:
     words = {"stop_token_ids": (1, 3), "min_tokens": 2}
     assert [greedy([5] * num, 1, **words) for num in (1, 2, 3)] == [4, 4, 1]
@@ -86,7 +96,7 @@ def test_log_probabilities_are_the_models_own() -> None:
     params = SamplingParams(temperature=0.0, num_logprobs=2, logit_bias=((2, 100.0),))
     states = [SequenceState([0], 1, params, 0), SequenceState([0], 1, GREEDY, 0)]
     tokens, logprobs = draw_tokens(torch.tensor(np.stack([LOGITS + 3.0] * 2)), states)
-    assert (tokens, logprobs[1]) == ([2, 1], ())
+    assert (tokens, logprobs[1]) == ([(2,), (1,)], ())
     [found] = logprobs[0]
     assert math.isclose(found.logprob, math.log(0.1), abs_tol=1e-6)
     assert [token for token, _ in found.top] == [1, 3]

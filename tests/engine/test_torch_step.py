@@ -127,6 +127,25 @@ def test_a_window_is_not_looked_at_further_back_than_it_reaches(tmp_path: Path) 
     assert engine.gathered_bytes == engine.layout.object_bytes(11)
 
 
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_sick_kv_of_one_sequence_reaches_no_other(path: Path, engine: TorchStepEngine, junk: float) -> None:
+    """Two rows of one call, one of which looks through its mask at the other's pages and at pages that are nobody's."""
+    add(engine, 1, FIRST)
+    add(engine, 2, SECOND)
+    near = np.arange(18, 24)
+    run(engine, StepItem(1, 0, len(FIRST), RUN, sample=True), StepItem(2, 0, len(SECOND), near, sample=True))
+    engine.memory.kv[:, near[-1] * 8 :] = junk
+    healthy = run(engine, StepItem(1, len(FIRST), 1, RUN, sample=True), StepItem(2, len(SECOND), 1, near, sample=True))
+    assert healthy.failed == ()
+    assert healthy.tokens == ((reference(path, FIRST, 2)[1],), (reference(path, SECOND, 2)[1],))
+    engine.memory.kv[1, near[0] * 8 + 3] = junk
+    result = run(
+        engine, StepItem(1, len(FIRST) + 1, 1, RUN, sample=True), StepItem(2, len(SECOND) + 1, 1, near, sample=True)
+    )
+    assert result.failed == (2,)
+    assert result.tokens[0] == (reference(path, FIRST, 3)[2],)
+
+
 def _computed(engine: TorchStepEngine, tokens: list[int]) -> list[bytes]:
     add(engine, 99, tokens)
     run(engine, StepItem(99, 0, len(tokens), RUN, sample=False))

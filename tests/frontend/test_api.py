@@ -150,6 +150,71 @@ def test_stop_strings_over_token_borders(tokenizer: Tokenizer) -> None:
     run(test)
 
 
+def by_choice(chunks: list[Any]) -> dict[int, tuple[str, list[str]]]:
+    """Of each index in the chunks, its text and its finish reasons."""
+    found: dict[int, tuple[str, list[str]]] = {}
+    for chunk in chunks:
+        for piece in chunk["choices"]:
+            text, reasons = found.get(piece["index"], ("", []))
+            text += piece["text"] if "text" in piece else piece["delta"].get("content", "")
+            found[piece["index"]] = (text, reasons + [r for r in [piece["finish_reason"]] if r])
+    return found
+
+
+def test_choices_have_texts_ends_and_indices_of_their_own(tokenizer: Tokenizer) -> None:
+    async def test() -> None:
+        ids = tokenizer.encode("hello, world", add_special_tokens=False)
+        texts = {choice: (tokenizer.decode(ids[choice:]), ["stop"]) for choice in range(3)}
+        async with site(tokenizer) as s:
+            s.backend.cached_tokens = 2
+            whole = (await s.complete(ids, n=3)).json()
+            assert {c["index"]: (c["text"], [c["finish_reason"]]) for c in whole["choices"]} == texts
+            num_output = sum(len(ids) - choice + 1 for choice in range(3))
+            assert whole["usage"] == {
+                "prompt_tokens": len(ids),
+                "completion_tokens": num_output,
+                "total_tokens": len(ids) + num_output,
+                "prompt_tokens_details": {"cached_tokens": 2},
+            }
+            answer = await s.complete(ids, n=3, stream=True, stream_options={"include_usage": True})
+            *chunks, last = events(answer)
+            assert by_choice(chunks) == texts and all(len(chunk["choices"]) == 1 for chunk in chunks)
+            assert last["choices"] == [] and last["usage"] == whole["usage"]
+            assert s.backend.started[-1].n == 3
+            chunks = events(await s.chat("hi", n=2, stream=True, max_tokens=3))
+            assert [c["choices"][0]["index"] for c in chunks[:2]] == [0, 1]
+            assert all(c["choices"][0]["delta"] == {"role": "assistant", "content": ""} for c in chunks[:2])
+            assert {index: reasons for index, (_, reasons) in by_choice(chunks).items()} == {
+                0: ["length"],
+                1: ["length"],
+            }
+            metrics = (await s.client.get("/metrics")).text
+            assert f"mooncake_frontend_output_tokens_total {2 * num_output + 6}.0" in metrics
+            assert (
+                f"mooncake_frontend_prompt_tokens_total {2 * len(ids) + len(s.backend.started[-1].token_ids)}.0"
+                in metrics
+            )
+
+    run(test)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_its_choice_alone(tokenizer: Tokenizer, stream: bool) -> None:
+    async def test() -> None:
+        ids = tokenizer.encode("xa, yb, z", add_special_tokens=False)
+        async with site(tokenizer) as s:
+            answer = await s.complete(ids, n=2, stop="xa", stream=stream, max_tokens=len(ids) - 1, logprobs=0)
+            parts = events(answer) if stream else [answer.json()]
+            assert by_choice(parts) == {0: ("", ["stop"]), 1: (tokenizer.decode(ids[1:]), ["length"])}
+            assert s.backend.num_cancelled == 1 and s.backend.num_running == 0
+            offsets = [
+                c["logprobs"]["text_offset"] for p in parts for c in p["choices"] if c["index"] and c["logprobs"]
+            ]
+            assert [offset for each in offsets for offset in each][:2] == [0, len(tokenizer.decode(ids[1:2]))]
+
+    run(test)
+
+
 def test_pages(tokenizer: Tokenizer) -> None:
     async def test() -> None:
         async with site(tokenizer) as s:

@@ -62,7 +62,7 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     ({"n": 0}, "n"),
-    ({"n": 2}, "n"),
+    ({"n": 17}, "n"),
     ({"n": True}, "n"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"response_format": {"type": "json_object"}}, "response_format"),

@@ -186,15 +186,19 @@ def clean_environment() -> dict[str, str]:
 
 
 class Completion(msgspec.Struct):
-    """What a client got. ttft_s: from the request to the first piece of text."""
+    """What a client got. texts: of each choice. ttft_s: from the request to the first piece of text."""
 
-    text: str = ""
+    texts: dict[int, str] = {}
     finish: str | None = None
     num_prompt: int = 0
     num_output: int = 0
     num_cached: int = 0
     ttft_s: float = 0.0
     error: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.texts.get(0, "")
 
 
 class Client:
@@ -254,6 +258,7 @@ def _take(found: Completion, event: dict[str, Any]) -> str:
     pieces = event["choices"]
     if not pieces:
         return ""
-    found.finish = pieces[0].get("finish_reason") or found.finish
-    found.text += pieces[0]["text"]
-    return str(pieces[0]["text"])
+    [piece] = pieces
+    found.finish = piece.get("finish_reason") or found.finish
+    found.texts[piece["index"]] = found.texts.get(piece["index"], "") + piece["text"]
+    return str(piece["text"])

@@ -104,6 +104,19 @@ def test_a_request_from_queue_to_hand_over() -> None:
     assert drive.core.num_attempts == 0
 
 
+def test_a_joint_attempt_gives_a_first_token_for_each_choice_and_one_hand_over() -> None:
+    drive = Driver()
+    drive.submit(1, num_choices=3)
+    drive(KvReserved(1, True))
+    drawn = [Drawn(1, 20, (5 + choice,), None, (), None if choice else 8, choice) for choice in range(3)]
+    [send] = drive(progress(SequenceStarted(1), *drawn))
+    outputs = [(o.key.choice, o.position, o.token_ids, o.cached_tokens, o.compute_ns) for o in send.message.outputs]
+    assert outputs == [(0, 20, (5,), 8, 0), (1, 20, (6,), None, None), (2, 20, (7,), None, None)]
+    drive(progress(KvStored(1, 0, 20), SequenceReleased(1)))
+    [ready] = drive(KvCommitted(1, 3, True))
+    assert isinstance(ready.message, KvReady) and ready.message.key == key(1)
+
+
 def test_the_first_token_goes_before_the_hand_over() -> None:
     drive = Driver()
     drive.submit(1)

@@ -20,6 +20,7 @@ from mooncake.rpc.generated import mooncake_pb2 as pb
 LIMIT = 64 << 20
 INT32, INT64 = st.integers(-(2**31), 2**31 - 1), st.integers(-(2**63), 2**63 - 1)
 COUNT = st.integers(0, 2**31 - 1)
+CHOICES = st.integers(1, 16)
 TOKEN = st.integers(0, 2**31 - 1)
 TEXT = st.text(max_size=8)
 TEXTS = st.lists(TEXT, max_size=3).map(tuple)
@@ -81,6 +82,7 @@ def jobs(draw: st.DrawFn) -> t.Job:
         priority=draw(INT32),
         deadline_ns=draw(INT64),
         allow_in_place=draw(st.booleans()),
+        num_choices=draw(CHOICES),
     )
 
 
@@ -116,13 +118,14 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
         exclude=TEXTS,
         decode_only=st.booleans(),
         first=st.booleans(),
+        num_choices=CHOICES,
     ),
     m.PrefillDone: st.builds(m.PrefillDone, KEY, OPTIONAL),
     m.AttemptEnded: st.builds(m.AttemptEnded, KEY, INT64, st.booleans(), OPTIONAL),
     m.BookingSnapshot: st.builds(
         m.BookingSnapshot, TEXT, st.lists(st.tuples(KEY, TEXT, TEXT, INT64), max_size=3).map(tuple)
     ),
-    m.Placed: st.builds(m.Placed, KEY, TEXT, TEXT, st.none() | SOURCE, PREDICTION),
+    m.Placed: st.builds(m.Placed, KEY, TEXT, TEXT, st.none() | SOURCE, PREDICTION, CHOICES),
     m.Rejected: st.builds(m.Rejected, KEY, TEXT, TEXT, INT64, PREDICTION),
     m.Members: st.builds(m.Members, st.lists(INFO, max_size=2).map(tuple)),
     m.Submit: st.builds(m.Submit, jobs()),
@@ -204,6 +207,11 @@ def test_fields_of_a_newer_peer_are_ignored() -> None:
     assert decode_envelope(envelope) == [m.Registered(True, "x")]
 
 
+def test_an_older_peer_asks_for_one_choice() -> None:
+    [message] = decode_envelope(pb.Envelope(items=[pb.Item(submit=pb.Job())]).SerializeToString())
+    assert isinstance(message, m.Submit) and message.job.num_choices == 1
+
+
 def test_messages_of_a_newer_peer_are_left_out() -> None:
     unknown = length_delimited(2, length_delimited(100, b"new"))
     assert decode_envelope(encode(m.Drain("a")) + unknown + encode(m.Drain("b"))) == [m.Drain("a"), m.Drain("b")]
@@ -229,6 +237,7 @@ def wrong_step(**columns: Any) -> pb.Item:
         (pb.Item(register=pb.InstanceInfo(role="cook", state="ready")), "cook"),
         (pb.Item(state_change=pb.StateChange(state="ready")), "not enough values"),
         (pb.Item(submit=pb.Job(num_tokens=2, token_ids=b"1234")), "4 bytes of token ids for 2 tokens"),
+        (pb.Item(place_request=pb.PlaceRequest(num_choices=17)), "17 choices; at most 16 are allowed"),
         (wrong_step(positions=[]), "shorter"),
         (wrong_step(finishes=[9]), "out of range"),
         (wrong_step(counts=[2]), "1 token ids for counts that add up to 2"),

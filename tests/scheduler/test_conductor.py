@@ -3,7 +3,9 @@ import random
 import msgspec
 
 from mooncake.core.messages import (
+    AttemptEnded,
     BookingSnapshot,
+    LoadReport,
     Members,
     NodeInfo,
     Placed,
@@ -17,10 +19,10 @@ from mooncake.core.messages import (
     SnapshotRequest,
     StateChange,
 )
-from mooncake.core.types import AttemptKey, InstanceState, Role, Slo
+from mooncake.core.types import AttemptKey, CostModel, InstanceState, Role, Slo
 from mooncake.scheduler.config import Calibration, ConductorConfig
 from mooncake.scheduler.core import ConductorCore, PeerGone, Received, Tick
-from tests.scheduler.cluster import COST, MS, Cluster, S, answers, blocks, info, messages
+from tests.scheduler.cluster import COST, MS, Cluster, S, answers, blocks, info, load, messages
 
 
 def pair(**config: object) -> Cluster:
@@ -79,6 +81,15 @@ def test_requests_wait_for_an_instance_to_become_ready() -> None:
     (placed,) = answers(ready)
     assert isinstance(placed, Placed) and placed.key.request == 2
     assert cluster.booked() == {"d": (0, 1), "p": (1, 0)}
+
+
+def test_a_waiting_request_that_proves_too_long_is_told_so_at_once() -> None:
+    cluster = Cluster()
+    assert answers(cluster.ask(1, 4001)) == []
+    cluster.prefill("p")
+    (refused,) = answers(cluster.decode("d"))
+    assert isinstance(refused, Rejected) and refused.reason == "too_long" and refused.retry_after_ns == 0
+    assert refused.detail == "4001 tokens; the largest instance holds 3999"
 
 
 def test_ending_a_waiting_attempt_answers_it() -> None:
@@ -283,3 +294,50 @@ def test_replaying_the_event_log_gives_the_same_commands() -> None:
         return [msgspec.msgpack.encode((command.to, command.message)) for command in commands]
 
     assert run() == run()
+
+
+def test_each_choice_is_booked_and_ends_by_itself() -> None:
+    cluster = pair()
+    placed = cluster.place(1, 100, num_choices=3)
+    assert (placed.key, placed.num_choices) == (AttemptKey("f", 1), 3)
+    assert cluster.booked() == {"p": (1, 0), "d": (0, 3)}
+    columns = cluster.core.view.columns
+    slot = cluster.core.view.slot("d")
+    # Pages of four tokens: 100 + 10 tokens need 28, two more outputs of 10 need 3 each and a partial page of the prompt.
+    assert (columns.pending_tokens[slot], columns.pending_pages[slot]) == (300, 28 + 2 * 4)
+    assert cluster.answer(1, 100, num_choices=3) == placed and cluster.booked()["d"] == (0, 3)
+    cluster.now = 1 * S
+    cluster.receive("d", LoadReport(load("d", 1)))
+    assert columns.pending_seqs[slot] == 3, "not seen before the prefill is done"
+    cluster.receive("f", PrefillDone(AttemptKey("f", 1)))
+    cluster.now = 2 * S
+    cluster.receive("d", LoadReport(load("d", 2, num_running=3)))
+    assert columns.pending_seqs[slot] == 0 and cluster.booked() == {"p": (0, 0), "d": (0, 3)}
+    for left, choice in ((2, 1), (1, 0), (0, 2)):
+        cluster.receive("f", AttemptEnded(AttemptKey("f", 1, choice)))
+        assert cluster.booked()["d"] == (0, left)
+    rows = tuple((AttemptKey("f", 1, choice), "", "d", 100) for choice in range(3))
+    cluster.receive("f", BookingSnapshot("f", rows))
+    assert cluster.booked()["d"] == (0, 0), "a late snapshot revives none of them"
+
+
+def test_choices_are_placed_where_there_is_room_for_all() -> None:
+    cluster = Cluster()
+    cluster.prefill("p")
+    cluster.decode("a", max_batch=2)
+    cluster.decode("b", max_batch=3, cost=CostModel(prefill=COST.prefill, decode=(20.0, 2.0, 0.0)))
+    assert cluster.place(1, num_choices=2).decode == "a"
+    cluster.receive("f", AttemptEnded(AttemptKey("f", 1)))
+    cluster.receive("f", AttemptEnded(AttemptKey("f", 1, 1)))
+    placed = cluster.place(2, num_choices=3)
+    assert placed.decode == "b" and placed.prediction.tbt_ns == 26 * MS
+    assert "TBT 26.00 ms at batch 0 + 3, has room" in str(cluster.core.explain(AttemptKey("f", 2)))
+
+
+def test_choices_that_a_snapshot_rebuilt_are_placed_afresh() -> None:
+    cluster = pair()
+    rows = tuple((AttemptKey("f", 1, choice), "p" if choice == 0 else "", "d", 100) for choice in range(3))
+    cluster.receive("f", BookingSnapshot("f", rows))
+    assert cluster.booked() == {"p": (1, 0), "d": (0, 3)}
+    cluster.place(1, 100, num_choices=3)
+    assert cluster.booked() == {"p": (1, 0), "d": (0, 3)}

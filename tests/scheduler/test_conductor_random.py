@@ -88,8 +88,9 @@ class World:
         self.settle()
 
     def settle(self) -> None:
-        for key in [*self.asked]:
-            self.receive(key.frontend, AttemptEnded(key))
+        for key, request in [*self.asked.items()]:
+            for choice in range(request.num_choices):
+                self.receive(key.frontend, AttemptEnded(key.of_choice(choice)))
         self.lost_frontends.clear()
         self.now += 3600 * S
         self.event(Tick())
@@ -129,7 +130,8 @@ class World:
         self.answers[answer.key] = answer, self.now + retry_ns
         if isinstance(answer, Rejected):
             return
-        self.open[answer.key] = answer
+        for choice in range(answer.num_choices):
+            self.open[answer.key.of_choice(choice)] = answer
         for name in filter(None, (answer.prefill, answer.decode)):
             life = self.lives[name]
             assert life.connected and life.state is InstanceState.READY, f"placed on {name}"
@@ -152,6 +154,7 @@ class World:
             exclude=self.rng.choice([(), ("p0",), ("d0", "gone"), tuple(ROLES)]),
             decode_only=self.rng.random() < 0.2,
             first=self.rng.random() < 0.7,
+            num_choices=self.rng.choice([1, 1, 3]),
         )
         self.asked[request.key] = request
         self.receive(frontend, request)
@@ -260,8 +263,9 @@ class World:
         """A true snapshot of one frontend: it may be late, but names no attempt that has ended."""
         frontend = self.rng.choice(FRONTENDS)
         rows = tuple(
-            (key, placed.prefill if self.rng.random() < 0.5 else "", placed.decode, self.asked[key].num_tokens)
+            (key, placed.prefill if not key.choice and self.rng.random() < 0.5 else "", placed.decode, num_tokens)
             for key, placed in self.open.items()
+            for num_tokens in [self.asked[placed.key].num_tokens]
             if key.frontend == frontend
         )
         self.receive(frontend, BookingSnapshot(frontend, rows))

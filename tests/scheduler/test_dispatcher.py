@@ -58,13 +58,15 @@ def spec(max_tokens: int = 10, **more: Any) -> RequestSpec:
     return RequestSpec(1, 20, b"", b"root", SOURCE.block_keys, SamplingParams(), max_tokens, max_tokens, **more)
 
 
-def key(attempt: int = 0) -> AttemptKey:
-    return AttemptKey("f0", 1, 0, attempt)
+def key(attempt: int = 0, choice: int = 0) -> AttemptKey:
+    return AttemptKey("f0", 1, choice, attempt)
 
 
 class Driver:
-    def __init__(self, open_peers: tuple[str, ...] = INSTANCES) -> None:
-        self.core = Dispatcher("f0", DispatcherLimits(), lambda spec, generated: (*spec.block_keys, b"more" * 4))
+    def __init__(self, open_peers: tuple[str, ...] = INSTANCES, **limits: int) -> None:
+        self.core = Dispatcher(
+            "f0", DispatcherLimits(**limits), lambda spec, generated: (*spec.block_keys, b"more" * 4)
+        )
         self.now = 0
         for peer in (CONDUCTOR, *open_peers):
             self(PeerOpened(peer))
@@ -83,6 +85,26 @@ class Driver:
 
     def placed(self, prefill: str = "p0", decode: str = "d0", attempt: int = 0) -> list[Any]:
         return self.hear(Placed(key(attempt), prefill, decode, None, PREDICTION))
+
+    def choices(self, instance: str, position: int, tokens: dict[int, int], attempt: int = 0, **more: Any) -> list[Any]:
+        """One token of each of these choices; with the first come the counts that come once."""
+        firsts = (
+            [{"cached_tokens": 8, "compute_ns": 0}] + [{}] * len(tokens) if instance == "p0" else [{}] * len(tokens)
+        )
+        outputs = tuple(
+            TokenOutput(key(attempt, choice), position, (token,), **first, **more)
+            for (choice, token), first in zip(tokens.items(), firsts, strict=False)
+        )
+        return self.hear(StepTokens(instance, outputs), instance)
+
+    def three_prefilled(self) -> list[Any]:
+        self(Start(spec(num_choices=3)))
+        self.hear(Placed(key(), "p0", "d0", None, PREDICTION, 3))
+        return self.choices("p0", 20, {0: 5, 1: 6, 2: 7})
+
+    def three_decoding(self) -> list[Any]:
+        self.three_prefilled()
+        return self.hear(KvReady("p0", key(), SOURCE), "p0")
 
     def prefilled(self) -> list[Any]:
         self(Start(spec()))
@@ -194,6 +216,15 @@ def test_a_decode_instance_lost_later_is_replaced_from_prompt_and_tokens() -> No
     assert submit.job.token_ids == b"\x05\0\0\0\x06\0\0\0"
 
 
+def test_a_repeated_hand_over_is_not_given_back_while_the_next_attempt_needs_it() -> None:
+    drive = Driver()
+    drive.decoding()
+    drive(PeerGone("d0"))
+    assert drive.hear(KvReady("p0", key(), SOURCE), "p0") == []
+    [(to, submit)] = sends(drive.hear(Placed(key(1), "", "d1", None, PREDICTION)), Submit)
+    assert to == "d1" and submit.job.source == SOURCE
+
+
 def test_kv_that_is_gone_is_computed_again_from_prompt_and_tokens() -> None:
     drive = Driver()
     drive.decoding()
@@ -239,6 +270,42 @@ def test_rejections_reach_the_client_only_before_the_first_token() -> None:
     assert [c for c in drive.hear(Rejected(key(1), "overloaded_tbt", "why", 0)) if isinstance(c, Failure)] == []
     drive.now = NANOS_PER_S
     assert sends(drive(Tick()), PlaceRequest), "asked again after a pause"
+
+
+def test_a_rejected_continuation_asks_again_when_its_retry_after_has_passed() -> None:
+    """The Conductor remembers a rejection for that long. A pause that it asked for does not count as waiting for it."""
+    drive = Driver()
+    drive.decoding()
+    drive(PeerGone("d0"))
+    timeout_ns, retry_ns = DispatcherLimits().place_timeout_ns, 20 * NANOS_PER_S
+    for _ in range(3):
+        drive.hear(Rejected(key(1), "no_instance", "why", retry_ns))
+        drive.now += retry_ns - 1
+        assert sends(drive(Tick()), PlaceRequest) == []
+        drive.now += 1
+        assert sends(drive(Tick()), PlaceRequest)[0][1].key == key(1)
+    drive.now += timeout_ns - 1
+    assert [c for c in drive(Tick()) if isinstance(c, Failure)] == []
+    drive.now += 1
+    assert only(drive(Tick()), Failure).reason == "unavailable"
+
+
+def test_a_stream_that_makes_progress_survives_any_number_of_failures() -> None:
+    drive = Driver(max_attempts=3)
+    drive.prefilled()
+    for attempt in range(1, 10):
+        drive.hear(AttemptFailed("p0", key(attempt - 1), "engine_error"), "p0")
+        drive.placed(attempt=attempt)
+        drive.tokens("p0", 20 + attempt, 5, attempt=attempt)
+    for attempt in (9, 10):
+        assert [
+            c for c in drive.hear(AttemptFailed("p0", key(attempt), "engine_error"), "p0") if isinstance(c, Failure)
+        ] == []
+        drive.now += NANOS_PER_S
+        drive(Tick())
+        drive.placed(attempt=attempt + 1)
+    failure = only(drive.hear(AttemptFailed("p0", key(11), "engine_error"), "p0"), Failure)
+    assert (failure.reason, failure.detail) == ("error", "gave up after 3 attempts without a token")
 
 
 def test_cancel_frees_the_attempt_wherever_it_is() -> None:
@@ -305,3 +372,165 @@ def test_an_overfull_frontend_refuses() -> None:
     failure, ended = drive(Start(spec()))
     assert failure.reason == "overloaded" and failure.retry_after_ns == NANOS_PER_S
     assert ended.timeline[Stage.END] == 0
+
+
+def ended_keys(commands: list[Any]) -> list[tuple[int, int]]:
+    return [(m.key.choice, m.key.attempt) for _, m in sends(commands, AttemptEnded)]
+
+
+def test_choices_share_placement_and_prefill_and_part_at_the_hand_over() -> None:
+    drive = Driver()
+    [(_, ask)] = sends(drive(Start(spec(num_choices=3))), PlaceRequest)
+    assert (ask.key, ask.num_choices) == (key(), 3)
+    [(to, submit)] = sends(drive.hear(Placed(key(), "p0", "d0", None, PREDICTION, 3)), Submit)
+    assert (to, submit.job.key, submit.job.num_choices) == ("p0", key(), 3)
+    commands = drive.choices("p0", 20, {0: 5, 1: 6, 2: 7})
+    outputs = [(c.choice, c.token_ids, c.cached_tokens) for c in commands if isinstance(c, Output)]
+    assert outputs == [(0, (5,), 8), (1, (6,), None), (2, (7,), None)]
+    assert sends(commands, PrefillDone) == [(CONDUCTOR, PrefillDone(key(), 0))]
+    submits = sends(drive.hear(KvReady("p0", key(), SOURCE), "p0"), Submit)
+    assert [(to, m.job.key, m.job.num_tokens, m.job.token_ids, m.job.num_choices) for to, m in submits] == [
+        ("d0", key(0, choice), 21, bytes([5 + choice, 0, 0, 0]), 1) for choice in range(3)
+    ]
+    assert all(m.job.source == SOURCE for _, m in submits)
+    assert drive.hear(KvReady("p0", key(), SOURCE), "p0") == [], "repeated"
+    assert sends(drive.choices("d0", 21, {0: 1, 2: 3}), HandoverDone) == []
+    assert drive.choices("d0", 21, {1: 2}) == [Send("p0", HandoverDone((key(),))), Output(1, (2,), choice=1)]
+    drive.now = 8
+    commands = drive.choices("d0", 22, {1: 4}, finish=FinishReason.STOP)
+    assert commands == [
+        Output(1, (4,), FinishReason.STOP, choice=1),
+        Send(CONDUCTOR, AttemptEnded(key(0, 1), 3, True, 4)),
+    ]
+    commands = drive.choices("d0", 22, {0: 4, 2: 4}, finish=FinishReason.LENGTH)
+    assert ended_keys(commands) == [(0, 0), (2, 0)]
+    ended = only(commands, Ended)
+    assert (ended.num_output, ended.num_attempts, ended.timeline[Stage.END]) == (9, 1, 8)
+
+
+def test_a_joint_attempt_that_fails_before_its_first_tokens_is_tried_jointly_again() -> None:
+    drive = Driver()
+    drive(Start(spec(num_choices=3)))
+    drive.hear(Placed(key(), "p0", "d0", None, PREDICTION, 3))
+    commands = drive.hear(AttemptFailed("p0", key(), "engine_error"), "p0")
+    assert ended_keys(commands) == [(0, 0), (1, 0), (2, 0)]
+    [(_, ask)] = sends(commands, PlaceRequest)
+    assert (ask.key, ask.num_choices, ask.first, ask.exclude) == (key(1), 3, True, ("p0",))
+
+
+def test_first_tokens_that_were_lost_are_drawn_again_by_each_choice() -> None:
+    drive = Driver()
+    drive(Start(spec(num_choices=2)))
+    drive.hear(Placed(key(), "p0", "d0", None, PREDICTION, 2))
+    commands = drive.hear(KvReady("p0", key(), SOURCE), "p0")
+    assert [(m.job.key, m.job.num_tokens) for _, m in sends(commands, Submit)] == [(key(), 20), (key(0, 1), 20)]
+    assert len(sends(commands, PrefillDone)) == 1
+    assert len([c for c in drive.choices("d0", 20, {0: 5, 1: 6}) if isinstance(c, Output)]) == 2
+
+
+def test_a_choice_that_fails_goes_on_by_itself_on_the_kv_that_is_still_held() -> None:
+    drive = Driver()
+    drive.three_decoding()
+    drive.choices("d0", 21, {0: 1})
+    commands = drive.hear(AttemptFailed("d0", key(0, 1), "engine_error"), "d0")
+    assert ended_keys(commands) == [(1, 0)] and sends(commands, HandoverDone) == []
+    [(_, ask)] = sends(commands, PlaceRequest)
+    assert (ask.key, ask.num_choices, ask.decode_only, ask.first, ask.exclude) == (key(1, 1), 1, True, False, ("d0",))
+    [(to, submit)] = sends(drive.hear(Placed(key(1, 1), "", "d1", None, PREDICTION)), Submit)
+    assert (to, submit.job.key, submit.job.source, submit.job.num_tokens) == ("d1", key(1, 1), SOURCE, 21)
+    drive.choices("d0", 21, {2: 3})
+    assert sends(drive.choices("d1", 21, {1: 2}, attempt=1), HandoverDone) == [("p0", HandoverDone((key(),)))]
+    [(_, ask)] = sends(drive.hear(AttemptFailed("d0", key(0, 2), "engine_error"), "d0"), PlaceRequest)
+    assert (ask.key, ask.decode_only, ask.num_tokens) == (key(1, 2), False, 22)
+
+
+def test_a_prefill_lost_between_first_tokens_and_hand_over_sends_each_choice_its_own_way() -> None:
+    drive = Driver()
+    drive.three_prefilled()
+    asks = [m for _, m in sends(drive(PeerGone("p0")), PlaceRequest)]
+    assert [(m.key, m.num_choices, m.num_tokens, m.first) for m in asks] == [
+        (key(1, choice), 1, 21, False) for choice in range(3)
+    ]
+    assert drive.hear(KvReady("p0", key(), SOURCE), "p0") == [Send("p0", HandoverDone((key(),)))]
+
+
+def test_a_choice_that_ends_with_its_first_token_does_not_touch_decode() -> None:
+    drive = Driver()
+    drive(Start(spec(num_choices=2)))
+    drive.hear(Placed(key(), "p0", "d0", None, PREDICTION, 2))
+    drive.choices("p0", 20, {0: 5}, finish=FinishReason.STOP)
+    drive.choices("p0", 20, {1: 5})
+    assert [m.job.key for _, m in sends(drive.hear(KvReady("p0", key(), SOURCE), "p0"), Submit)] == [key(0, 1)]
+    assert drive.hear(KvReady("p0", key(), SOURCE), "p0") == [], "choice 1 still needs it"
+    assert drive.hear(Placed(key(), "p0", "d0", None, PREDICTION, 2)) == [Send(CONDUCTOR, AttemptEnded(key()))], (
+        "repeated: the booking of choice 1 stays"
+    )
+    commands = drive.choices("d0", 21, {1: 6}, finish=FinishReason.STOP)
+    assert sends(commands, HandoverDone) and only(commands, Ended).num_output == 3
+
+
+def test_prefill_in_place_draws_jointly_and_then_runs_each_choice() -> None:
+    drive = Driver()
+    drive(Start(spec(num_choices=2)))
+    [(to, submit)] = sends(drive.hear(Placed(key(), "", "d0", None, PREDICTION, 2)), Submit)
+    assert (to, submit.job.num_choices, submit.job.allow_in_place) == ("d0", 2, True)
+    submits = sends(drive.choices("d0", 20, {0: 5, 1: 6}), Submit)
+    assert [(to, m.job.key, m.job.num_tokens, m.job.allow_in_place, m.job.num_choices) for to, m in submits] == [
+        ("d0", key(0, choice), 21, True, 1) for choice in range(2)
+    ]
+
+
+def test_one_choice_can_be_cancelled_alone() -> None:
+    drive = Driver()
+    drive.three_decoding()
+    commands = drive(Cancel(1, 1))
+    assert commands == [Send("d0", Abort((key(0, 1),))), Send(CONDUCTOR, AttemptEnded(key(0, 1), 1))]
+    assert drive(Cancel(1, 1)) == [] and drive.choices("d0", 21, {1: 9}) == []
+    commands = drive(Cancel(1))
+    assert sends(commands, Abort) == [("d0", Abort((key(),))), ("d0", Abort((key(0, 2),)))]
+    assert sends(commands, HandoverDone) and only(commands, Ended).num_output == 3
+    drive = Driver()
+    drive.three_prefilled()
+    assert sends(drive(Cancel(1)), Abort) == [("p0", Abort((key(),)))], "the joint attempt is aborted once"
+
+
+def test_a_request_of_several_choices_fails_as_a_whole() -> None:
+    drive = Driver()
+    drive.three_decoding()
+    commands = drive.hear(AttemptFailed("d0", key(0, 1), "too_long", "why"), "d0")
+    assert only(commands, Failure).reason == "too_long" and only(commands, Ended)
+    assert [m.keys for _, m in sends(commands, Abort)] == [(key(0, choice),) for choice in range(3)]
+    assert ended_keys(commands) == [(0, 0), (1, 0), (2, 0)] and drive.core.num_running == 0
+
+
+def test_the_last_failure_of_one_choice_does_not_start_the_others() -> None:
+    """The decode instance is lost between the placement and the hand-over."""
+    drive = Driver(max_attempts=1)
+    drive.three_prefilled()
+    drive(PeerGone("d0"))
+    commands = drive.hear(KvReady("p0", key(), SOURCE), "p0")
+    assert only(commands, Failure).reason == "error" and sends(commands, Submit) == []
+
+
+def test_repair_names_each_choice_once() -> None:
+    drive = Driver()
+    drive.three_prefilled()
+    drive.now = DispatcherLimits().repair_ns
+    commands = drive(Tick())
+    rows = [
+        (k.choice, prefill, decode, tokens)
+        for k, prefill, decode, tokens in sends(commands, BookingSnapshot)[0][1].bookings
+    ]
+    assert rows == [(choice, "", "d0", 21) for choice in range(3)]
+    assert dict(sends(commands, LiveAttempts))["p0"].keys == (key(),)
+    drive.hear(KvReady("p0", key(), SOURCE), "p0")
+    drive.now *= 3
+    live = dict(sends(drive(Tick()), LiveAttempts))
+    assert live["p0"].held == (key(),) and live["d0"].keys == tuple(key(0, choice) for choice in range(3))
+
+
+def test_a_placement_that_comes_too_late_is_released_for_all_choices() -> None:
+    drive = Driver()
+    drive(Start(spec(num_choices=2)))
+    drive(Cancel(1))
+    assert ended_keys(drive.hear(Placed(key(), "p0", "d0", None, PREDICTION, 2))) == [(0, 0), (1, 0)]

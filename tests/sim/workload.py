@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mooncake.core.types import NANOS_PER_S
@@ -21,7 +21,9 @@ USUAL = FaultRates()
 ENDINGS = ("stop", "length", CANCELLED, FRONTEND_LOST)
 
 
-def requests(rng: random.Random, count: int, span_ns: int, *, max_output: int = 16) -> Iterator[SimRequest]:
+def requests(
+    rng: random.Random, count: int, span_ns: int, *, max_output: int = 16, num_choices: Sequence[int] = (1,)
+) -> Iterator[SimRequest]:
     """Prompts of 1 to 600 tokens, most of which begin like one of a dozen documents."""
     documents = [[rng.randbytes(16) for _ in range(6)] for _ in range(12)]
     for _ in range(count):
@@ -36,16 +38,24 @@ def requests(rng: random.Random, count: int, span_ns: int, *, max_output: int = 
             block_keys=keys,
             max_tokens=rng.choice((1, 8, 1000, 1000)),
             cancel_after_ns=rng.randrange(100_000_000) if rng.random() < 0.02 else None,
+            num_choices=rng.choice(num_choices) if len(num_choices) > 1 else num_choices[0],
         )
 
 
 def run_with_faults(
-    config: ClusterConfig, seed: int, count: int, span_ns: int, rates: FaultRates = USUAL, *, check: bool
+    config: ClusterConfig,
+    seed: int,
+    count: int,
+    span_ns: int,
+    rates: FaultRates = USUAL,
+    *,
+    check: bool,
+    num_choices: Sequence[int] = (1,),
 ) -> SimCluster:
     """check: the laws of the core that was touched, after every event. Cores share nothing, so the others still hold theirs."""
     cluster = SimCluster(config, seed, check_core if check else None)
     rng = random.Random(seed)
-    cluster.submit(requests(rng, count, span_ns))
+    cluster.submit(requests(rng, count, span_ns, num_choices=num_choices))
     schedule(cluster, draw_faults(rng, cluster.names, span_ns, rates))
     cluster.run(2000 * NANOS_PER_S)
     cluster.settle(25 * NANOS_PER_S)
@@ -61,12 +71,13 @@ def check_run(cluster: SimCluster) -> None:
     """Every request ended once, with exactly its tokens; nothing is held any more. Ending twice fails where it happens."""
     cluster.check_integrity()
     for record in cluster.records:
-        expected = record.expected_tokens()
         assert record.outcome, f"request {record.number} never ended"
-        assert record.tokens == expected[: len(record.tokens)], f"request {record.number} has wrong tokens"
-        if record.completed:
-            stops = record.request.output_length <= record.request.max_tokens
-            assert record.tokens == expected and record.outcome == ("stop" if stops else "length")
+        for index, choice in enumerate(record.choices):
+            expected = record.expected_tokens(index)
+            assert choice.tokens == expected[: len(choice.tokens)], f"request {record.number} has wrong tokens"
+            if record.completed:
+                stops = record.request.output_length + index <= record.request.max_tokens
+                assert choice.tokens == expected and choice.finish == ("stop" if stops else "length")
     assert cluster.leftovers() == {}
 
 

@@ -5,6 +5,10 @@ stride are attended to in one call: a strided view [rows, heads, longest, dim] o
 are longer than the stride, and a mask for what is not theirs. One call instead of one per sequence saves the waking of threads.
 All other items are attended to one by one, through views of their pages.
 
+A mask weighs what is hidden with zero, but zero times NaN is NaN: one sequence's sick KV would spread to all in its call. So
+the call is not made where KV leaves layer by layer (`together` is False), and a step that finds a NaN in its logits is computed
+again that way (`mooncake.engine.torch.step_engine`).
+
 `LatentBatch`: multi-head latent attention (DeepSeek-V3 and its kin). The pages hold what keys and values are expanded from; the
 model hands it over and gets back the latents of all contexts, one after the other.
 
@@ -80,13 +84,15 @@ class HeadsBatch:
 
     past_key_values = None
 
-    def __init__(self, items: Sequence[StepItem], memory: PageMemory, writer: LayerWriter) -> None:
+    def __init__(self, items: Sequence[StepItem], memory: PageMemory, writer: LayerWriter, together: bool) -> None:
         self.gathered_bytes = 0
         self._kv = memory.kv
         self._writer = writer
         packed = pack(items, memory)
-        self._rows = _as_rows([item for item in packed if item.count == 1], memory.kv.shape[1], memory.kv.device)
+        self._rows: _Rows | None = None
         self._singles = packed
+        if together:
+            self._rows = _as_rows([item for item in packed if item.count == 1], memory.kv.shape[1], memory.kv.device)
         if self._rows is not None:
             self._singles = [item for item in packed if item.count > 1 or item.first is None]
 
@@ -193,9 +199,10 @@ def _as_rows(decode: Sequence[PackedItem], num_slots: int, device: torch.device)
 
 
 class LatentBatch:
-    """kv[layer]: [slots, latent + rope]. It is also the `past_key_values` of the forward: the model calls `update`."""
+    """kv[layer]: [slots, latent + rope]. It is also the `past_key_values` of the forward: the model calls `update`. Items never
+    share a call, whatever `together` says."""
 
-    def __init__(self, items: Sequence[StepItem], memory: PageMemory, writer: LayerWriter) -> None:
+    def __init__(self, items: Sequence[StepItem], memory: PageMemory, writer: LayerWriter, together: bool) -> None:
         self.gathered_bytes = 0
         self._kv = memory.kv
         self._writer = writer

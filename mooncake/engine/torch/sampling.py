@@ -21,15 +21,18 @@ _NUCLEUS_GUESS = 1024
 
 
 class SequenceState:
-    """Tokens of one sequence and how to draw more; what penalties need is rebuilt from the tokens."""
+    """Tokens of one sequence and how to draw more; what penalties need is rebuilt from the tokens. A draw gives a token for
+    each choice; only a joint sequence, which draws once, has several."""
 
-    __slots__ = ("choice", "num_prompt", "params", "token_ids")
+    __slots__ = ("choices", "num_prompt", "params", "token_ids")
 
-    def __init__(self, token_ids: Sequence[int], num_prompt: int, params: SamplingParams, choice: int) -> None:
+    def __init__(
+        self, token_ids: Sequence[int], num_prompt: int, params: SamplingParams, choice: int, num_choices: int = 1
+    ) -> None:
         self.token_ids = list(token_ids)
         self.num_prompt = num_prompt
         self.params = params
-        self.choice = choice
+        self.choices = range(choice, choice + num_choices)
 
     @property
     def is_plain(self) -> bool:
@@ -47,8 +50,10 @@ class SequenceState:
         p = self.params
         return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
 
-    def draw(self, logits: np.ndarray) -> int:
+    def draw(self, logits: np.ndarray) -> tuple[int, ...]:
         """logits: float32 [vocabulary]; changed in place."""
+        if self.is_plain:
+            return self.repeat(int(np.argmax(logits)))
         p = self.params
         num_output = len(self.token_ids) - self.num_prompt
         for token, bias in p.logit_bias:
@@ -58,9 +63,13 @@ class SequenceState:
         if num_output < p.min_tokens and p.stop_token_ids:
             logits[list(p.stop_token_ids)] = -np.inf
         if p.greedy:
-            return int(np.argmax(logits))
+            return self.repeat(int(np.argmax(logits)))
         weights = _weights(logits, p)
-        return _pick(weights, noise(p.seed, self.choice, len(self.token_ids)))
+        return tuple(_pick(weights, noise(p.seed, choice, len(self.token_ids))) for choice in self.choices)
+
+    def repeat(self, token: int) -> tuple[int, ...]:
+        """The same token for each choice."""
+        return (token,) * len(self.choices)
 
     def _penalise(self, logits: np.ndarray) -> None:
         p = self.params
@@ -108,24 +117,25 @@ def _pick(weights: np.ndarray, base: int) -> int:
 
 def draw_tokens(
     logits: torch.Tensor, sequences: Sequence[SequenceState]
-) -> tuple[list[int], list[tuple[TokenLogprobs, ...]]]:
-    """logits: [sequences, vocabulary]. The drawn tokens are not yet appended to the sequences. Log probabilities are those of
-    the model itself, before penalties and temperature."""
+) -> tuple[list[tuple[int, ...]], list[tuple[TokenLogprobs, ...]]]:
+    """logits: [sequences, vocabulary]. For each sequence, a token for each of its choices, not yet appended to it. Log
+    probabilities are those of the model itself, before penalties and temperature."""
     if all(sequence.is_plain and sequence.params.num_logprobs is None for sequence in sequences):
-        return logits.argmax(-1).tolist(), [()] * len(sequences)
-    tokens: list[int] = []
+        best = logits.argmax(-1).tolist()
+        return [sequence.repeat(token) for sequence, token in zip(sequences, best, strict=True)], [()] * len(sequences)
+    tokens: list[tuple[int, ...]] = []
     logprobs: list[tuple[TokenLogprobs, ...]] = []
     for row, sequence in zip(logits.float().cpu().numpy(), sequences, strict=True):
         wanted = sequence.params.num_logprobs
         raw = row.copy() if wanted is not None else row
-        token = int(np.argmax(row)) if sequence.is_plain else sequence.draw(row)
-        tokens.append(token)
-        logprobs.append(() if wanted is None else (_logprobs(raw, token, wanted),))
+        tokens.append(sequence.draw(row))
+        logprobs.append(() if wanted is None else _logprobs(raw, tokens[-1], wanted))
     return tokens, logprobs
 
 
-def _logprobs(logits: np.ndarray, token: int, num_top: int) -> TokenLogprobs:
+def _logprobs(logits: np.ndarray, tokens: Sequence[int], num_top: int) -> tuple[TokenLogprobs, ...]:
     shifted = logits.astype(np.float64) - logits.max()
     found = shifted - np.log(np.exp(shifted).sum())
     best = np.argsort(-found, kind="stable")[:num_top] if num_top else ()
-    return TokenLogprobs(float(found[token]), tuple((int(other), float(found[other])) for other in best))
+    top = tuple((int(other), float(found[other])) for other in best)
+    return tuple(TokenLogprobs(float(found[token]), top) for token in tokens)

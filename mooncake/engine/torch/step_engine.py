@@ -50,9 +50,15 @@ class TorchStepEngine:
         self._sequences: dict[int, SequenceState] = {}
 
     def add_sequence(
-        self, seq: int, token_ids: Sequence[int], num_prompt_tokens: int, sampling: SamplingParams, choice: int
+        self,
+        seq: int,
+        token_ids: Sequence[int],
+        num_prompt_tokens: int,
+        sampling: SamplingParams,
+        choice: int,
+        num_choices: int = 1,
     ) -> None:
-        self._sequences[seq] = SequenceState(token_ids, num_prompt_tokens, sampling, choice)
+        self._sequences[seq] = SequenceState(token_ids, num_prompt_tokens, sampling, choice, num_choices)
 
     def remove_sequence(self, seq: int) -> None:
         self._sequences.pop(seq, None)
@@ -61,27 +67,33 @@ class TorchStepEngine:
     def run(self, plan: StepPlan, after_layer: LayerHook | None, loads: Mapping[int, LayerLoad]) -> StepResult:
         began = time.monotonic_ns()
         writer = LayerWriter(plan.items, self.memory, after_layer, loads)
-        logits = self.forward(plan.items, writer)
+        together = after_layer is None
+        logits = self.forward(plan.items, writer, together=together)
+        if together and _sick(logits).any():
+            # Some sequence's KV is sick, and others may have caught it; apart, each has only its own.
+            logits = self.forward(plan.items, LayerWriter(plan.items, self.memory, None, {}), together=False)
         sampled = [item for item in plan.items if item.sample]
-        drawn: dict[int, int] = {}
+        sick = {item.seq for item, is_sick in zip(sampled, _sick(logits).tolist(), strict=True) if is_sick}
+        failed = tuple(item.seq for item in plan.items if item.seq in writer.failed or item.seq in sick)
+        drawn: dict[int, tuple[int, ...]] = {}
         logprobs: dict[int, Any] = {}
         if sampled:
             sequences = [self._sequences[item.seq] for item in sampled]
             tokens, found = draw_tokens(logits, sequences)
-            for item, token, logprob in zip(sampled, tokens, found, strict=True):
-                drawn[item.seq], logprobs[item.seq] = token, logprob
-                if item.seq not in writer.failed:
-                    self._sequences[item.seq].token_ids.append(token)
+            for item, choices, logprob in zip(sampled, tokens, found, strict=True):
+                drawn[item.seq], logprobs[item.seq] = choices, logprob
+                if item.seq not in failed:
+                    self._sequences[item.seq].token_ids.append(choices[0])  # a joint sequence never computes it
         return StepResult(
-            tokens=tuple((drawn[item.seq],) if item.sample else () for item in plan.items),
+            tokens=tuple(drawn.get(item.seq, ()) for item in plan.items),
             logprobs=tuple(logprobs.get(item.seq, ()) for item in plan.items),
-            failed=tuple(writer.failed),
+            failed=failed,
             step_ns=time.monotonic_ns() - began,
         )
 
-    def forward(self, items: Sequence[StepItem], writer: LayerWriter) -> torch.Tensor:
-        """Logits of the items that sample, [sampled, vocabulary]."""
-        batch = self._batch(items, self.memory, writer)
+    def forward(self, items: Sequence[StepItem], writer: LayerWriter, *, together: bool = True) -> torch.Tensor:
+        """Logits of the items that sample, [sampled, vocabulary]. together: whether sequences may share an attention call."""
+        batch = self._batch(items, self.memory, writer, together)
         tokens: list[int] = []
         positions: list[np.ndarray] = []
         last: list[int] = []
@@ -138,3 +150,8 @@ class TorchStepEngine:
         for item in items:
             self.remove_sequence(item.seq)
         return best
+
+
+def _sick(logits: torch.Tensor) -> torch.Tensor:
+    """Rows with a NaN: it spreads through every layer and the head's sums, so one column shows it. Bool, [sampled]."""
+    return torch.isnan(logits[:, 0])

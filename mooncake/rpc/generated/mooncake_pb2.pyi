@@ -151,7 +151,7 @@ class Sampling(_message.Message):
     def __init__(self, seed: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias_values: _Optional[_Iterable[float]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., num_logprobs: _Optional[int] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("key", "num_tokens", "num_prompt_tokens", "max_tokens", "block_keys", "token_ids", "sampling", "source", "hand_over", "priority", "deadline_ns", "allow_in_place")
+    __slots__ = ("key", "num_tokens", "num_prompt_tokens", "max_tokens", "block_keys", "token_ids", "sampling", "source", "hand_over", "priority", "deadline_ns", "allow_in_place", "num_choices")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +164,7 @@ class Job(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_NS_FIELD_NUMBER: _ClassVar[int]
     ALLOW_IN_PLACE_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHOICES_FIELD_NUMBER: _ClassVar[int]
     key: Key
     num_tokens: int
     num_prompt_tokens: int
@@ -176,10 +177,11 @@ class Job(_message.Message):
     priority: int
     deadline_ns: int
     allow_in_place: bool
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., hand_over: bool = ..., priority: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., allow_in_place: bool = ...) -> None: ...
+    num_choices: int
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., hand_over: bool = ..., priority: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., allow_in_place: bool = ..., num_choices: _Optional[int] = ...) -> None: ...
 
 class PlaceRequest(_message.Message):
-    __slots__ = ("key", "num_tokens", "block_keys", "max_tokens", "num_generated", "tenant", "priority", "slo", "exclude", "decode_only", "first")
+    __slots__ = ("key", "num_tokens", "block_keys", "max_tokens", "num_generated", "tenant", "priority", "slo", "exclude", "decode_only", "first", "num_choices")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
@@ -191,6 +193,7 @@ class PlaceRequest(_message.Message):
     EXCLUDE_FIELD_NUMBER: _ClassVar[int]
     DECODE_ONLY_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHOICES_FIELD_NUMBER: _ClassVar[int]
     key: Key
     num_tokens: int
     block_keys: bytes
@@ -202,7 +205,8 @@ class PlaceRequest(_message.Message):
     exclude: _containers.RepeatedScalarFieldContainer[str]
     decode_only: bool
     first: bool
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., num_generated: _Optional[int] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., exclude: _Optional[_Iterable[str]] = ..., decode_only: bool = ..., first: bool = ...) -> None: ...
+    num_choices: int
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., num_generated: _Optional[int] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., exclude: _Optional[_Iterable[str]] = ..., decode_only: bool = ..., first: bool = ..., num_choices: _Optional[int] = ...) -> None: ...
 
 class PrefillDone(_message.Message):
     __slots__ = ("key", "ttft_ns")
@@ -259,18 +263,20 @@ class Prediction(_message.Message):
     def __init__(self, queue_ns: _Optional[int] = ..., load_ns: _Optional[int] = ..., prefill_ns: _Optional[int] = ..., ttft_ns: _Optional[int] = ..., tbt_ns: _Optional[int] = ...) -> None: ...
 
 class Placed(_message.Message):
-    __slots__ = ("key", "prefill", "decode", "source", "prediction")
+    __slots__ = ("key", "prefill", "decode", "source", "prediction", "num_choices")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_FIELD_NUMBER: _ClassVar[int]
+    NUM_CHOICES_FIELD_NUMBER: _ClassVar[int]
     key: Key
     prefill: str
     decode: str
     source: KvSource
     prediction: Prediction
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., prefill: _Optional[str] = ..., decode: _Optional[str] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ...) -> None: ...
+    num_choices: int
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., prefill: _Optional[str] = ..., decode: _Optional[str] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., num_choices: _Optional[int] = ...) -> None: ...
 
 class Rejected(_message.Message):
     __slots__ = ("key", "reason", "detail", "retry_after_ns", "prediction")
