@@ -64,27 +64,37 @@ class StepItem(msgspec.Struct, frozen=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """horizon: number of successive steps for which the plan's membership stays valid when every item is a decode item."""
+    """One step: the decode batch computes a token of each of its sequences, and the other items their chunks.
+
+    items: the decode batch's (unless the engine core was told not to list them), oldest first, then the others.
+    num_decode, num_context: sequences of the decode batch, and known tokens of all of them together.
+    joined: sequences that were not in the decode batch of the last plan.
+    horizon: number of successive steps for which the plan stays valid; more than 1 only if there is nothing but the batch."""
 
     items: tuple[StepItem, ...]
     horizon: int = 1
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        return sum(item.count for item in self.items if item.count > 1)
+    num_decode: int = 0
+    num_context: int = 0
+    joined: tuple[int, ...] = ()
 
 
 class StepResult(msgspec.Struct, frozen=True):
     """tokens[i]: drawn tokens of items[i], empty where `sample` is false; logprobs likewise or empty. Of a joint sequence they
-    are its choices' first tokens, else tokens at successive positions.
+    are its choices' first tokens.
 
     failed: sequences whose load failed while the step waited for it, or whose computation failed; their drawn tokens are void.
-    step_ns: duration of the step (mean of the steps if several were run)."""
+    step_ns: duration of the step (mean of the steps if several were run).
+
+    num_steps: how many steps were run, at most the plan's horizon. told: of decode sequences that the plan does not list, all
+    tokens that were not told yet, at successive positions. Who is in neither drew tokens that will be told later; none of these
+    ends its sequence. Only the last of several tokens may end one."""
 
     tokens: tuple[tuple[int, ...], ...]
     logprobs: tuple[tuple[TokenLogprobs, ...], ...] = ()
     failed: tuple[int, ...] = ()
     step_ns: int = 0
+    num_steps: int = 1
+    told: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 class LayerLoad(Protocol):

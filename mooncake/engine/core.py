@@ -21,9 +21,7 @@ the caller's business, and the same object runs under the live engine thread and
 
 from __future__ import annotations
 
-import enum
 from bisect import insort
-from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -31,6 +29,7 @@ import numpy as np
 from mooncake.core.types import FinishReason, Job, TokenLogprobs
 from mooncake.engine.base import EngineLimits, StepItem, StepPlan, StepResult
 from mooncake.engine.page_pool import PagePool
+from mooncake.engine.sequence import DecodeBatch, Order, Sequence, State
 
 
 class Drawn(msgspec.Struct, frozen=True, tag=True):
@@ -101,63 +100,17 @@ class SequenceReleased(msgspec.Struct, frozen=True, tag=True):
     seq: int
 
 
+class LeftBatch(msgspec.Struct, frozen=True):
+    """The sequence decodes no more for now, for want of pages; it has num_tokens tokens. An engine that keeps tokens back tells
+    them before it goes on."""
+
+    seq: int
+    num_tokens: int
+
+
 ServiceOutput = Drawn | KvLoaded | KvStored | SequenceStarted | SequenceFailed | SequenceReleased
-EngineOutput = LoadKv | StoreKv | ServiceOutput
-"""Copies are the engine shell's business; the rest goes on to the service."""
-
-
-class _State(enum.IntEnum):
-    WAITING = 0
-    LOADING = 1
-    RUNNING = 2
-    ENDED = 3
-
-
-class _Sequence:
-    __slots__ = (
-        "cached_tokens", "computed", "in_step", "job", "keys", "loading", "loading_keys", "num_published", "num_tokens",
-        "one_token", "order", "page_array", "seq", "source_tokens", "started", "state", "storing", "told", "wants_store",
-    )  # fmt: skip
-
-    def __init__(
-        self, seq: int, job: Job, order: tuple[int, int], source_tokens: int, one_token: bool, store: bool
-    ) -> None:
-        self.seq = seq
-        self.job = job
-        self.order = order
-        self.source_tokens = source_tokens
-        self.one_token = one_token
-        self.wants_store = store
-        self.keys = job.block_keys
-        self.num_tokens = job.num_tokens
-        self.state = _State.WAITING
-        self.computed = 0
-        self.num_published = 0
-        self.cached_tokens = 0
-        self.started = False
-        self.told = False
-        self.in_step = False
-        self.loading = False
-        self.loading_keys: tuple[bytes, ...] = ()
-        self.storing = 0
-        self.page_array: np.ndarray | None = None
-
-    @property
-    def busy(self) -> bool:
-        return self.in_step or self.loading or self.storing > 0
-
-    @property
-    def remaining(self) -> int:
-        """Known tokens that are not computed."""
-        return self.num_tokens - self.computed
-
-    @property
-    def num_output(self) -> int:
-        return self.num_tokens - self.job.num_prompt_tokens
-
-
-def _by_order(state: _Sequence) -> tuple[int, int]:
-    return state.order
+EngineOutput = LoadKv | StoreKv | LeftBatch | ServiceOutput
+"""Copies and tokens kept back are the engine shell's business; the rest goes on to the service."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
@@ -174,9 +127,12 @@ class EngineLoad(msgspec.Struct, frozen=True):
 
 
 class EngineCore:
-    """overlap_loads: whether a step may run while the load it depends on is under way (layer by layer); true for prefill."""
+    """overlap_loads: whether a step may run while the load it depends on is under way (layer by layer); true for prefill.
+    list_decodes: whether plans list the decode batch item by item, as an engine that computes needs it."""
 
-    def __init__(self, limits: EngineLimits, *, overlap_loads: bool, row_pages: int = 1) -> None:
+    def __init__(
+        self, limits: EngineLimits, *, overlap_loads: bool, row_pages: int | None = 1, list_decodes: bool = True
+    ) -> None:
         if limits.max_step_tokens < limits.block_tokens:
             raise ValueError(f"max_step_tokens {limits.max_step_tokens} is below block_tokens {limits.block_tokens}")
         self.limits = limits
@@ -187,11 +143,18 @@ class EngineCore:
         self._longest = min(limits.max_context, limits.num_pages * limits.page_tokens)
         """Tokens of a sequence: one that outgrew all pages would wait for ever, and all others behind it."""
         self._overlap = overlap_loads
-        self._seqs: dict[int, _Sequence] = {}
-        self._waiting: list[tuple[tuple[int, int], int]] = []
-        self._active: dict[int, _Sequence] = {}
+        self._list_decodes = list_decodes
+        self._seqs: dict[int, Sequence] = {}
+        self._waiting: list[tuple[Order, int]] = []
+        self._waiting_tokens = 0
+        self._batch = DecodeBatch()
+        self._others: dict[int, Sequence] = {}
+        """Sequences with pages that are not in the decode batch: loading, or with tokens to prefill."""
         self._loading_blocks: dict[bytes, None] = {}
         """Keys of the full blocks that sequences in state LOADING wait for."""
+        self._stepping = False
+        self._departed: list[Sequence] = []
+        """Members of the decode batch that ended during the step."""
         self._num_submitted = 0
         self._outputs: list[EngineOutput] = []
 
@@ -211,13 +174,14 @@ class EngineCore:
         known tokens to the sink."""
         order = (-job.priority, self._num_submitted)
         self._num_submitted += 1
-        self._seqs[seq] = _Sequence(seq, job, order, min(source_tokens, job.num_tokens - 1), one_token, store)
-        insort(self._waiting, (order, seq))
+        state = Sequence(seq, job, order, min(source_tokens, job.num_tokens - 1), one_token, store)
+        self._seqs[seq] = state
+        self._enqueue(state)
 
     def abort(self, seq: int) -> None:
         """End a sequence without further tokens. Unknown and ended ones are ignored."""
         state = self._seqs.get(seq)
-        if state is not None and state.state is not _State.ENDED:
+        if state is not None and state.state is not State.ENDED:
             self._end(state)
 
     def loaded(self, seq: int, ok: bool) -> None:
@@ -225,14 +189,14 @@ class EngineCore:
         state = self._seqs[seq]
         state.loading = False
         self._outputs.append(KvLoaded(seq, ok))
-        if state.state is _State.ENDED:
+        if state.state is State.ENDED:
             self._release_if_idle(state)
         elif not ok:
-            if state.state is _State.LOADING:
+            if state.state is State.LOADING:
                 self._forget_load(state)
         else:
             self._take_load(state)
-            if state.state is _State.LOADING:
+            if state.state is State.LOADING:
                 self._run(state)
                 state.computed = state.source_tokens
             self._publish(state)
@@ -249,61 +213,121 @@ class EngineCore:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be computed now. Not called again before `update`."""
-        self._admit()
-        items = self._decode_items()
-        num_decode = len(items)
-        self._add_prefill_items(items)
-        if not items:
+        if self._waiting:
+            self._admit()
+        batch = self._batch
+        joined = self._join() if self._others else []
+        self._look_at_due()
+        items = self._decode_items() if self._list_decodes else []
+        num_listed = len(items)
+        if self._others:
+            self._add_prefill_items(items)
+        if not items and not batch.members:
             return None
-        horizon = self._horizon(items) if num_decode == len(items) and not self._waiting else 1
-        for item in items:
-            state = self._active[item.seq]
+        for item in items[num_listed:]:
+            state = self._seqs[item.seq]
             state.in_step = True
             self._store(state, item.start, min(item.start + item.count, state.job.num_tokens), during_step=True)
-        return StepPlan(tuple(items), horizon)
+        self._stepping = True
+        horizon = batch.horizon if len(items) == num_listed else 1
+        return StepPlan(
+            tuple(items),
+            horizon,
+            len(batch.members),
+            batch.context_tokens,
+            tuple([seq for seq in joined if seq in batch.members]),
+        )
 
     def update(self, plan: StepPlan, result: StepResult) -> None:
-        """Apply the outcome of a step: tokens drawn, ends reached, blocks computed."""
-        for index, item in enumerate(plan.items):
-            state = self._seqs[item.seq]
+        """Apply the outcome of a step or run: tokens drawn, ends reached, blocks computed."""
+        self._stepping = False
+        self._batch.clock += result.num_steps
+        self.num_computed_tokens += result.num_steps * len(self._batch.members)
+        for state in self._departed:
             state.in_step = False
-            if state.state is _State.ENDED:
-                self._release_if_idle(state)
-            elif item.num_loading and (item.seq in result.failed or not state.source_tokens):
-                self._forget_load(state)
-            elif item.seq in result.failed:
-                self._outputs.append(
-                    SequenceFailed(item.seq, "engine_error", "the engine could not compute this sequence")
-                )
-                self._end(state)
+            self._release_if_idle(state)
+        self._departed.clear()
+        num_listed = plan.num_decode if self._list_decodes else 0
+        for index, item in enumerate(plan.items):
+            logprobs = result.logprobs[index] if result.logprobs else ()
+            if index < num_listed:
+                self._update_member(item.seq, result.tokens[index], logprobs, failed=item.seq in result.failed)
             else:
-                if item.num_loading:
-                    self._take_load(state)
-                self._run(state)
-                tokens = result.tokens[index]
-                num_steps = 1 if state.one_token else max(1, len(tokens))
-                state.computed = item.start + item.count + num_steps - 1
-                self.num_computed_tokens += state.computed - item.start
-                self._publish(state)
-                if tokens:
-                    draw = self._draw_joint if state.job.joint else self._draw
-                    draw(state, tokens, result.logprobs[index] if result.logprobs else ())
+                self._update_other(item, result.tokens[index], logprobs, failed=item.seq in result.failed)
+        for seq, tokens in result.told:
+            self._update_member(seq, tokens, (), failed=seq in result.failed)
+
+    def _update_member(
+        self, seq: int, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], *, failed: bool
+    ) -> None:
+        state = self._batch.members.get(seq)
+        if state is None:  # ended during the step
+            return
+        if failed:
+            self._fault(state)
+            return
+        state.num_tokens = self._batch.num_tokens(state)
+        self._draw(state, tokens, logprobs)
+
+    def _update_other(
+        self, item: StepItem, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], *, failed: bool
+    ) -> None:
+        state = self._seqs[item.seq]
+        state.in_step = False
+        if state.state is State.ENDED:
+            self._release_if_idle(state)
+        elif item.num_loading and (failed or not state.source_tokens):
+            self._forget_load(state)
+        elif failed:
+            self._fault(state)
+        else:
+            if item.num_loading:
+                self._take_load(state)
+            self._run(state)
+            state.computed = item.start + item.count
+            self.num_computed_tokens += item.count
+            self._publish(state)
+            if tokens:
+                state.num_tokens += 1
+                if state.job.joint:
+                    self._draw_joint(state, tokens, logprobs)
+                else:
+                    self._draw(state, tokens, logprobs)
+
+    def tell(self, seq: int, tokens: tuple[int, ...]) -> None:
+        """Pass on tokens that were kept back; none of them ends the sequence. They may be of steps that `update` still has to
+        learn of."""
+        state = self._seqs[seq]
+        position = state.told
+        state.told += len(tokens)
+        cached = self._tell_cached(state)
+        self._outputs.append(Drawn(seq, position, tokens, None, (), cached, state.job.key.choice))
 
     def take_outputs(self) -> list[EngineOutput]:
         outputs, self._outputs = self._outputs, []
         return outputs
 
+    def num_tokens(self, seq: int) -> int:
+        """Known tokens of a member of the decode batch."""
+        return self._batch.num_tokens(self._batch.members[seq])
+
+    def steps_left(self, seq: int) -> int:
+        """Until this member of the decode batch reaches its limit of tokens."""
+        state = self._batch.members[seq]
+        return self._end_tokens(state) - self._batch.num_tokens(state)
+
     @property
     def load(self) -> EngineLoad:
-        waiting = [self._seqs[seq] for _, seq in self._waiting]
-        active = self._active.values()
-        to_compute = sum(s.num_tokens - s.source_tokens for s in waiting)
-        to_compute += sum(s.remaining for s in active if s.remaining > 1)
+        to_compute, context = self._waiting_tokens, self._batch.context_tokens
+        for state in self._others.values():
+            context += state.num_tokens
+            if state.remaining > 1:
+                to_compute += state.remaining
         return EngineLoad(
-            len(waiting),
+            len(self._waiting),
             to_compute,
-            len(active),
-            sum(s.num_tokens for s in active),
+            len(self._batch.members) + len(self._others),
+            context,
             self.pool.num_free,
             self.num_preempted,
             self.num_computed_tokens,
@@ -317,41 +341,57 @@ class EngineCore:
     def check_integrity(self) -> None:
         """Raises AssertionError: pages are held by exactly the active sequences and those still read or written."""
         self.pool.check_integrity()
-        expected = {s.seq for s in self._seqs.values() if s.seq in self._active or s.busy}
+        self._batch.check_integrity()
+        members, others = self._batch.members, self._others
+        expected = {s.seq for s in self._seqs.values() if s.seq in members or s.seq in others or s.busy}
         assert self.pool.holders() == expected, f"pages held by {self.pool.holders()}, expected {expected}"
-        assert all(self._seqs[seq].state is _State.WAITING for _, seq in self._waiting)
-        loading = [key for s in self._active.values() if s.state is _State.LOADING for key in s.loading_keys]
+        waiting = [self._seqs[seq] for _, seq in self._waiting]
+        assert all(state.state is State.WAITING for state in waiting)
+        assert self._waiting_tokens == sum(s.num_tokens - s.source_tokens for s in waiting)
+        assert all(state.state is State.DECODING for state in members.values())
+        assert all(state.state in (State.LOADING, State.RUNNING) for state in others.values())
+        loading = [key for s in others.values() if s.state is State.LOADING for key in s.loading_keys]
         assert sorted(self._loading_blocks) == sorted(loading), "blocks are loaded twice, or waited for in vain"
 
-    # ------------------------------------------------------------------ inside: admission and planning
+    # ------------------------------------------------------------------ inside: admission
+
+    def _enqueue(self, state: Sequence) -> None:
+        state.state = State.WAITING
+        self._waiting_tokens += state.num_tokens - state.source_tokens
+        insort(self._waiting, (state.order, state.seq))
+
+    def _dequeue(self, at: int) -> Sequence:
+        state = self._seqs[self._waiting.pop(at)[1]]
+        self._waiting_tokens -= state.num_tokens - state.source_tokens
+        return state
 
     def _admit(self) -> None:
         at = 0
-        while at < len(self._waiting) and len(self._active) < self.limits.max_batch:
+        block_tokens, pool = self.limits.block_tokens, self.pool
+        while at < len(self._waiting) and len(self._others) + len(self._batch.members) < self.limits.max_batch:
             state = self._seqs[self._waiting[at][1]]
             # At least one token is left to compute: its logits give the next token.
-            keys = state.keys[: (state.num_tokens - 1) // self.limits.block_tokens]
-            matched = self.pool.match(keys)
+            keys = state.keys[: (state.num_tokens - 1) // block_tokens]
+            matched = pool.match(keys)
             if matched < len(keys) and keys[matched] in self._loading_blocks:
                 at += 1
                 continue
-            if not self.pool.allocate(state.seq, keys[:matched], state.num_tokens):
+            if not pool.allocate(state.seq, keys[:matched], state.num_tokens):
                 return
-            del self._waiting[at]
-            self._start(state, matched)
+            self._start(self._dequeue(at), matched)
 
-    def _start(self, state: _Sequence, num_matched: int) -> None:
-        self._active[state.seq] = state
+    def _start(self, state: Sequence, num_matched: int) -> None:
+        self._others[state.seq] = state
         if not state.started:
             state.started = True
             self._outputs.append(SequenceStarted(state.seq))
         state.page_array = None
         state.num_published = num_matched
         state.computed = state.cached_tokens = num_matched * self.limits.block_tokens
-        state.state = _State.RUNNING
+        state.state = State.RUNNING
         self._store(state, 0, state.computed, during_step=False)
         if state.source_tokens > state.computed:
-            state.state = _State.LOADING
+            state.state = State.LOADING
             state.loading = True
             state.loading_keys = state.keys[num_matched : state.source_tokens // self.limits.block_tokens]
             self._loading_blocks.update(dict.fromkeys(state.loading_keys))
@@ -360,18 +400,18 @@ class EngineCore:
             state.source_tokens = 0
             self._outputs.append(KvLoaded(state.seq, True))
 
-    def _run(self, state: _Sequence) -> None:
+    def _run(self, state: Sequence) -> None:
         """To state RUNNING from wherever it is."""
         self._leave_loading(state)
-        state.state = _State.RUNNING
+        state.state = State.RUNNING
 
-    def _leave_loading(self, state: _Sequence) -> None:
+    def _leave_loading(self, state: Sequence) -> None:
         """Whoever waits for its blocks finds them published next time, or else loads them itself."""
-        if state.state is _State.LOADING:
+        if state.state is State.LOADING:
             for key in state.loading_keys:
                 del self._loading_blocks[key]
 
-    def _take_load(self, state: _Sequence) -> None:
+    def _take_load(self, state: Sequence) -> None:
         """The source's tokens are in the pages. A step that waited for them may learn so, and even end the sequence, before
         `loaded` tells."""
         start, end = state.cached_tokens, state.source_tokens
@@ -380,46 +420,96 @@ class EngineCore:
             state.cached_tokens = end
             self._store(state, start, end, during_step=False)
 
-    def _forget_load(self, state: _Sequence) -> None:
+    def _forget_load(self, state: Sequence) -> None:
         """What cannot be loaded is computed."""
         self._run(state)
         state.source_tokens = 0
         state.computed = state.cached_tokens
 
-    def _decode_items(self) -> list[StepItem]:
-        # Oldest first: whoever is preempted on the way comes later in the list and is waiting by then.
-        return [
-            StepItem(state.seq, state.computed, 1, self._pages(state), sample=True)
-            for state in sorted(self._active.values(), key=_by_order)
-            if state.state is _State.RUNNING and state.remaining == 1 and self._make_room(state)
-        ]
+    # ------------------------------------------------------------------ inside: the decode batch
 
-    def _make_room(self, state: _Sequence) -> bool:
-        """Pages for all known tokens. The youngest gives way; False if that is `state` itself, or a sequence whose pages
-        are being read or written right now (then this step goes on without `state`)."""
-        while not self.pool.extend(state.seq, state.num_tokens):
-            youngest = max(self._active.values(), key=_by_order)
+    def _join(self) -> list[int]:
+        """Whose known tokens are all computed but the last joins the batch, unless it is to draw no more than one token."""
+        found = [
+            state
+            for state in self._others.values()
+            if state.state is State.RUNNING and state.num_tokens - state.computed == 1 and not state.one_token
+        ]
+        for state in found:
+            del self._others[state.seq]
+            state.state = State.DECODING
+            self._batch.join(state)
+            self._batch.set_due(state, self._batch.clock)
+        return [state.seq for state in found]
+
+    def _look_at_due(self) -> None:
+        """Oldest first: whoever is preempted on the way comes later and is waiting by then."""
+        batch = self._batch
+        for state in batch.take_due():
+            if state.state is State.DECODING:
+                if state.num_published < len(state.keys):
+                    state.computed = batch.num_tokens(state) - 1
+                    self._publish(state)
+                if self._make_room(state):
+                    batch.set_due(state, self._next_due(state))
+
+    def _next_due(self, state: Sequence) -> int:
+        """The clock at which it reaches its limit or the end of its pages, or has computed the last block that has a key."""
+        room = len(self.pool.pages(state.seq)) * self.limits.page_tokens + 1
+        due = min(room, self._end_tokens(state)) - state.offset
+        return self._batch.clock + 1 if state.num_published < len(state.keys) else due
+
+    def _end_tokens(self, state: Sequence) -> int:
+        """How long it can become."""
+        return min(state.job.num_prompt_tokens + state.job.max_tokens, self._longest)
+
+    def _make_room(self, state: Sequence) -> bool:
+        """Pages for all known tokens of a member. The youngest gives way; False if that is `state` itself, or a sequence whose
+        pages are being read or written right now (then this step goes on without `state`)."""
+        batch = self._batch
+        while not self.pool.extend(state.seq, batch.num_tokens(state)):
+            youngest = max((*batch.members.values(), *self._others.values()), key=_by_order)
             if youngest.busy:
+                self._leave_batch(state)
+                state.state = State.RUNNING
+                self._others[state.seq] = state
                 return False
             self._preempt(youngest)
             if youngest is state:
                 return False
         return True
 
-    def _preempt(self, state: _Sequence) -> None:
+    def _preempt(self, state: Sequence) -> None:
         self.num_preempted += 1
-        del self._active[state.seq]
+        if state.state is State.DECODING:
+            self._leave_batch(state)
+        else:
+            del self._others[state.seq]
         self.pool.free(state.seq)
-        state.state = _State.WAITING
         state.source_tokens = 0
-        insort(self._waiting, (state.order, state.seq))
+        self._enqueue(state)
+
+    def _leave_batch(self, state: Sequence) -> None:
+        self._batch.leave(state)
+        self._outputs.append(LeftBatch(state.seq, state.num_tokens))
+
+    # ------------------------------------------------------------------ inside: planning
+
+    def _decode_items(self) -> list[StepItem]:
+        batch = self._batch
+        items: list[StepItem] = []
+        for state in sorted(batch.members.values(), key=_by_order):
+            items.append(StepItem(state.seq, state.offset + batch.clock - 1, 1, self._pages(state), sample=True))
+        return items
 
     def _add_prefill_items(self, items: list[StepItem]) -> None:
         budget = self.limits.max_step_tokens
-        for state in sorted(self._active.values(), key=_by_order):
-            loading = state.state is _State.LOADING
-            if (loading and not self._overlap) or (not loading and state.remaining == 1):
+        for state in sorted(self._others.values(), key=_by_order):
+            loading = state.state is State.LOADING
+            if loading and not self._overlap:
                 continue
+            if state.remaining == 1 and not (state.one_token or loading):
+                continue  # there was no page for it
             start = state.source_tokens if loading else state.computed
             count = self._chunk(start, state.num_tokens, budget)
             if count <= 0:
@@ -435,57 +525,40 @@ class EngineCore:
         boundary = (start + budget) // self.limits.block_tokens * self.limits.block_tokens
         return max(0, boundary - start)
 
-    def _horizon(self, items: Sequence[StepItem]) -> int:
-        """Steps until some decode sequence needs another page or must end."""
-        horizon = self._longest
-        for item in items:
-            state = self._active[item.seq]
-            if state.one_token:
-                return 1
-            room = len(self.pool.pages(item.seq)) * self.limits.page_tokens - state.num_tokens + 1
-            horizon = min(horizon, room, state.job.max_tokens - state.num_output, self._longest - state.num_tokens)
-        return max(1, horizon)
-
     # ------------------------------------------------------------------ inside: effects on one sequence
 
-    def _pages(self, state: _Sequence) -> np.ndarray:
+    def _pages(self, state: Sequence) -> np.ndarray:
         pages = self.pool.pages(state.seq)
         if state.page_array is None or len(state.page_array) != len(pages):
             state.page_array = np.array(pages, dtype=np.int64)
         return state.page_array
 
-    def _store(self, state: _Sequence, start: int, end: int, *, during_step: bool) -> None:
+    def _store(self, state: Sequence, start: int, end: int, *, during_step: bool) -> None:
         if state.wants_store and end > start:
             state.storing += 1
             self._outputs.append(StoreKv(state.seq, start, end, self._pages(state), during_step))
 
-    def _publish(self, state: _Sequence) -> None:
-        num_blocks = min(state.computed // self.limits.block_tokens, len(state.keys))
-        for index in range(state.num_published, num_blocks):
-            self.pool.publish(state.seq, index, state.keys[index])
-        state.num_published = max(state.num_published, num_blocks)
+    def _publish(self, state: Sequence) -> None:
+        first = state.num_published
+        last = min(state.computed // self.limits.block_tokens, len(state.keys))
+        if last > first:
+            self.pool.publish(state.seq, first, state.keys[first:last])
+            state.num_published = last
 
-    def _draw(self, state: _Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
-        """Tokens at successive positions."""
-        position = state.num_tokens
-        finish: FinishReason | None = None
-        for count, token in enumerate(tokens, start=1):
-            state.num_tokens += 1
-            finish = self._finish(state, token)
-            if finish is not None:
-                tokens = tokens[:count]
-                break
-        choice = state.job.key.choice
+    def _draw(self, state: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
+        """All tokens from the first untold one to the last known one."""
+        position, state.told = state.told, state.num_tokens
+        assert len(tokens) == state.told - position, "the engine kept tokens back, or told some twice"
+        finish = self._finish(state, tokens[-1])
         self._outputs.append(
-            Drawn(state.seq, position, tokens, finish, logprobs[: len(tokens)], self._tell_cached(state), choice)
+            Drawn(state.seq, position, tokens, finish, logprobs, self._tell_cached(state), state.job.key.choice)
         )
         if finish is not None or state.one_token:
             self._end(state)
 
-    def _draw_joint(self, state: _Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
+    def _draw_joint(self, state: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...]) -> None:
         """Tokens at one position, one for each choice."""
-        position = state.num_tokens
-        state.num_tokens += 1
+        position = state.told
         for index, token in enumerate(tokens):
             finish, cached = self._finish(state, token), self._tell_cached(state)
             choice = state.job.key.choice + index
@@ -494,37 +567,53 @@ class EngineCore:
             )
         self._end(state)
 
-    def _finish(self, state: _Sequence, token: int) -> FinishReason | None:
-        """Whether the last of its known tokens, drawn just now, ends the sequence."""
-        sampling = state.job.sampling
-        if token in sampling.stop_token_ids and state.num_output > sampling.min_tokens:
+    def _finish(self, state: Sequence, token: int) -> FinishReason | None:
+        """Whether the last of its known tokens ends the sequence."""
+        job, num_tokens = state.job, state.num_tokens
+        if token in job.sampling.stop_token_ids and num_tokens - job.num_prompt_tokens > job.sampling.min_tokens:
             return FinishReason.STOP
-        if state.num_output >= state.job.max_tokens or state.num_tokens >= self._longest:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if num_tokens >= self._end_tokens(state) else None
 
-    def _tell_cached(self, state: _Sequence) -> int | None:
+    def _tell_cached(self, state: Sequence) -> int | None:
         """Once for each sequence."""
-        if state.told:
+        if state.told_cached:
             return None
-        state.told = True
+        state.told_cached = True
         return min(state.cached_tokens, state.job.num_prompt_tokens)
 
-    def _end(self, state: _Sequence) -> None:
-        if state.state is _State.WAITING:
-            self._waiting.remove((state.order, state.seq))
-        self._leave_loading(state)
-        state.state = _State.ENDED
-        if self._active.pop(state.seq, None) is None:
-            self._forget(state)
-        else:
-            self._release_if_idle(state)
+    def _fault(self, state: Sequence) -> None:
+        self._outputs.append(SequenceFailed(state.seq, "engine_error", "the engine could not compute this sequence"))
+        state.num_published = len(state.keys)  # what it has is not to be trusted
+        self._end(state)
 
-    def _release_if_idle(self, state: _Sequence) -> None:
-        if state.state is _State.ENDED and not state.busy and state.seq in self._seqs:
+    def _end(self, state: Sequence) -> None:
+        if state.state is State.WAITING:
+            self._dequeue(self._waiting.index((state.order, state.seq)))
+            state.state = State.ENDED
+            self._forget(state)
+            return
+        if state.state is State.DECODING:
+            self._batch.leave(state)
+            if self._stepping:
+                state.in_step = True
+                self._departed.append(state)
+            else:
+                self._publish(state)
+        else:
+            self._leave_loading(state)
+            del self._others[state.seq]
+        state.state = State.ENDED
+        self._release_if_idle(state)
+
+    def _release_if_idle(self, state: Sequence) -> None:
+        if state.state is State.ENDED and not state.busy and state.seq in self._seqs:
             self.pool.free(state.seq)
             self._forget(state)
 
-    def _forget(self, state: _Sequence) -> None:
+    def _forget(self, state: Sequence) -> None:
         del self._seqs[state.seq]
         self._outputs.append(SequenceReleased(state.seq))
+
+
+def _by_order(state: Sequence) -> Order:
+    return state.order

@@ -6,9 +6,8 @@ the last kind is evicted, least recently used and suffix first, when free pages 
     free --allocate--> held --free--> cached (if its block was published) or free
     cached --acquire--> held          cached --evict--> free
 
-Pages are placed in contiguous runs that start on row boundaries where there is room, because an engine can then attend to a
-batch of sequences through one strided view (`mooncake.engine.torch.attention`). Placement never decides whether an
-allocation succeeds; only the number of pages does.
+Where pages lie is the business of `mooncake.engine.free_pages`. It never decides whether an allocation succeeds; only the
+number of pages does.
 """
 
 from __future__ import annotations
@@ -18,25 +17,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mooncake.engine.free_pages import AnyPages, FreePages, PageRuns
+
 
 class PagePool:
-    """row_pages: distance of preferred starting pages; 1 where contiguity does not matter."""
+    """row_pages: distance of preferred starting pages, or None where contiguity does not matter."""
 
-    def __init__(self, num_pages: int, page_tokens: int, block_tokens: int, row_pages: int = 1) -> None:
+    def __init__(self, num_pages: int, page_tokens: int, block_tokens: int, row_pages: int | None = 1) -> None:
         if block_tokens % page_tokens:
             raise ValueError(f"block_tokens {block_tokens} is not a multiple of page_tokens {page_tokens}")
         self.num_pages = num_pages
         self.page_tokens = page_tokens
         self.block_pages = block_tokens // page_tokens
-        self.row_pages = max(1, row_pages)
-        self._padded = np.zeros(num_pages + 2, dtype=bool)
-        self._is_free = self._padded[1:-1]
-        self._is_free[:] = True
-        self._num_free = num_pages
-        self._refs = np.zeros(num_pages, dtype=np.int32)
+        self._free: FreePages = AnyPages(num_pages) if row_pages is None else PageRuns(num_pages, row_pages)
+        self._refs = [0] * num_pages
         self._held: dict[int, list[int]] = {}
         self._blocks: dict[bytes, tuple[int, ...]] = {}
-        self._key_of_page: dict[int, bytes] = {}
+        self._key_of_page: list[bytes | None] = [None] * num_pages
         self._unused: OrderedDict[bytes, None] = OrderedDict()
         self._added: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
@@ -44,7 +41,7 @@ class PagePool:
     @property
     def num_free(self) -> int:
         """Pages that an allocation can get: free ones and those of unused cached blocks."""
-        return self._num_free + len(self._unused) * self.block_pages
+        return self._free.num_free + len(self._unused) * self.block_pages
 
     def pages(self, seq: int) -> list[int]:
         return self._held[seq]
@@ -54,34 +51,35 @@ class PagePool:
 
     def match(self, keys: Sequence[bytes]) -> int:
         """Number of leading blocks that are cached here."""
-        count = 0
-        for key in keys:
-            if key not in self._blocks:
-                break
-            count += 1
-        return count
+        blocks = self._blocks
+        for count, key in enumerate(keys):
+            if key not in blocks:
+                return count
+        return len(keys)
 
     def allocate(self, seq: int, keys: Sequence[bytes], num_tokens: int) -> bool:
         """Give a new sequence the cached blocks `keys` (all cached, see `match`) and pages up to num_tokens.
 
         All or nothing: False changes nothing."""
-        wanted = self._pages_for(num_tokens) - len(keys) * self.block_pages
-        reusable = sum(1 for key in keys if key in self._unused)
+        wanted = -(-num_tokens // self.page_tokens) - len(keys) * self.block_pages
+        unused, refs = self._unused, self._refs
+        reusable = sum(key in unused for key in keys)
         if wanted > self.num_free - reusable * self.block_pages:
             return False
         pages: list[int] = []
         for key in keys:
-            self._unused.pop(key, None)
+            unused.pop(key, None)
             pages.extend(self._blocks[key])
+        for page in pages:
+            refs[page] += 1
         self._held[seq] = pages
-        self._refs[pages] += 1
         self._append(pages, wanted)
         return True
 
     def extend(self, seq: int, num_tokens: int) -> bool:
         """Make the sequence's pages hold num_tokens tokens. False, and nothing changed, if there are not enough pages."""
         pages = self._held[seq]
-        wanted = self._pages_for(num_tokens) - len(pages)
+        wanted = -(-num_tokens // self.page_tokens) - len(pages)
         if wanted <= 0:
             return True
         if wanted > self.num_free:
@@ -89,34 +87,42 @@ class PagePool:
         self._append(pages, wanted)
         return True
 
-    def publish(self, seq: int, index: int, key: bytes) -> None:
-        """Block `index` of the sequence is computed: others may reuse it. A key that is cached already is left alone."""
-        if key in self._blocks:
-            return
-        pages = tuple(self._held[seq][index * self.block_pages : (index + 1) * self.block_pages])
-        if any(page in self._key_of_page for page in pages):
-            return
-        self._blocks[key] = pages
-        for page in pages:
-            self._key_of_page[page] = key
-        self._note(key, self._added, self._removed)
+    def publish(self, seq: int, first: int, keys: Sequence[bytes]) -> None:
+        """Blocks from `first` on are computed: others may reuse them. A key that is cached already is left alone."""
+        held, blocks, key_of_page = self._held[seq], self._blocks, self._key_of_page
+        size = self.block_pages
+        for index, key in enumerate(keys, start=first):
+            if key in blocks:
+                continue
+            pages = tuple(held[index * size : (index + 1) * size])
+            if any(key_of_page[page] is not None for page in pages):
+                continue
+            blocks[key] = pages
+            for page in pages:
+                key_of_page[page] = key
+            _note(key, self._added, self._removed)
 
     def free(self, seq: int) -> None:
         """The sequence lets go of its pages. Published blocks stay cached while nobody needs the room."""
-        pages = self._held.pop(seq)
-        self._refs[pages] -= 1
+        refs, key_of_page, blocks, unused = self._refs, self._key_of_page, self._blocks, self._unused
+        freed: list[int] = []
         # Backwards, so that the suffix is the least recently used.
-        for page in reversed(pages):
-            if self._refs[page]:
+        for page in reversed(self._held.pop(seq)):
+            refs[page] -= 1
+            if refs[page]:
                 continue
-            key = self._key_of_page.get(page)
+            key = key_of_page[page]
             if key is None:
-                self._release(page)
-            elif page == self._blocks[key][0]:
-                self._unused[key] = None
+                freed.append(page)
+            elif page == blocks[key][0]:
+                unused[key] = None
+        if freed:
+            self._free.give(freed)
 
     def drain_changes(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
         """Keys (added, removed) since the last call; one that came and went is in neither."""
+        if not self._added and not self._removed:
+            return (), ()
         added, removed = tuple(self._added), tuple(self._removed)
         self._added.clear()
         self._removed.clear()
@@ -127,68 +133,42 @@ class PagePool:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a conservation law is broken: free + held + unused = all; counts agree."""
-        refs = np.zeros(self.num_pages, dtype=np.int32)
+        refs = np.zeros(self.num_pages, dtype=np.int64)
         for pages in self._held.values():
             assert len(set(pages)) == len(pages), "a sequence holds a page twice"
             refs[pages] += 1
-        assert (refs == self._refs).all(), "reference counts differ from holders"
+        assert refs.tolist() == self._refs, "reference counts differ from holders"
+        used = refs > 0
         unused = [page for key in self._unused for page in self._blocks[key]]
-        assert not self._refs[unused].any(), "an unused block is held"
-        assert not self._is_free[unused].any() and not self._is_free[refs > 0].any(), "a free page is in use"
-        assert int(self._is_free.sum()) == self._num_free
-        assert self._num_free + len(unused) + int((refs > 0).sum()) == self.num_pages, "pages leaked"
-
-    def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.page_tokens)
+        assert not used[unused].any(), "an unused block is held"
+        used[unused] = True
+        self._free.check_integrity(used)
+        keys = {page: key for key, pages in self._blocks.items() for page in pages}
+        assert [keys.get(page) for page in range(self.num_pages)] == self._key_of_page, "a page holds another block"
 
     def _append(self, pages: list[int], count: int) -> None:
-        while self._num_free < count:
-            self._evict()
-        taken: list[int] = []
-        if pages:
-            taken = self._run_after(pages[-1], count)
-        while len(taken) < count:
-            start, length = self._find_run(count - len(taken))
-            run = range(start, start + length)
-            self._is_free[start : start + length] = False
-            taken.extend(run)
-        self._num_free -= count
-        self._refs[taken] += 1
+        if count > self._free.num_free:
+            self._evict(count - self._free.num_free)
+        taken = self._free.take(count, pages[-1] if pages else None)
+        refs = self._refs
+        for page in taken:
+            refs[page] += 1
         pages.extend(taken)
 
-    def _run_after(self, last: int, count: int) -> list[int]:
-        end = last + 1
-        while end < self.num_pages and end - last <= count and self._is_free[end]:
-            end += 1
-        self._is_free[last + 1 : end] = False
-        return list(range(last + 1, end))
+    def _evict(self, num_pages: int) -> None:
+        freed: list[int] = []
+        while len(freed) < num_pages:
+            key, _ = self._unused.popitem(last=False)
+            pages = self._blocks.pop(key)
+            for page in pages:
+                self._key_of_page[page] = None
+            freed.extend(pages)
+            _note(key, self._removed, self._added)
+        self._free.give(freed)
 
-    def _find_run(self, count: int) -> tuple[int, int]:
-        """(start, length <= count) of free pages: a whole run on a row boundary, else the first whole run, else the longest."""
-        edges = np.flatnonzero(self._padded[1:] != self._padded[:-1])
-        starts, ends = edges[::2], edges[1::2]
-        aligned = -(-starts // self.row_pages) * self.row_pages
-        for candidates in (aligned, starts):
-            fits = np.flatnonzero(ends - candidates >= count)
-            if fits.size:
-                return int(candidates[fits[0]]), count
-        longest = int(np.argmax(ends - starts))
-        return int(starts[longest]), int(ends[longest] - starts[longest])
 
-    def _evict(self) -> None:
-        key, _ = self._unused.popitem(last=False)
-        for page in self._blocks.pop(key):
-            del self._key_of_page[page]
-            self._release(page)
-        self._note(key, self._removed, self._added)
-
-    def _release(self, page: int) -> None:
-        self._is_free[page] = True
-        self._num_free += 1
-
-    @staticmethod
-    def _note(key: bytes, into: dict[bytes, None], opposite: dict[bytes, None]) -> None:
-        if key in opposite:
-            del opposite[key]
-        else:
-            into[key] = None
+def _note(key: bytes, into: dict[bytes, None], opposite: dict[bytes, None]) -> None:
+    if key in opposite:
+        del opposite[key]
+    else:
+        into[key] = None

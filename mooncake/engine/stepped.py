@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from mooncake.core.types import Job, bytes_to_tokens
 from mooncake.engine.attempts import EngineProgress
-from mooncake.engine.base import KvReader, KvWriter, StepEngine, StepPlan, StepResult
-from mooncake.engine.core import EngineCore, EngineOutput, LoadKv, SequenceReleased, ServiceOutput, StoreKv
+from mooncake.engine.base import KvReader, KvWriter, LayerLoad, StepEngine, StepPlan, StepResult
+from mooncake.engine.core import EngineCore, EngineOutput, LeftBatch, LoadKv, SequenceReleased, ServiceOutput, StoreKv
 from mooncake.engine.kv_mover import Interval, KvMover, LoadTask, StoreTask
 from mooncake.engine.threads import start_thread
 
@@ -24,8 +24,8 @@ _Call = Callable[[], None]
 
 
 class SteppedEngine:
-    """on_progress and on_failure are called from the engine thread. on_failure(error): the engine is broken and will not
-    run again; the process should end and be restarted.
+    """on_progress is called from the engine thread, on_failure from it or from a copying one. on_failure(error): the engine is
+    broken and will not run again; the process should end and be restarted.
 
     record: keeps the intervals in which layers were loaded, computed and stored; None: not kept."""
 
@@ -48,7 +48,9 @@ class SteppedEngine:
         self._loads: dict[int, LoadTask] = {}
         self._step_stores: list[StoreTask] = []
         self._busy = False
-        self.mover = KvMover(step_engine, core.limits.block_tokens, self._load_ended, self._store_ended, record)
+        self.mover = KvMover(
+            step_engine, core.limits.block_tokens, self._load_ended, self._store_ended, on_failure, record
+        )
         self._thread = start_thread("engine", self._run)
 
     # ------------------------------------------------------------------ from any thread
@@ -59,7 +61,8 @@ class SteppedEngine:
         self._inbox.put(lambda: self._submit(seq, job, one_token, reader, writer))
 
     def abort(self, seq: int) -> None:
-        self._inbox.put(lambda: self.core.abort(seq))
+        self._inbox.put(lambda: self._abort(seq))
+        self._drop_load(seq)  # a step may be waiting for it
 
     def close(self) -> None:
         self._inbox.put(None)
@@ -78,6 +81,16 @@ class SteppedEngine:
             self._writers[seq] = writer
         source_tokens = 0 if reader is None else reader.num_tokens
         self.core.submit(seq, job, source_tokens=source_tokens, one_token=one_token, store=writer is not None)
+
+    def _abort(self, seq: int) -> None:
+        self.core.abort(seq)
+        self._drop_load(seq)
+
+    def _drop_load(self, seq: int) -> None:
+        """Nobody wants it any more, but it would hold the sequence's pages and keep the loads behind it waiting."""
+        task = self._loads.get(seq)
+        if task is not None:
+            task.fail()
 
     def _run(self) -> None:
         try:
@@ -110,26 +123,24 @@ class SteppedEngine:
     def _step(self, plan: StepPlan) -> int:
         began = time.monotonic_ns()
         stores, self._step_stores = self._step_stores, []
-        result = self._engine.run(plan, self._layer_hook(stores), self._loads)
+        trace = None if self._record is None else _ComputeTrace(self._record)
+        loads = self._loads if trace is None else trace.around(self._loads)
+        result = self._engine.run(plan, self._layer_hook(stores, trace), loads)
         for task in stores:
             self.mover.finish_store(task, task.seq not in result.failed)
         self.core.update(plan, _one_step(plan, result))
         return result.step_ns or time.monotonic_ns() - began
 
-    def _layer_hook(self, stores: list[StoreTask]) -> Callable[[int], None] | None:
-        record = self._record
-        if record is None and not stores:
+    def _layer_hook(self, stores: list[StoreTask], trace: _ComputeTrace | None) -> Callable[[int], None] | None:
+        if trace is None and not stores:
             return None
-        began = time.monotonic_ns()
 
         def hook(layer: int) -> None:
-            nonlocal began
             for task in stores:
                 self.mover.store_layer(task, layer)
-            if record is not None:
-                now = time.monotonic_ns()
-                record(Interval("compute", -1, layer, began, now))
-                began = now
+            if trace is not None:
+                trace.pause(layer)
+                trace.go_on()
 
         return hook
 
@@ -143,7 +154,7 @@ class SteppedEngine:
                 self.mover.load(task)
             elif isinstance(output, StoreKv):
                 self._start_store(output)
-            else:
+            elif not isinstance(output, LeftBatch):
                 if isinstance(output, SequenceReleased):
                     self._forget(output.seq)
                 rest.append(output)
@@ -174,6 +185,37 @@ class SteppedEngine:
 
     def _store_ended(self, task: StoreTask) -> None:
         self._inbox.put(lambda: self.core.stored(task.seq, task.start, task.end, task.ok))
+
+
+class _ComputeTrace:
+    """Records the computing of one step: all its time up to the last layer's KV but the waits for loads."""
+
+    def __init__(self, record: Callable[[Interval], None]) -> None:
+        self._record = record
+        self.go_on()
+
+    def go_on(self) -> None:
+        self._began = time.monotonic_ns()
+
+    def pause(self, layer: int) -> None:
+        self._record(Interval("compute", -1, layer, self._began, time.monotonic_ns()))
+
+    def around(self, loads: Mapping[int, LayerLoad]) -> dict[int, LayerLoad]:
+        return {seq: _TracedLoad(load, self) for seq, load in loads.items()}
+
+
+class _TracedLoad:
+    """A load that the step's trace pauses for."""
+
+    def __init__(self, load: LayerLoad, trace: _ComputeTrace) -> None:
+        self._load = load
+        self._trace = trace
+
+    def wait(self, layer: int) -> bool:
+        self._trace.pause(layer)
+        ok = self._load.wait(layer)
+        self._trace.go_on()
+        return ok
 
 
 def _one_step(plan: StepPlan, result: StepResult) -> StepResult:

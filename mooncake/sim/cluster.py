@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from mooncake.core.messages import CONDUCTOR, AnyMessage
+from mooncake.core.messages import CONDUCTOR, AnyMessage, Send
 from mooncake.core.types import NANOS_PER_S, CostModel, InstanceInfo, Role
 from mooncake.engine.base import EngineLimits
 from mooncake.scheduler.config import ConductorConfig
@@ -20,7 +20,7 @@ from mooncake.scheduler.dispatcher import DispatcherLimits
 from mooncake.sim.engine import EngineConfig
 from mooncake.sim.frontend import FRONTEND_LOST, Model, RequestRecord, SimFrontend, SimRequest
 from mooncake.sim.instance import InstanceConfig, SimInstance
-from mooncake.sim.loop import CoreRunner, Loop
+from mooncake.sim.loop import CoreRunner, Loop, Observer
 from mooncake.sim.network import Network, NetworkConfig, Peer
 from mooncake.sim.node import NodeClient, NodeConfig, SimNode
 
@@ -68,10 +68,10 @@ Watch = Callable[[int, str, Any, Any, list[Any]], None]
 
 
 class SimConductor:
-    def __init__(self, config: ConductorConfig, seed: int, loop: Loop, network: Network, observe: Any) -> None:
+    def __init__(self, config: ConductorConfig, seed: int, loop: Loop, network: Network, observe: Observer | None) -> None:
         self.core = ConductorCore(config, random.Random(seed))
-        self.runner = CoreRunner(loop, CONDUCTOR, self.core, self._perform, Tick(), observe)
-        self._network = network
+        actions = {Send: lambda command: network.send(CONDUCTOR, command.to, command.message)}
+        self.runner = CoreRunner(loop, CONDUCTOR, self.core, actions, Tick(), observe)
 
     def kill(self) -> None:
         self.runner.stop()
@@ -82,11 +82,9 @@ class SimConductor:
     def gone(self, peer: str) -> None:
         self.runner.handle(PeerGone(peer))
 
-    def received(self, sender: str, message: AnyMessage) -> None:
-        self.runner.handle(Received(sender, message))
-
-    def _perform(self, command: Any) -> None:
-        self._network.send(CONDUCTOR, command.to, command.message)
+    def received(self, sender: str, messages: list[AnyMessage]) -> None:
+        for message in messages:
+            self.runner.handle(Received(sender, message))
 
 
 class SimCluster:
@@ -133,11 +131,11 @@ class SimCluster:
             record = RequestRecord(len(self.records), request)
             self.records.append(record)
             self._arrivals_left += 1
-            self.loop.at(request.arrival_ns, lambda record=record: self._arrive(record))  # type: ignore[misc]
+            self.loop.at(request.arrival_ns, self._arrive, record)
 
     def run(self, until: int) -> None:
         """Until all requests have ended, or until that time."""
-        self.loop.run(until, lambda: not self._arrivals_left and not self.num_running)
+        self.loop.run(until)
 
     def settle(self, duration: int = 20 * NANOS_PER_S) -> None:
         """Let what is left over be found and cleared away."""
@@ -146,15 +144,18 @@ class SimCluster:
     def _arrive(self, record: RequestRecord) -> None:
         self._arrivals_left -= 1
         name = f"frontend-{record.number % self.config.frontends}"
+        self.num_running += 1
         frontend = self.frontends.get(name)
         if frontend is None:
             record.end(FRONTEND_LOST)
-            return
-        self.num_running += 1
-        frontend.start(record)
+            self._ended()
+        else:
+            frontend.start(record)
 
     def _ended(self) -> None:
         self.num_running -= 1
+        if not self.num_running and not self._arrivals_left:
+            self.loop.stop()
 
     # ------------------------------------------------------------------ processes
 
@@ -185,6 +186,7 @@ class SimCluster:
         """As by kill -9. Dead processes are left alone."""
         if not self.alive(name):
             return
+        self._flush()
         self.network.kill(name)
         if name == CONDUCTOR:
             assert self.conductor is not None
@@ -197,16 +199,16 @@ class SimCluster:
 
     def _new_conductor(self) -> SimConductor:
         seed = self.rng.randrange(1 << 32)
-        return SimConductor(self.config.conductor, seed, self.loop, self.network, self._observe)
+        return SimConductor(self.config.conductor, seed, self.loop, self.network, self._observer)
 
     def _new_frontend(self, name: str) -> SimFrontend:
         config = self.config
         return SimFrontend(
-            name, config.dispatcher, config.block_tokens, self.loop, self.network, self._observe, self._ended
+            name, config.dispatcher, config.block_tokens, self.loop, self.network, self._observer, self._ended
         )
 
     def _new_node(self, name: str, epoch: int) -> SimNode:
-        return SimNode(name, epoch, self.config.node, self.loop, self.network, self._observe, self._chance)
+        return SimNode(name, epoch, self.config.node, self.loop, self.network, self._observer, self._chance)
 
     def _new_instance(self, name: str, role: Role, number: int, epoch: int) -> SimInstance:
         config = self.config
@@ -236,7 +238,7 @@ class SimCluster:
             self.network,
             self._connect,
             self.model,
-            self._observe,
+            self._observer,
             self._chance,
         )
 
@@ -245,6 +247,21 @@ class SimCluster:
         if found is None or not self.network.reachable(node, instance):
             return None
         return found.attach(instance, self._node_of[instance] == node)
+
+    def _flush(self) -> None:
+        """What instances have said by now, though the simulation has kept it back."""
+        for instance in self.instances.values():
+            instance.engine.flush()
+
+    def cut(self, one: str, other: str, duration: int) -> None:
+        """Nothing passes between the two for a while."""
+        self._flush()
+        self.network.cut(one, other, duration)
+
+    def reset(self, one: str, other: str) -> None:
+        """The stream between the two breaks and is made anew."""
+        self._flush()
+        self.network.reset(one, other)
 
     def _cut(self, one: str, other: str) -> None:
         for instance, node in ((one, other), (other, one)):
@@ -255,6 +272,10 @@ class SimCluster:
         return share > 0 and self.rng.random() < share
 
     # ------------------------------------------------------------------ watching
+
+    @property
+    def _observer(self) -> Observer | None:
+        return self._observe if self._watch is not None else None
 
     def _observe(self, name: str, core: Any, event: Any, commands: list[Any]) -> None:
         if self._watch is not None:

@@ -1,33 +1,54 @@
 """An engine in virtual time: the real `EngineCore`, steps as long as the cost model says, tokens by a pure function.
 
 It goes round as the live engine thread does (`mooncake.engine.stepped`): take all calls, plan, copy, compute, apply,
-tell. When a plan holds for several steps, they are run as one event; a call that comes meanwhile ends the run at the
-end of the step that it falls into, where the live thread would have taken it. So every token's time is that of one step
-at a time.
+tell. Two things differ, and neither changes what happens when:
+
+* When a plan holds for several steps, they are run as one event; a call that comes meanwhile ends the run at the end of the
+  step that it falls into, where the live thread would have taken it. So every token's time is that of one step at a time.
+* Of a sequence that decodes, tokens are told when it has its first, when it ends or leaves the batch, and when somebody is about
+  to miss them (`flush`), with the time of each; nobody decides anything by those in between.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable
-from typing import Protocol
+import heapq
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 
-from mooncake.core.types import CostModel, Job
+from mooncake.core.types import NANOS_PER_MS, CostModel, Job
 from mooncake.engine.attempts import EngineProgress
 from mooncake.engine.base import StepItem, StepPlan, StepResult
-from mooncake.engine.core import EngineCore, EngineOutput, LoadKv, SequenceReleased, ServiceOutput, StoreKv
+from mooncake.engine.core import (
+    Drawn,
+    EngineCore,
+    EngineOutput,
+    LeftBatch,
+    LoadKv,
+    SequenceReleased,
+    ServiceOutput,
+    StoreKv,
+)
 from mooncake.engine.simulated import step_ns
 from mooncake.sim.loop import Call, Loop
 
 Done = Callable[[bool], None]
+Times = array  # of nanoseconds, type code q
+
+_FEW_STEPS = 12
+"""Up to so many, a loop is faster than numpy."""
 
 
 class Oracle(Protocol):
     """What the simulated model says, which no policy may know."""
 
-    def token(self, job: Job, choice: int, position: int) -> int: ...
+    def tokens(self, job: Job, choice: int, first: int, last: int) -> tuple[int, ...]:
+        """At the positions [first, last)."""
+        ...
 
     def num_left(self, job: Job, position: int) -> int:
         """Tokens from `position` to the one that stops the job's own choice, that one included."""
@@ -43,7 +64,8 @@ class Copies(Protocol):
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """one_step: run every plan for a single step, as live. fault: share of steps in which one sequence cannot be computed."""
+    """one_step: run every plan for a single step and tell every token at once, as live. fault: share of steps in which one
+    sequence cannot be computed."""
 
     cost: CostModel
     one_step: bool = False
@@ -55,7 +77,7 @@ class _Run:
 
     __slots__ = ("ends", "failed", "num_steps", "outputs", "plan", "started", "stores", "waits")
 
-    def __init__(self, plan: StepPlan, started: int, ends: list[int], outputs: list[ServiceOutput]) -> None:
+    def __init__(self, plan: StepPlan, started: int, ends: Sequence[int], outputs: list[ServiceOutput]) -> None:
         self.plan = plan
         self.started = started
         self.ends = ends
@@ -63,10 +85,25 @@ class _Run:
         self.outputs = outputs
         self.waits: dict[int, None] = {}
         self.failed: dict[int, None] = {}
-        self.stores: list[Call] = []
+        self.stores: list[Callable[[], None]] = []
+
+
+class _Member:
+    """A sequence of the decode batch. Its token at position p is drawn by step p - offset of this engine; `end`: how many steps
+    there were when it has drawn its last token; told: position of the first token that was not told."""
+
+    __slots__ = ("end", "job", "offset", "told")
+
+    def __init__(self, job: Job, told: int, offset: int, end: int) -> None:
+        self.job = job
+        self.told = told
+        self.offset = offset
+        self.end = end
 
 
 class SimEngine:
+    """tell(progress, times): times of the tokens in it, by (request, choice)."""
+
     def __init__(
         self,
         core: EngineCore,
@@ -74,11 +111,12 @@ class SimEngine:
         loop: Loop,
         copies: Copies,
         oracle: Oracle,
-        tell: Callable[[EngineProgress, list[int]], None],
+        tell: Callable[[EngineProgress, dict[tuple[int, int], Times]], None],
         chance: Callable[[float], bool],
     ) -> None:
         self.core = core
         self.alive = True
+        self.busy_ns = 0
         self._config = config
         self._loop = loop
         self._copies = copies
@@ -86,7 +124,13 @@ class SimEngine:
         self._tell = tell
         self._chance = chance
         self._jobs: dict[int, Job] = {}
-        self._inbox: list[Call] = []
+        self._members: dict[int, _Member] = {}
+        self._ends: list[tuple[int, int]] = []
+        """(member's end, sequence), earliest first; an entry counts as long as there is such a member."""
+        self._step_ends: Times = array("q")
+        """When each step so far was computed."""
+        self._times: dict[tuple[int, int], Times] = {}
+        self._inbox: list[tuple[Call, tuple[Any, ...]]] = []
         self._loads: dict[int, bool | None] = {}
         """How the load of a sequence ended, or None while it is under way."""
         self._run: _Run | None = None
@@ -96,13 +140,28 @@ class SimEngine:
 
     def submit(self, seq: int, job: Job, *, source_tokens: int, one_token: bool, store: bool) -> None:
         self._jobs[seq] = job
-        self._call(lambda: self.core.submit(seq, job, source_tokens=source_tokens, one_token=one_token, store=store))
+        self._call(self._submit, seq, job, source_tokens, one_token, store)
 
     def abort(self, seq: int) -> None:
-        self._call(lambda: self.core.abort(seq))
+        self._call(self.core.abort, seq)
 
-    def _call(self, call: Call) -> None:
-        self._inbox.append(call)
+    def flush(self) -> None:
+        """Tell what was computed so far: this process, or somebody who hears it, is about to be lost."""
+        run = self._run
+        if run is None or not self._members:
+            return
+        # The last step of the run may end sequences; that is told when it ends.
+        num_done = min(bisect_right(run.ends, self._loop.now, 0, run.num_steps), run.num_steps - 1)
+        done = array("q", run.ends[:num_done])
+        for seq, member in self._members.items():
+            self._tell_member(seq, member, len(self._step_ends) + num_done, self._step_ends + done)
+        self._report(self._perform(self.core.take_outputs(), []), 0)
+
+    def _submit(self, seq: int, job: Job, source_tokens: int, one_token: bool, store: bool) -> None:
+        self.core.submit(seq, job, source_tokens=source_tokens, one_token=one_token, store=store)
+
+    def _call(self, call: Call, *arguments: Any) -> None:
+        self._inbox.append((call, arguments))
         if self._run is None:
             self._wake()
         else:
@@ -120,45 +179,65 @@ class SimEngine:
         if not self.alive or self._run is not None:
             return
         calls, self._inbox = self._inbox, []
-        for call in calls:
-            call()
+        for call, arguments in calls:
+            call(*arguments)
         plan = self.core.schedule()
         during: list[StoreKv] = []
         outputs = self._perform(self.core.take_outputs(), during)
         if plan is None:
-            self._report(outputs, [], 0)
+            self._report(outputs, 0)
             return
-        run = self._run = _Run(plan, self._loop.now, self._step_ends(plan), outputs)
+        for seq in plan.joined:
+            self._join(seq)
+        now = self._loop.now
+        run = self._run = _Run(plan, now, self._step_ends_of(plan, 1 if outputs else plan.horizon), outputs)
         for item in plan.items:
             if item.num_loading:
                 self._wait_for_load(run, item.seq)
         for command in during:
             self._store_during(run, command)
-        self._await_end(run)
+        self._loop.at(run.ends[-1], self._end, run, run.num_steps)
 
-    def _step_ends(self, plan: StepPlan) -> list[int]:
-        """When each step of the run ends. Nobody draws its last token before the last of them."""
-        now = self._loop.now
-        items, cost = plan.items, self._config.cost
-        ends = [now + step_ns(cost, items)]
-        if self._config.one_step or plan.horizon == 1:
-            return ends
-        steps = min(plan.horizon, *(self._oracle.num_left(self._jobs[i.seq], i.start + 1) for i in items))
-        context = sum(item.start + 1 for item in items)
-        for step in range(1, steps):
-            ends.append(ends[-1] + cost.decode_ns(len(items), context + step * len(items)))
+    def _join(self, seq: int) -> None:
+        job, num_tokens, clock = self._jobs[seq], self.core.num_tokens(seq), len(self._step_ends)
+        left = min(self._oracle.num_left(job, num_tokens), self.core.steps_left(seq))
+        self._members[seq] = _Member(job, num_tokens, num_tokens - clock, clock + left)
+        heapq.heappush(self._ends, (clock + left, seq))
+
+    def _step_ends_of(self, plan: StepPlan, num_steps_max: int) -> Sequence[int]:
+        """When each step of the run ends. Nobody draws its first token, or its last, before the last of them."""
+        now, cost = self._loop.now, self._config.cost
+        num_decode, num_context = plan.num_decode, plan.num_context
+        steps = 1
+        if num_steps_max > 1 and not plan.joined and not self._config.one_step:
+            steps = min(num_steps_max, self._next_end() - len(self._step_ends))
+        if steps == 1:
+            return [now + step_ns(cost, plan.items, num_decode, num_context)]
+        if steps > _FEW_STEPS:
+            return _many_ends(now, cost, num_decode, num_context, steps)
+        ends = []
+        for _ in range(steps):
+            now += cost.decode_ns(num_decode, num_context)
+            ends.append(now)
+            num_context += num_decode
         return ends
+
+    def _next_end(self) -> int:
+        ends = self._ends
+        while True:
+            end, seq = ends[0]
+            member = self._members.get(seq)
+            if member is not None and member.end == end:
+                return end
+            heapq.heappop(ends)
 
     def _cut(self, run: _Run) -> None:
         """A call came: the run ends with the step that is being computed."""
-        steps = bisect_left(run.ends, self._loop.now, 0, run.num_steps) + 1
-        if steps < run.num_steps:
-            run.num_steps = steps
-            self._await_end(run)
-
-    def _await_end(self, run: _Run) -> None:
-        steps = run.num_steps
-        self._loop.at(run.ends[steps - 1], lambda: self._end(run, steps))
+        if run.num_steps > 1:
+            steps = bisect_left(run.ends, self._loop.now, 0, run.num_steps) + 1
+            if steps < run.num_steps:
+                run.num_steps = steps
+                self._loop.at(int(run.ends[steps - 1]), self._end, run, steps)
 
     def _end(self, run: _Run, steps: int) -> None:
         if self.alive and self._run is run and run.num_steps == steps and not run.waits:
@@ -166,45 +245,111 @@ class SimEngine:
 
     def _finish(self, run: _Run) -> None:
         self._run = None
-        items, steps = run.plan.items, run.num_steps
+        plan, steps, now = run.plan, run.num_steps, self._loop.now
+        self.busy_ns += now - run.started
+        if steps == 1:
+            self._step_ends.append(now)
+        else:
+            self._step_ends.extend(run.ends[:steps])
         if self._chance(self._config.fault):
-            run.failed[items[0].seq] = None
-        times = run.ends[:steps] if steps > 1 else [self._loop.now]
-        tokens = tuple(self._draw(item, steps) if item.sample else () for item in items)
-        self.core.update(run.plan, StepResult(tokens, failed=tuple(run.failed)))
+            self._fail_one(run)
+        tokens = tuple([self._draw(item) if item.sample else () for item in plan.items])
+        told = self._told_now(run) if self._members else ()
+        result = StepResult(tokens, failed=tuple(run.failed), num_steps=steps, told=told)
+        self.core.update(plan, result)
         for end_store in run.stores:
             end_store()
         outputs = run.outputs + self._perform(self.core.take_outputs(), [])
-        self._report(outputs, times, (self._loop.now - run.started) // steps or 1)
+        self._report(outputs, (now - run.started) // steps or 1)
         self._wake()
 
-    def _draw(self, item: StepItem, num_steps: int) -> tuple[int, ...]:
+    def _fail_one(self, run: _Run) -> None:
+        """The last step could not compute one sequence; what it drew before is good."""
+        items = run.plan.items
+        seq = items[0].seq if items else next(iter(self._members), None)
+        if seq is not None:
+            run.failed[seq] = None
+        member = self._members.get(seq) if seq is not None else None
+        if seq is not None and member is not None:
+            self._tell_member(seq, member, len(self._step_ends) - 1, self._step_ends)
+
+    # ------------------------------------------------------------------ tokens
+
+    def _draw(self, item: StepItem) -> tuple[int, ...]:
+        """Of a sequence that is not in the batch: the token after its known ones, or one for each choice."""
         job, position = self._jobs[item.seq], item.start + item.count
-        first = job.key.choice
+        key, tokens = job.key, self._oracle.tokens
+        time = self._step_ends[-1:]
+        for choice in range(key.choice, key.choice + job.num_choices):
+            self._times[key.request, choice] = time
         if job.joint:
-            return tuple(self._oracle.token(job, first + index, position) for index in range(job.num_choices))
-        return tuple(self._oracle.token(job, first, position + step) for step in range(num_steps))
+            choices = range(key.choice, key.choice + job.num_choices)
+            return tuple([tokens(job, choice, position, position + 1)[0] for choice in choices])
+        return tokens(job, key.choice, position, position + 1)
+
+    def _told_now(self, run: _Run) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Tokens of those that end with this run, of those that have their first, and of those that failed."""
+        clock = len(self._step_ends)
+        if self._config.one_step:
+            due = list(self._members)
+        else:
+            due = [seq for seq in (*run.plan.joined, *run.failed) if seq in self._members]
+            while self._ends and self._ends[0][0] <= clock:
+                end, seq = heapq.heappop(self._ends)
+                member = self._members.get(seq)
+                if member is not None and member.end == end:
+                    due.append(seq)
+        return tuple([(seq, self._take_tokens(self._members[seq], clock, self._step_ends)) for seq in dict.fromkeys(due)])
+
+    def _take_tokens(self, member: _Member, clock: int, step_ends: Times) -> tuple[int, ...]:
+        """All that were drawn by then and not told."""
+        first, last = member.told, member.offset + clock
+        member.told = last
+        key = member.job.key
+        self._times[key.request, key.choice] = step_ends[first - member.offset : last - member.offset]
+        return self._oracle.tokens(member.job, key.choice, first, last)
+
+    def _tell_member(self, seq: int, member: _Member, clock: int, step_ends: Times) -> None:
+        tokens = self._take_tokens(member, clock, step_ends)
+        if tokens:
+            self.core.tell(seq, tokens)
 
     # ------------------------------------------------------------------ copies
 
     def _perform(self, outputs: list[EngineOutput], during: list[StoreKv]) -> list[ServiceOutput]:
         rest: list[ServiceOutput] = []
         for output in outputs:
-            if isinstance(output, LoadKv):
+            kind = type(output)
+            if kind is LoadKv:
                 self._start_load(output)
-            elif not isinstance(output, StoreKv):
-                rest.append(output)
-                if isinstance(output, SequenceReleased):
-                    del self._jobs[output.seq]
-                    self._loads.pop(output.seq, None)
-            elif output.during_step:
-                during.append(output)
+            elif kind is StoreKv:
+                if output.during_step:
+                    during.append(output)
+                else:
+                    self._copies.store(output, self._stored(output))
+            elif kind is LeftBatch:
+                self._leave(output)
+                rest += self._perform(self.core.take_outputs(), during)
             else:
-                self._copies.store(output, self._stored(output))
+                rest.append(output)
+                if kind is SequenceReleased:
+                    self._forget(output.seq)
+                elif kind is Drawn and output.finish is not None:
+                    self._members.pop(output.seq, None)
         return rest
 
+    def _leave(self, command: LeftBatch) -> None:
+        member = self._members.pop(command.seq, None)
+        if member is not None:  # else it had come with the same plan
+            self._tell_member(command.seq, member, command.num_tokens - member.offset, self._step_ends)
+
+    def _forget(self, seq: int) -> None:
+        del self._jobs[seq]
+        self._members.pop(seq, None)
+        self._loads.pop(seq, None)
+
     def _stored(self, command: StoreKv) -> Done:
-        return lambda ok: self._call(lambda: self.core.stored(command.seq, command.start, command.end, ok))
+        return lambda ok: self._call(self.core.stored, command.seq, command.start, command.end, ok)
 
     def _start_load(self, command: LoadKv) -> None:
         seq = command.seq
@@ -214,7 +359,7 @@ class SimEngine:
             self._loads[seq] = ok
             if self._run is not None:
                 self._load_ended(self._run, seq, ok)
-            self._call(lambda: self.core.loaded(seq, ok))
+            self._call(self.core.loaded, seq, ok)
 
         self._copies.load(command, done)
 
@@ -233,7 +378,7 @@ class SimEngine:
         if not ok:
             run.failed[seq] = None
         if not run.waits and run.ends[0] <= self._loop.now:
-            self._loop.after(0, lambda: self._end(run, 1))
+            self._loop.after(0, self._end, run, 1)
 
     def _store_during(self, run: _Run, command: StoreKv) -> None:
         """The copy follows the computation layer by layer; it ends when both have, and is void if the computation is."""
@@ -250,8 +395,19 @@ class SimEngine:
 
     # ------------------------------------------------------------------ telling
 
-    def _report(self, outputs: list[ServiceOutput], times: list[int], duration: int) -> None:
-        """times: when each step since the last report was computed."""
+    def _report(self, outputs: list[ServiceOutput], duration: int) -> None:
         added, removed = self.core.pool.drain_changes()
-        if outputs or duration or added or removed:
+        if outputs or added or removed:
+            times, self._times = self._times, {}
             self._tell(EngineProgress(tuple(outputs), self.core.load, duration, added, removed), times)
+
+
+def _many_ends(now: int, cost: CostModel, num_decode: int, num_context: int, steps: int) -> Sequence[int]:
+    """`cost.decode_ns` of each step, summed up, to the nanosecond."""
+    a, b, c = cost.decode
+    context = num_context + num_decode * np.arange(steps, dtype=np.int64)
+    durations = ((a + b * num_decode + c * context / 1e6) * NANOS_PER_MS).astype(np.int64)
+    durations[0] += now
+    ends: Times = array("q")
+    ends.frombytes(durations.cumsum().tobytes())
+    return ends

@@ -66,15 +66,15 @@ def draw_faults(rng: random.Random, names: Sequence[str], span_ns: int, rates: F
 
 def schedule(cluster: SimCluster, faults: Iterable[Fault]) -> None:
     for fault in faults:
-        cluster.loop.at(fault.at, lambda fault=fault: _strike(cluster, fault))  # type: ignore[misc]
+        cluster.loop.at(fault.at, _strike, cluster, fault)
 
 
 def _strike(cluster: SimCluster, fault: Fault) -> None:
     match fault:
         case Kill() if cluster.alive(fault.name):
             cluster.kill(fault.name)
-            cluster.loop.after(fault.down_ns, lambda: cluster.start(fault.name))
+            cluster.loop.after(fault.down_ns, cluster.start, fault.name)
         case Cut():
-            cluster.network.cut(fault.one, fault.other, fault.duration_ns)
+            cluster.cut(fault.one, fault.other, fault.duration_ns)
         case Reset():
-            cluster.network.reset(fault.one, fault.other)
+            cluster.reset(fault.one, fault.other)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from mooncake.core.messages import AnyMessage, Send
+from mooncake.core.noise import noise
 from mooncake.core.types import Job, SamplingParams, Slo
-from mooncake.engine.simulated import draw_token
 from mooncake.scheduler.dispatcher import (
     Cancel,
     Connect,
@@ -27,11 +28,11 @@ from mooncake.scheduler.dispatcher import (
     Start,
     Tick,
 )
+from mooncake.sim.engine import Times
 from mooncake.sim.instance import TimedTokens
 from mooncake.sim.loop import CoreRunner, Loop, Observer
 from mooncake.sim.network import Network
 
-STOP_TOKEN = 2
 FRONTEND_LOST = "frontend_lost"
 CANCELLED = "cancelled"
 
@@ -55,15 +56,37 @@ class SimRequest(msgspec.Struct, frozen=True):
 
 
 class ChoiceRecord:
-    """times: when each token reached the client; computed: when it was computed. finish: stop or length, "" until then."""
+    """finish: stop or length, "" until then. Times are kept as they came, a piece each time, and are put together when asked
+    for."""
 
-    __slots__ = ("computed", "finish", "times", "tokens")
+    __slots__ = ("_pieces", "_tokens", "finish")
 
     def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.times: list[int] = []
-        self.computed: list[int] = []
         self.finish = ""
+        self._tokens = array("I")
+        self._pieces: list[tuple[Times, int]] = []
+
+    def add(self, tokens: tuple[int, ...], computed: Times, now: int) -> None:
+        """Tokens that reach the client now, of which the last was computed the same time ago as every other one when it came."""
+        self._tokens.extend(tokens)
+        self._pieces.append((computed, now - computed[-1]))
+
+    @property
+    def tokens(self) -> list[int]:
+        return self._tokens.tolist()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def times(self) -> list[int]:
+        """When each token reached the client."""
+        return [time + way for piece, way in self._pieces for time in piece]
+
+    @property
+    def computed(self) -> list[int]:
+        return [time for piece, _ in self._pieces for time in piece]
 
 
 class RequestRecord:
@@ -106,17 +129,25 @@ class RequestRecord:
     def stop_position(self, choice: int) -> int:
         return self.request.num_tokens + self.request.output_length + choice - 1
 
-    def expected_token(self, choice: int, position: int) -> int:
-        return STOP_TOKEN if position == self.stop_position(choice) else draw_token(self.number, choice, position)
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Of each choice the token at which it stops."""
+        stops = [(choice, self.stop_position(choice)) for choice in range(self.request.num_choices)]
+        return tuple([token_range(self.number, choice, at, at + 1)[0] for choice, at in stops])
 
     def expected_tokens(self, choice: int = 0) -> list[int]:
         start = self.request.num_tokens
         end = min(self.stop_position(choice) + 1, start + self.request.max_tokens)
-        return [self.expected_token(choice, position) for position in range(start, end)]
+        return list(token_range(self.number, choice, start, end))
 
     def end(self, outcome: str, detail: str = "") -> None:
         assert not self.outcome, f"request {self.number} ends as {outcome} after it ended as {self.outcome}"
         self.outcome, self.detail = outcome, detail
+
+
+def token_range(number: int, choice: int, first: int, last: int) -> range:
+    """Tokens at the positions [first, last) of an output: each tells its request, choice and position apart from all others'."""
+    base = noise(number, choice, 0) % (1 << 11) << 21  # tokens have 32 bits, positions less than 21
+    return range(base + first, base + last)
 
 
 class Model:
@@ -125,12 +156,11 @@ class Model:
     def __init__(self, records: list[RequestRecord]) -> None:
         self._records = records
 
-    def token(self, job: Job, choice: int, position: int) -> int:
-        return self._records[job.key.request].expected_token(choice, position)
+    def tokens(self, job: Job, choice: int, first: int, last: int) -> tuple[int, ...]:
+        return tuple(token_range(job.key.request, choice, first, last))
 
     def num_left(self, job: Job, position: int) -> int:
         return max(1, self._records[job.key.request].stop_position(job.key.choice) + 1 - position)
-
 
 def extend_keys(block_tokens: int) -> Callable[[RequestSpec, list[int]], tuple[bytes, ...]]:
     """Keys of blocks that end in generated tokens: there is no prompt to hash, so the request's number stands in."""
@@ -151,20 +181,18 @@ class SimFrontend:
         block_tokens: int,
         loop: Loop,
         network: Network,
-        observe: Observer,
+        observe: Observer | None,
         on_ended: Callable[[], None],
     ) -> None:
         self.name = name
         self.core = Dispatcher(name, limits, extend_keys(block_tokens))
-        self.runner = CoreRunner(loop, name, self.core, self._perform, Tick(), observe)
         self._loop = loop
         self._network = network
         self._on_ended = on_ended
         self._running: dict[int, RequestRecord] = {}
-        self._counts: dict[tuple[int, int], int] = {}
-        """By request and choice, how many tokens the message being handled has, and when these were computed."""
-        self._times: list[int] = []
-        self._actions: dict[type, Callable[[Any], None]] = {
+        self._times: dict[tuple[int, int], Times] = {}
+        """By request and choice, when the tokens of the message being handled were computed."""
+        actions: dict[type, Callable[[Any], None]] = {
             Send: lambda command: network.send(self.name, command.to, command.message),
             Output: self._output,
             Failure: lambda command: self._running[command.number].end(command.reason, command.detail),
@@ -172,6 +200,7 @@ class SimFrontend:
             Connect: lambda command: network.dial(self.name, command.instance.name),
             Disconnect: lambda command: network.hang_up(self.name, command.peer),
         }
+        self.runner = CoreRunner(loop, name, self.core, actions, Tick(), observe)
 
     # ------------------------------------------------------------------ clients
 
@@ -184,7 +213,7 @@ class SimFrontend:
             token_ids=b"",
             root_key=b"",
             block_keys=request.block_keys,
-            sampling=SamplingParams(seed=record.number, stop_token_ids=(STOP_TOKEN,)),
+            sampling=SamplingParams(seed=record.number, stop_token_ids=record.stop_tokens()),
             max_tokens=request.max_tokens,
             client_max_tokens=request.client_max_tokens,
             tenant=request.tenant,
@@ -195,7 +224,7 @@ class SimFrontend:
         )
         self.runner.handle(Start(spec))
         if request.cancel_after_ns is not None:
-            self._loop.after(request.cancel_after_ns, lambda: self._cancel(record))
+            self._loop.after(request.cancel_after_ns, self._cancel, record)
 
     def _cancel(self, record: RequestRecord) -> None:
         if self.runner.alive and not record.outcome:
@@ -207,12 +236,8 @@ class SimFrontend:
         assert not record.outcome, f"tokens of request {output.number} after its end"
         choice = record.choices[output.choice]
         assert not choice.finish, f"tokens of choice {output.choice} of request {output.number} after its end"
-        count = self._counts[output.number, output.choice]
-        times = self._times[:count][-len(output.token_ids) :]
-        shift = self._loop.now - times[-1]
-        choice.tokens.extend(output.token_ids)
-        choice.computed.extend(times)
-        choice.times.extend(time + shift for time in times)
+        times = self._times[output.number, output.choice]
+        choice.add(output.token_ids, times[-len(output.token_ids) :], self._loop.now)
         if output.cached_tokens is not None:
             record.cached_tokens = output.cached_tokens
         if output.finish is not None:
@@ -245,11 +270,8 @@ class SimFrontend:
     def gone(self, peer: str) -> None:
         self.runner.handle(PeerGone(peer))
 
-    def received(self, sender: str, message: AnyMessage | TimedTokens) -> None:
-        if isinstance(message, TimedTokens):
-            self._times, message = message.times, message.message
-            self._counts = {(o.key.request, o.key.choice): len(o.token_ids) for o in message.outputs}
-        self.runner.handle(Received(sender, message))
-
-    def _perform(self, command: Any) -> None:
-        self._actions[type(command)](command)
+    def received(self, sender: str, messages: list[AnyMessage | TimedTokens]) -> None:
+        for message in messages:
+            if isinstance(message, TimedTokens):
+                self._times, message = message.times, message.message
+            self.runner.handle(Received(sender, message))

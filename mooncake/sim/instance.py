@@ -29,7 +29,7 @@ from mooncake.engine.attempts import (
 from mooncake.engine.base import EngineLimits
 from mooncake.engine.core import EngineCore, LoadKv, StoreKv
 from mooncake.prefill.core import CommitKv, KvCommitted, KvReserved, PrefillCore, PrefillLimits, ReleaseKv, ReserveKv
-from mooncake.sim.engine import Done, EngineConfig, Oracle, SimEngine
+from mooncake.sim.engine import Done, EngineConfig, Oracle, SimEngine, Times
 from mooncake.sim.loop import CoreRunner, Loop, Observer
 from mooncake.sim.network import Network
 from mooncake.sim.node import NodeClient, SimSource, SimTarget
@@ -42,10 +42,10 @@ class InstanceConfig(msgspec.Struct, frozen=True):
 
 
 class TimedTokens(msgspec.Struct, frozen=True):
-    """StepTokens of a run of steps, with the time at which each step was computed."""
+    """StepTokens of one step or many, with the time at which each token was computed, by (request, choice)."""
 
     message: StepTokens
-    times: list[int]
+    times: dict[tuple[int, int], Times]
 
 
 ConnectNode = Callable[[str, str], NodeClient | None]
@@ -61,7 +61,7 @@ class SimInstance:
         network: Network,
         connect: ConnectNode,
         oracle: Oracle,
-        observe: Observer,
+        observe: Observer | None,
         chance: Callable[[float], bool],
     ) -> None:
         self.info = info
@@ -70,12 +70,12 @@ class SimInstance:
         self._network = network
         self._connect = connect
         self._observe = observe
-        self._times: list[int] = []
+        self._times: dict[tuple[int, int], Times] = {}
         self._clients: dict[str, NodeClient] = {}
         self._sources: dict[int, SimSource] = {}
         self._targets: dict[int, SimTarget] = {}
         prefill = info.role is Role.PREFILL
-        engine_core = EngineCore(config.limits, overlap_loads=prefill)
+        engine_core = EngineCore(config.limits, overlap_loads=prefill, row_pages=None, list_decodes=False)
         self.engine = SimEngine(engine_core, config.engine, loop, self, oracle, self._progress, chance)
         self.core: PrefillCore | DecodeCore
         if prefill:
@@ -83,8 +83,7 @@ class SimInstance:
             self.core = PrefillCore(info, limits, config.limits.block_tokens, _partial_key, engine_core.refusal)
         else:
             self.core = DecodeCore(info, config.max_queued, engine_core.refusal)
-        self.runner = CoreRunner(loop, info.name, self.core, self._perform, Tick(), observe)
-        self._actions: dict[type, Callable[[Any], None]] = {
+        actions: dict[type, Callable[[Any], None]] = {
             Send: self._send,
             OpenSource: self._open_source,
             CloseSource: lambda command: self._sources.pop(command.seq).close(),
@@ -94,6 +93,7 @@ class SimInstance:
             CommitKv: self._commit,
             ReleaseKv: lambda command: self._targets.pop(command.seq).close(),
         }
+        self.runner = CoreRunner(loop, info.name, self.core, actions, Tick(), observe)
 
     # ------------------------------------------------------------------ process
 
@@ -109,8 +109,9 @@ class SimInstance:
     def gone(self, peer: str) -> None:
         self.runner.handle(PeerGone(peer))
 
-    def received(self, sender: str, message: AnyMessage) -> None:
-        self.runner.handle(Received(sender, message))
+    def received(self, sender: str, messages: list[AnyMessage]) -> None:
+        for message in messages:
+            self.runner.handle(Received(sender, message))
 
     def lose_node(self, node: str) -> None:
         """The network to that node was cut."""
@@ -124,9 +125,6 @@ class SimInstance:
         return len(self._sources) + len(self._targets)
 
     # ------------------------------------------------------------------ commands
-
-    def _perform(self, command: Any) -> None:
-        self._actions[type(command)](command)
 
     def _send(self, command: Send) -> None:
         message = command.message
@@ -146,7 +144,7 @@ class SimInstance:
     def _open_source(self, command: OpenSource) -> None:
         client = self._client(command.source.node)
         if client is None:
-            self._loop.after(0, lambda: self.runner.handle(SourceOpened(command.seq, 0)))
+            self._loop.after(0, self.runner.handle, SourceOpened(command.seq, 0))
             return
 
         def opened(num_tokens: int) -> None:
@@ -159,7 +157,7 @@ class SimInstance:
     def _reserve(self, command: ReserveKv) -> None:
         client = self._client(command.target.node)
         if client is None:
-            self._loop.after(0, lambda: self.runner.handle(KvReserved(command.seq, False, reachable=False)))
+            self._loop.after(0, self.runner.handle, KvReserved(command.seq, False, reachable=False))
             return
 
         def reserved(granted: bool) -> None:
@@ -192,9 +190,10 @@ class SimInstance:
     def store(self, command: StoreKv, done: Done) -> None:
         self._targets[command.seq].copy(command.start, command.end, done)
 
-    def _progress(self, event: EngineProgress, times: list[int]) -> None:
+    def _progress(self, event: EngineProgress, times: dict[tuple[int, int], Times]) -> None:
         self._times = times
-        self._observe(f"{self.name}.engine", self.engine.core, None, [])
+        if self._observe is not None:
+            self._observe(f"{self.name}.engine", self.engine.core, None, [])
         self.runner.handle(event)
 
 

@@ -10,33 +10,40 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-Call = Callable[[], None]
+Call = Callable[..., None]
 
 
 class Loop:
     def __init__(self) -> None:
         self.now = 0
         self.num_events = 0
-        self._heap: list[tuple[int, int, Call]] = []
+        self._heap: list[tuple[int, int, Call, tuple[Any, ...]]] = []
         self._sequence = 0
+        self._stopped = False
 
-    def at(self, time: int, call: Call) -> None:
+    def at(self, time: int, call: Call, *arguments: Any) -> None:
         """A time that has passed means now."""
         self._sequence += 1
-        heapq.heappush(self._heap, (max(time, self.now), self._sequence, call))
+        heapq.heappush(self._heap, (time if time > self.now else self.now, self._sequence, call, arguments))
 
-    def after(self, delay: int, call: Call) -> None:
-        self.at(self.now + delay, call)
+    def after(self, delay: int, call: Call, *arguments: Any) -> None:
+        self._sequence += 1
+        heapq.heappush(self._heap, (self.now + delay, self._sequence, call, arguments))
 
-    def run(self, until: int, stop: Callable[[], bool] = lambda: False) -> None:
-        """All events up to and at `until`, or until `stop()` holds after one of them. Time then stands at the last event, or at
-        `until` if there are no more before it."""
-        heap = self._heap
+    def stop(self) -> None:
+        """`run` returns after the present event."""
+        self._stopped = True
+
+    def run(self, until: int) -> None:
+        """All events up to and at `until`, or until one calls `stop`. Time then stands at the last event, or at `until` if there
+        are no more before it."""
+        heap, pop = self._heap, heapq.heappop
+        self._stopped = False
         while heap and heap[0][0] <= until:
-            self.now, _, call = heapq.heappop(heap)
+            self.now, _, call, arguments = pop(heap)
             self.num_events += 1
-            call()
-            if stop():
+            call(*arguments)
+            if self._stopped:
                 return
         self.now = max(self.now, until)
 
@@ -52,18 +59,25 @@ Observer = Callable[[str, Any, Any, list[Any]], None]
 
 
 class CoreRunner:
-    """What `mooncake.rpc.driver.CoreDriver` is to live cores. perform(command) may call `handle` again, which waits its turn.
+    """What `mooncake.rpc.driver.CoreDriver` is to live cores. actions: by type of command; they may call `handle` again, which
+    waits its turn.
 
     Wake-ups are lazy: the heap has one at or before the core's deadline, and an early one only looks again."""
 
     def __init__(
-        self, loop: Loop, name: str, core: Core, perform: Callable[[Any], None], tick: Any, observe: Observer
+        self,
+        loop: Loop,
+        name: str,
+        core: Core,
+        actions: dict[type, Callable[[Any], None]],
+        tick: Any,
+        observe: Observer | None,
     ) -> None:
         self.core = core
         self.alive = True
         self._loop = loop
         self._name = name
-        self._perform = perform
+        self._actions = actions
         self._tick = tick
         self._observe = observe
         self._events: deque[Any] = deque()
@@ -71,41 +85,44 @@ class CoreRunner:
         self._wake_at: int | None = None
 
     def handle(self, event: Any) -> None:
+        if self._handling:
+            self._events.append(event)
+            return
         if not self.alive:
             return
-        self._events.append(event)
-        if self._handling:
-            return
         self._handling = True
-        while self._events:
-            self._handle_one(self._events.popleft())
+        core, actions, events = self.core, self._actions, self._events
+        while True:
+            commands = core.handle(event, self._loop.now)
+            if self._observe is not None:
+                self._observe(self._name, core, event, commands)
+            for command in commands:
+                actions[type(command)](command)
+            if not events:
+                break
+            event = events.popleft()
         self._handling = False
-        self._arm()
+        deadline = core.deadline()
+        if deadline is not None and (self._wake_at is None or deadline < self._wake_at):
+            self._arm(deadline)
 
     def stop(self) -> None:
         """The process died: nothing is handled any more."""
         self.alive = False
         self._events.clear()
 
-    def _handle_one(self, event: Any) -> None:
-        commands = self.core.handle(event, self._loop.now)
-        self._observe(self._name, self.core, event, commands)
-        for command in commands:
-            self._perform(command)
-
-    def _arm(self) -> None:
-        deadline = self.core.deadline()
-        if deadline is None or (self._wake_at is not None and self._wake_at <= deadline):
-            return
+    def _arm(self, deadline: int) -> None:
         self._wake_at = deadline
-        self._loop.at(deadline, lambda: self._wake(deadline))
+        self._loop.at(deadline, self._wake, deadline)
 
     def _wake(self, time: int) -> None:
         if not self.alive or self._wake_at != time:
             return
         self._wake_at = None
         deadline = self.core.deadline()
-        if deadline is not None and deadline <= self._loop.now:
+        if deadline is None:
+            return
+        if deadline <= self._loop.now:
             self.handle(self._tick)
         else:
-            self._arm()
+            self._arm(deadline)

@@ -40,6 +40,9 @@ class NetworkConfig(msgspec.Struct, frozen=True):
     redial_ns: int = 200 * NANOS_PER_MS
 
 
+_EMPTY: tuple[int, list[Any]] = (-1, [])
+
+
 class Peer(Protocol):
     """A process, as the network sees it."""
 
@@ -47,17 +50,19 @@ class Peer(Protocol):
 
     def gone(self, peer: str) -> None: ...
 
-    def received(self, sender: str, message: Any) -> None: ...
+    def received(self, sender: str, messages: list[Any]) -> None: ...
 
 
 class _Stream:
-    """`ends`: the names, dialling end first. An end that is not in `hears` gets nothing through this stream any more."""
+    """`ends`: the names, dialling end first. An end that is not in `hears` gets nothing through this stream any more.
+    envelope: by sender, the last messages on their way, and when they were sent: what follows at once goes with them."""
 
-    __slots__ = ("ends", "hears", "last_at", "pending")
+    __slots__ = ("ends", "envelope", "hears", "last_at", "pending")
 
     def __init__(self, dialler: str, acceptor: str) -> None:
         self.ends = (dialler, acceptor)
         self.hears: dict[str, None] = {}
+        self.envelope: dict[str, tuple[int, list[Any]]] = {dialler: _EMPTY, acceptor: _EMPTY}
         self.pending = True
         self.last_at = {dialler: 0, acceptor: 0}
         """By receiver: when the last message so far arrives; the next one comes no sooner."""
@@ -78,6 +83,9 @@ class Network:
         self._dials: dict[tuple[str, str], None] = {}
         """(dialler, acceptor) pairs that are wanted."""
         self._streams: dict[tuple[str, str], _Stream] = {}
+        self._ways: dict[tuple[str, str], _Stream] = {}
+        """By (sender, receiver), the stream that the sender holds to be open."""
+        self._is_plain = not (config.jitter_ns or config.loss or config.repeat or config.delay or config.reorder)
         self._cuts: dict[tuple[str, str], int] = {}
         self._on_cut: list[Callable[[str, str], None]] = []
 
@@ -93,7 +101,7 @@ class Network:
             del self._dials[dial]
         for stream in list(self._streams.values()):
             if name in stream.ends:
-                stream.hears.pop(name, None)
+                self._deafen(stream, name)
                 self._break(stream, self.config.death_notice_ns)
 
     # ------------------------------------------------------------------ streams
@@ -123,7 +131,7 @@ class Network:
         """Nothing passes between the two, which they notice by and by."""
         pair = _pair(one, other)
         self._cuts[pair] = self._cuts.get(pair, 0) + 1
-        self._loop.after(duration, lambda: self._heal(pair))
+        self._loop.after(duration, self._heal, pair)
         for listener in self._on_cut:
             listener(one, other)
         stream = self._streams.get(pair)
@@ -134,21 +142,35 @@ class Network:
         self._on_cut.append(listener)
 
     def send(self, sender: str, receiver: str, message: Any) -> None:
-        stream = self._streams.get(_pair(sender, receiver))
-        if stream is None or sender not in stream.hears or not self.reachable(sender, receiver):
+        stream = self._ways.get((sender, receiver))
+        if stream is None or (self._cuts and not self.reachable(sender, receiver)):
             self.num_lost += 1
-            return
+        elif self._is_plain:
+            self._send_plainly(stream, sender, receiver, message)
+        else:
+            self._send_badly(stream, sender, receiver, message)
+
+    def _send_plainly(self, stream: _Stream, sender: str, receiver: str, message: Any) -> None:
+        """Everything takes equally long, so nothing overtakes."""
+        now = self._loop.now
+        sent_at, messages = stream.envelope[sender]
+        if sent_at == now:
+            messages.append(message)
+        else:
+            messages = [message]
+            stream.envelope[sender] = (now, messages)
+            self._loop.after(self.config.latency_ns, self._deliver, stream, sender, receiver, messages)
+
+    def _send_badly(self, stream: _Stream, sender: str, receiver: str, message: Any) -> None:
         spared = isinstance(message, _SPARED)
         if not spared and self._chance(self.config.loss):
             self.num_lost += 1
             return
-        self._send_once(stream, sender, receiver, message, in_order=not self.config.reorder)
+        self._send_once(stream, sender, receiver, message)
         if not spared and self._chance(self.config.repeat):
             self.num_repeated += 1
             delay = self._rng.randrange(self.config.delay_ns)
-            self._loop.after(
-                delay, lambda: self._send_once(stream, sender, receiver, message, in_order=not self.config.reorder)
-            )
+            self._loop.after(delay, self._send_once, stream, sender, receiver, message)
 
     # ------------------------------------------------------------------ inside
 
@@ -164,12 +186,14 @@ class Network:
         if old is not None and old.ends == (dialler, acceptor) and (old.pending or dialler in old.hears):
             return
         if acceptor not in self._peers or not self.reachable(dialler, acceptor):
-            self._loop.after(self.config.redial_ns, lambda: self._try(dialler, acceptor))
+            self._loop.after(self.config.redial_ns, self._try, dialler, acceptor)
             return
         stream = self._streams[_pair(dialler, acceptor)] = _Stream(dialler, acceptor)
         if old is not None:
             old.hears.clear()
-        self._loop.after(self._latency(), lambda: self._open(stream))
+            self._ways.pop((dialler, acceptor), None)
+            self._ways.pop((acceptor, dialler), None)
+        self._loop.after(self._latency(), self._open, stream)
 
     def _open(self, stream: _Stream) -> None:
         if not self._is_current(stream):
@@ -177,6 +201,7 @@ class Network:
         stream.pending = False
         stream.hears = dict.fromkeys(stream.ends)
         dialler, acceptor = stream.ends
+        self._ways[dialler, acceptor] = self._ways[acceptor, dialler] = stream
         self._peers[acceptor].opened(dialler)
         self._peers[dialler].opened(acceptor)
 
@@ -187,32 +212,41 @@ class Network:
         if stream.pending:  # nobody knows of it yet
             del self._streams[_pair(*stream.ends)]
         for end in stream.ends:
-            self._loop.after(notice_ns, lambda end=end: self._notice(stream, end))  # type: ignore[misc]
+            self._loop.after(notice_ns, self._notice, stream, end)
 
     def _notice(self, stream: _Stream, end: str) -> None:
         dialler, acceptor = stream.ends
         if end in stream.hears:
-            del stream.hears[end]
+            self._deafen(stream, end)
             if not stream.hears and self._is_current(stream):
                 del self._streams[_pair(dialler, acceptor)]
             if end in self._peers:
                 self._peers[end].gone(acceptor if end == dialler else dialler)
         if end == dialler:
-            self._loop.after(self.config.redial_ns, lambda: self._try(dialler, acceptor))
+            self._loop.after(self.config.redial_ns, self._try, dialler, acceptor)
 
-    def _send_once(self, stream: _Stream, sender: str, receiver: str, message: Any, *, in_order: bool) -> None:
+    def _deafen(self, stream: _Stream, end: str) -> None:
+        """That end neither hears nor speaks through the stream any more."""
+        if end in stream.hears:
+            del stream.hears[end]
+            one, other = stream.ends
+            self._ways.pop((end, other if end == one else one), None)
+
+    def _send_once(self, stream: _Stream, sender: str, receiver: str, message: Any) -> None:
         if receiver not in stream.hears:
             return
         arrives = self._loop.now + self._latency()
         if self._chance(self.config.delay):
             arrives += self._rng.randrange(self.config.delay_ns)
-        if in_order:
+        if not self.config.reorder:
             arrives = stream.last_at[receiver] = max(arrives, stream.last_at[receiver])
-        self._loop.at(arrives, lambda: self._deliver(stream, sender, receiver, message))
+        self._loop.at(arrives, self._deliver, stream, sender, receiver, [message])
 
-    def _deliver(self, stream: _Stream, sender: str, receiver: str, message: Any) -> None:
+    def _deliver(self, stream: _Stream, sender: str, receiver: str, messages: list[Any]) -> None:
+        if stream.envelope[sender][1] is messages:
+            stream.envelope[sender] = _EMPTY
         if receiver in stream.hears and receiver in self._peers:
-            self._peers[receiver].received(sender, message)
+            self._peers[receiver].received(sender, messages)
 
     def _latency(self) -> int:
         jitter = self.config.jitter_ns

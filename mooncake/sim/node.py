@@ -30,7 +30,6 @@ from mooncake.store.core import StoreCore
 from mooncake.store.events import (
     Cancel,
     ClientGone,
-    Command,
     Commit,
     Fault,
     Lease,
@@ -46,7 +45,6 @@ from mooncake.store.events import (
 from mooncake.store.types import CommitStatus, Location, Put, PutStatus
 
 _SHARD = bytes(SHARD_BYTES)
-_HELD = (PutStatus.RESERVED, PutStatus.EXISTS)
 _THERE = (CommitStatus.COMMITTED, CommitStatus.EXISTS)
 
 OnReply = Callable[[Any], None]
@@ -66,6 +64,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     nic_bytes_per_s: float = 5e9
     fault: float = 0.0
     """Share of transfers that fail, as with a corrupt block or a broken path."""
+    checked: bool = True
+    """Whether every byte's claim and arrival is checked, as memory protection does it live; it takes time for each object."""
 
 
 class SimNode:
@@ -76,14 +76,13 @@ class SimNode:
         config: NodeConfig,
         loop: Loop,
         network: Network,
-        observe: Observer,
+        observe: Observer | None,
         chance: Callable[[float], bool],
     ) -> None:
         self.name = name
         self.epoch = epoch
         self.config = config
         self.core = StoreCore(config.capacity_bytes, epoch=epoch, alignment=config.alignment)
-        self.runner = CoreRunner(loop, name, self.core, self._perform, Tick(), observe)
         self.memory = Link(f"{name}.memory", config.local_bytes_per_s)
         self.nic_in = Link(f"{name}.in", config.nic_bytes_per_s)
         self.nic_out = Link(f"{name}.out", config.nic_bytes_per_s)
@@ -94,6 +93,14 @@ class SimNode:
         self._numbers = itertools.count(1)
         self._written: dict[int, int] = {}
         """Bytes that arrived of each object that is not committed yet."""
+        actions: dict[type, Callable[[Any], None]] = {
+            Reply: self._reply,
+            Fault: self._fault,
+            Report: self._report,
+            Snapshot: self._snapshot,
+        }
+        self.runner = CoreRunner(loop, name, self.core, actions, Tick(), observe)
+        self.handle = self.runner.handle
 
     # ------------------------------------------------------------------ process
 
@@ -110,9 +117,10 @@ class SimNode:
     def gone(self, peer: str) -> None:
         """Reports are lost until the Conductor is back and gets a snapshot."""
 
-    def received(self, sender: str, message: AnyMessage) -> None:
-        if isinstance(message, SnapshotRequest):
-            self.runner.handle(SnapshotWanted())
+    def received(self, sender: str, messages: list[AnyMessage]) -> None:
+        for message in messages:
+            if isinstance(message, SnapshotRequest):
+                self.runner.handle(SnapshotWanted())
 
     # ------------------------------------------------------------------ clients
 
@@ -124,10 +132,7 @@ class SimNode:
     def detach(self, client: NodeClient) -> None:
         """Its end of the connection closed: the claims go when the node sees it."""
         if self._clients.pop(client.number, None) is not None:
-            self.loop.after(self.config.call_ns, lambda: self.runner.handle(ClientGone(client.number)))
-
-    def handle(self, request: Request) -> None:
-        self.runner.handle(request)
+            self.loop.after(self.config.call_ns, self.handle, ClientGone(client.number))
 
     def note_written(self, location: Location, num_bytes: int) -> None:
         self._written[location.generation] = self._written.get(location.generation, 0) + num_bytes
@@ -137,27 +142,22 @@ class SimNode:
         arrived = self._written.pop(location.generation, 0)
         assert arrived >= location.size, f"object {location.generation}: {arrived} of {location.size} bytes arrived"
 
-    def _perform(self, command: Command) -> None:
-        match command:
-            case Reply():
-                client = self._clients.get(command.client)
-                if client is not None:
-                    self.loop.after(self.config.call_ns, lambda: client.replied(command.request_id, command.results))
-            case Fault():
-                raise AssertionError(f"{self.name} calls a request invalid: {command.detail}")
-            case Report():
-                self._tell(
-                    CacheDelta(
-                        self.name,
-                        command.epoch,
-                        command.seq,
-                        Tier.DRAM,
-                        _blocks(command.added),
-                        _blocks(command.removed),
-                    )
-                )
-            case Snapshot():
-                self._tell(CacheSnapshot(self.name, command.epoch, command.seq, Tier.DRAM, _blocks(command.keys)))
+    # ------------------------------------------------------------------ commands
+
+    def _reply(self, command: Reply) -> None:
+        client = self._clients.get(command.client)
+        if client is not None and client.awaits(command.request_id):
+            self.loop.after(self.config.call_ns, client.replied, command.request_id, command.results)
+
+    def _fault(self, command: Fault) -> None:
+        raise AssertionError(f"{self.name} calls a request invalid: {command.detail}")
+
+    def _report(self, command: Report) -> None:
+        added, removed = _blocks(command.added), _blocks(command.removed)
+        self._tell(CacheDelta(self.name, command.epoch, command.seq, Tier.DRAM, added, removed))
+
+    def _snapshot(self, command: Snapshot) -> None:
+        self._tell(CacheSnapshot(self.name, command.epoch, command.seq, Tier.DRAM, _blocks(command.keys)))
 
     def _tell(self, message: AnyMessage) -> None:
         self._network.send(self.name, CONDUCTOR, message)
@@ -165,7 +165,7 @@ class SimNode:
 
 def _blocks(keys: tuple[bytes, ...]) -> tuple[bytes, ...]:
     """The directory knows blocks; which shard of them this is follows from the instances' compatibility."""
-    return tuple(key[:-SHARD_BYTES] for key in keys)
+    return tuple([key[:-SHARD_BYTES] for key in keys])
 
 
 class NodeClient:
@@ -176,9 +176,10 @@ class NodeClient:
         self.number = number
         self.instance = instance
         self.lost = False
-        self._is_local = is_local
         self._ids = itertools.count(1)
         self._pending: dict[int, OnReply] = {}
+        self._path_in = [node.memory] if is_local else [node.memory, node.nic_in]
+        self._path_out = [node.memory] if is_local else [node.memory, node.nic_out]
 
     def close(self) -> None:
         """The instance is no more: nobody waits for anything."""
@@ -196,15 +197,22 @@ class NodeClient:
         for on_reply in pending.values():
             on_reply(None)
 
-    def call(self, request: Request, on_reply: OnReply) -> None:
-        """`request` without client and request number. on_reply is never called before this returns."""
+    def call(self, make: Callable[[int, int], Request], on_reply: OnReply | None) -> None:
+        """make(client, request number) gives the request. on_reply is never called before this returns."""
         node, request_id = self.node, next(self._ids)
-        self._pending[request_id] = on_reply
+        if on_reply is not None:
+            self._pending[request_id] = on_reply
         if self.lost:
-            node.loop.after(node.config.call_ns, lambda: self.replied(request_id, None))
-            return
-        named = msgspec.structs.replace(request, client=self.number, request_id=request_id)
-        node.loop.after(node.config.call_ns, lambda: node.handle(named) if not self.lost else None)
+            node.loop.after(node.config.call_ns, self.replied, request_id, None)
+        else:
+            node.loop.after(node.config.call_ns, self._arrive, make(self.number, request_id))
+
+    def _arrive(self, request: Request) -> None:
+        if not self.lost:
+            self.node.handle(request)
+
+    def awaits(self, request_id: int) -> bool:
+        return request_id in self._pending
 
     def replied(self, request_id: int, results: Any) -> None:
         on_reply = self._pending.pop(request_id, None)
@@ -215,18 +223,21 @@ class NodeClient:
         """Move bytes between these objects and the instance. done(ok) when the last one has arrived."""
         node, request_id = self.node, next(self._ids)
         self._pending[request_id] = lambda ok: done(bool(ok))
-        path = [node.memory] if self._is_local else [node.memory, node.nic_in if write else node.nic_out]
-        arrives = transfer(path, num_bytes, node.loop.now)
-        node.loop.at(arrives, lambda: self.replied(request_id, self._may(locations, write)))
+        arrives = transfer(self._path_in if write else self._path_out, num_bytes, node.loop.now)
+        node.loop.at(arrives, self._copied, request_id, locations, write)
+
+    def _copied(self, request_id: int, locations: Sequence[Location], write: bool) -> None:
+        """It went well if no fault was injected, and the claims lasted to its end."""
+        node = self.node
+        held = not node.config.checked or self._may(locations, write)
+        self.replied(request_id, held and not self.lost and not node.chance(node.config.fault))
 
     def _may(self, locations: Sequence[Location], write: bool) -> bool:
-        """Whether the copy went well: no fault was injected, and the claims lasted to its end."""
-        node = self.node
-        allows = node.core.allows
+        allows = self.node.core.allows
         held = all(allows(self.number, at.generation, at.offset, at.size, write) for at in locations)
         if not held and not write and not self.lost:
-            raise AssertionError(f"{self.instance} reads objects of {node.name} without a lease")
-        return held and not self.lost and not node.chance(node.config.fault)
+            raise AssertionError(f"{self.instance} reads objects of {self.node.name} without a lease")
+        return held
 
 
 class SimSource:
@@ -236,30 +247,32 @@ class SimSource:
         self.num_tokens = 0
         self._client = client
         self._source = source
-        self._block_tokens = client.node.config.block_tokens
         self._locations: list[Location] = []
         self._held: list[int] = []
         self._on_opened = on_opened
-        keys = tuple(object_key(key, _SHARD) for key in _keys(source))
-        client.call(Lease(0, 0, keys), self._leased)
+        keys = tuple([object_key(key, _SHARD) for key in _keys(source)])
+        client.call(lambda number, request: Lease(number, request, keys), self._leased)
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
-        first, last = start // self._block_tokens, -(-end // self._block_tokens)
-        num_bytes = (end - start) * self._client.node.config.token_bytes
-        self._client.copy(self._locations[first:last], num_bytes, False, done)
+        config = self._client.node.config
+        first, last = start // config.block_tokens, -(-end // config.block_tokens)
+        self._client.copy(self._locations[first:last], (end - start) * config.token_bytes, False, done)
 
     def close(self) -> None:
         if self._held:
-            self._client.call(Release(0, 0, tuple(self._held)), _ignore)
+            numbers = tuple(self._held)
+            self._client.call(lambda number, request: Release(number, request, numbers), None)
 
     def _leased(self, results: Any) -> None:
         for result in results or ():
             if not isinstance(result, Location):
                 break
             self._locations.append(result)
-        self._held = [result.generation for result in results or () if isinstance(result, Location)]
         whole = len(self._locations) == len(results or ())
-        self.num_tokens = self._source.num_tokens if whole and results else len(self._locations) * self._block_tokens
+        found = self._locations if whole else [result for result in results if isinstance(result, Location)]
+        self._held = [location.generation for location in found]
+        block_tokens = self._client.node.config.block_tokens
+        self.num_tokens = self._source.num_tokens if whole and results else len(self._locations) * block_tokens
         if not self.num_tokens:
             self.close()
         self._on_opened(self.num_tokens)
@@ -271,86 +284,81 @@ class SimTarget:
     def __init__(self, client: NodeClient, target: KvSource, on_reserved: Callable[[bool], None]) -> None:
         self.num_tokens = target.num_tokens
         self._client = client
-        self._config = client.node.config
-        self._puts: list[Put] = []
-        self._committed: dict[int, None] = {}
+        self._config = config = client.node.config
         self._on_reserved = on_reserved
-        blocks = tuple(object_key(key, _SHARD) for key in target.block_keys)
-        partial = (object_key(target.partial_key, _SHARD),) if target.partial_key else ()
-        self._num_blocks = len(blocks)
-        self._answers: dict[bool, tuple[Put, ...] | None] = {}
-        self._num_calls = bool(blocks) + bool(partial)
-        block_bytes = self._config.block_tokens * self._config.token_bytes
-        rest = (target.num_tokens - len(blocks) * self._config.block_tokens) * self._config.token_bytes
-        self._reserve(blocks, (block_bytes,) * len(blocks), ephemeral=False)
-        self._reserve(partial, (rest,) * len(partial), ephemeral=True)
+        self._locations: list[Location] = []
+        self._open: dict[int, Location] = {}
+        """By index: what is reserved and not committed."""
+        num_blocks = len(target.block_keys)
+        keys = tuple([object_key(key, _SHARD) for key in _keys(target)])
+        sizes = (config.block_tokens * config.token_bytes,) * num_blocks
+        partial = bool(target.partial_key)
+        if partial:
+            sizes += ((target.num_tokens - num_blocks * config.block_tokens) * config.token_bytes,)
+        client.call(
+            lambda number, request: Reserve(
+                number, request, keys, sizes, lease_existing=True, all_or_nothing=True, ephemeral_last=partial
+            ),
+            self._answered,
+        )
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
         """Write what is not there yet of tokens [start, end)."""
         tokens, size = self._config.block_tokens, self._config.token_bytes
+        end = min(end, self.num_tokens)
         pieces: list[tuple[Location, int]] = []
-        for at in range(start // tokens, -(-min(end, self.num_tokens) // tokens)):
-            put = self._puts[at]
-            if put.status is PutStatus.RESERVED and at not in self._committed:
-                count = min(end, (at + 1) * tokens, self.num_tokens) - max(start, at * tokens)
-                assert put.location is not None
-                pieces.append((put.location, count * size))
+        for at in range(start // tokens, -(-end // tokens)):
+            if at in self._open:
+                count = min(end, (at + 1) * tokens) - max(start, at * tokens)
+                pieces.append((self._open[at], count * size))
+        if self._config.checked:
+            done = self._noting(pieces, done)
+        self._client.copy([location for location, _ in pieces], sum([size for _, size in pieces]), True, done)
 
+    def _noting(self, pieces: list[tuple[Location, int]], done: Callable[[bool], None]) -> Callable[[bool], None]:
         def arrived(ok: bool) -> None:
             for location, num_bytes in pieces if ok else ():
                 self._client.node.note_written(location, num_bytes)
             done(ok)
 
-        self._client.copy([location for location, _ in pieces], sum(size for _, size in pieces), True, arrived)
+        return arrived
 
     def commit(self, first: int, last: int, done: Callable[[bool], None]) -> None:
-        at = [at for at in range(first, last) if self._puts[at].status is PutStatus.RESERVED]
-        self._committed.update(dict.fromkeys(at))
-        if not at:
+        locations = [self._open.pop(at) for at in range(first, last) if at in self._open]
+        if not locations:
             self._client.node.loop.after(0, lambda: done(not self._client.lost))
             return
-        for put in (self._puts[index] for index in at):
-            assert put.location is not None
-            self._client.node.take_written(put.location)
+        if self._config.checked:
+            for location in locations:
+                self._client.node.take_written(location)
+        numbers = tuple([location.generation for location in locations])
         self._client.call(
-            Commit(0, 0, self._numbers(at), lease=True),
+            lambda number, request: Commit(number, request, numbers, lease=True),
             lambda results: done(results is not None and all(status in _THERE for status in results)),
         )
 
     def close(self) -> None:
         """Cancel what is not committed, release the rest."""
-        both = range(len(self._puts))
-        reserved = [at for at in both if self._puts[at].status is PutStatus.RESERVED and at not in self._committed]
-        leased = [at for at in both if self._puts[at].status is PutStatus.EXISTS or at in self._committed]
+        reserved = tuple([location.generation for location in self._open.values()])
+        leased = tuple([at.generation for index, at in enumerate(self._locations) if index not in self._open])
         if reserved:
-            self._client.call(Cancel(0, 0, self._numbers(reserved)), _ignore)
+            self._client.call(lambda number, request: Cancel(number, request, reserved), None)
         if leased:
-            self._client.call(Release(0, 0, self._numbers(leased)), _ignore)
+            self._client.call(lambda number, request: Release(number, request, leased), None)
 
-    def _reserve(self, keys: tuple[bytes, ...], sizes: tuple[int, ...], *, ephemeral: bool) -> None:
-        if keys:
-            request = Reserve(0, 0, keys, sizes, lease_existing=True, all_or_nothing=True, ephemeral=ephemeral)
-            self._client.call(request, lambda results: self._answered(ephemeral, results))
-
-    def _answered(self, ephemeral: bool, results: tuple[Put, ...] | None) -> None:
-        self._answers[ephemeral] = results
-        if len(self._answers) < self._num_calls:
-            return
-        puts = [put for which in (False, True) for put in self._answers.get(which) or ()]
-        granted = None not in self._answers.values() and all(put.status in _HELD for put in puts)
-        self._puts = puts
+    def _answered(self, results: tuple[Put, ...] | None) -> None:
+        granted = results is not None
+        for index, put in enumerate(results or ()):
+            if put.location is None:
+                granted = False
+                continue
+            self._locations.append(put.location)
+            if put.status is PutStatus.RESERVED:
+                self._open[index] = put.location
         if not granted:
             self.close()
         self._on_reserved(granted)
 
-    def _numbers(self, indices: Sequence[int]) -> tuple[int, ...]:
-        locations = (self._puts[at].location for at in indices)
-        return tuple(location.generation for location in locations if location is not None)
-
 
 def _keys(source: KvSource) -> tuple[bytes, ...]:
     return (*source.block_keys, source.partial_key) if source.partial_key else source.block_keys
-
-
-def _ignore(results: Any) -> None:
-    pass

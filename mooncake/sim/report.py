@@ -58,7 +58,7 @@ def make_report(records: Sequence[RequestRecord], duration_ns: int) -> Report:
         tbt_ms=Distribution.of(map(stats.tbt, times)),
         itl_ms=Distribution.of(map(stats.itl, times)),
         gap_ms=Distribution.of(gap for each in times for gap in stats.gaps(each)),
-        output_tokens=sum(len(each) for each in times),
+        output_tokens=sum(map(len, times)),
         num_retries=sum(max(0, record.num_attempts - 1) for record in records),
         hit_rate=stats.hit_rate(outcomes),
         effective_share=stats.effective_share(outcomes),

@@ -334,15 +334,17 @@ def test_horizon_is_bounded_by_pages_limits_and_waiting_work() -> None:
     drive.step()
     drive.shape()
     assert drive.plan is not None and drive.plan.horizon == 2, "sequence 2 has two tokens left"
-    drive.core.update(drive.plan, StepResult(((1, 2), (3, 4))))
+    drive.core.update(drive.plan, StepResult(((1, 2), (3, 4)), num_steps=2))
     drive._take()
     assert [o.token_ids for o in drive.of(Drawn)[2:]] == [(1, 2), (3, 4)]
     drive.submit(3, 4)
-    drive.shape()
+    assert drive.shape() == [(1, 6, 1), (3, 0, 4)] and drive.plan.horizon == 1, "somebody is prefilled"
     drive.finish()
     drive.submit(4, 4)
+    assert drive.shape() == [(1, 7, 1), (3, 4, 1)] and drive.plan.horizon == 1, "sequence 1 needs a page next"
+    drive.finish()
     drive.shape()
-    assert drive.plan.horizon == 1, "somebody waits"
+    assert drive.plan.horizon == 2, "sequence 3 has two tokens left; 4 can only wait"
 
 
 def test_refusals_name_the_limit() -> None:

@@ -17,7 +17,7 @@ def fill(pages: PagePool, seq: int, num_blocks: int, first_key: int = 0) -> None
     """A sequence that computed and published its blocks, and went."""
     assert pages.allocate(seq, [], num_blocks * 8)
     for index in range(num_blocks):
-        pages.publish(seq, index, K[first_key + index])
+        pages.publish(seq, index, [K[first_key + index]])
     pages.free(seq)
 
 
@@ -83,7 +83,7 @@ def test_a_key_is_published_once() -> None:
     pages = pool()
     for seq in (1, 2):
         assert pages.allocate(seq, [], 8)
-        pages.publish(seq, 0, K[0])
+        pages.publish(seq, 0, K[:1])
     assert pages.drain_changes() == ((K[0],), ())
     pages.free(1)
     pages.free(2)
@@ -120,7 +120,7 @@ def test_random_histories_leak_nothing(seed: int) -> None:
             if pages.extend(seq, count + 3):
                 tokens[seq] = (keys, count + 3)
             for index in range(min(len(keys), tokens[seq][1] // 8)):
-                pages.publish(seq, index, keys[index])
+                pages.publish(seq, index, keys[index : index + 1])
         else:
             chain = rng.randrange(3) * 10
             keys = K[chain : chain + 3]

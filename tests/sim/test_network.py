@@ -24,8 +24,8 @@ class Peer:
     def gone(self, peer: str) -> None:
         self.log.append((self.loop.now, f"-{peer}"))
 
-    def received(self, sender: str, message: Any) -> None:
-        self.log.append((self.loop.now, message.name))
+    def received(self, sender: str, messages: list[Any]) -> None:
+        self.log += [(self.loop.now, message.name) for message in messages]
 
 
 def pair(config: NetworkConfig = QUIET) -> tuple[Loop, Network, Peer, Peer]:
