@@ -36,6 +36,7 @@ from mooncake.engine.attempts import (
     RunSequence,
     SourceOpened,
     Tick,
+    earliest,
     group_tokens,
 )
 from mooncake.engine.core import Drawn, KvLoaded, SequenceFailed, SequenceReleased, SequenceStarted
@@ -91,21 +92,25 @@ class DecodeCore:
 
     def handle(self, event: DecodeEvent, now: int) -> list[DecodeCommand]:
         self._handlers[type(event)](event, now)
-        for attempt in self._table.expired(now):
-            if not attempt.leaving:
-                self._fail(attempt.job, "deadline", f"not done within {attempt.job.deadline_ns / NANOS_PER_S:g} s")
-                self._leave(attempt)
-        self._out.extend(self.reporter.tick(self._num_opening, self._opening_tokens, now))
+        if self._table.any_expired(now):
+            for attempt in self._table.expired(now):
+                self._expire(attempt)
+        if self.reporter.due(now):
+            self._out += self.reporter.report(self._num_opening, self._opening_tokens)
         out, self._out = self._out, []
         return out
 
     def deadline(self) -> int | None:
-        times = (self._table.next_deadline(), self.reporter.deadline())
-        return min((t for t in times if t is not None), default=None)
+        return earliest(self._table.next_deadline(), self.reporter.deadline())
 
     @property
     def num_attempts(self) -> int:
         return len(self._table)
+
+    @property
+    def num_queued(self) -> int:
+        """Attempts whose source is being leased."""
+        return self._num_opening
 
     @property
     def drained(self) -> bool:
@@ -127,7 +132,7 @@ class DecodeCore:
 
     def _peer_opened(self, event: PeerOpened, now: int) -> None:
         if event.peer == CONDUCTOR:
-            self._out.extend(self.reporter.opened(self._num_opening, self._opening_tokens, now))
+            self._out.extend(self.reporter.opened(self._num_opening, self._opening_tokens))
 
     def _peer_gone(self, event: PeerGone, now: int) -> None:
         if event.peer == CONDUCTOR:
@@ -196,7 +201,7 @@ class DecodeCore:
         self._out.append(RunSequence(attempt.seq, attempt.job, attempt.opened_tokens, one_token=attempt.job.joint))
 
     def _engine_progress(self, event: EngineProgress, now: int) -> None:
-        self._out.extend(self.reporter.progress(event, now))
+        self.reporter.progress(event, now)
         tokens: list[TokenOutput] = []
         for output in event.outputs:
             attempt = self._table.by_seq(output.seq)
@@ -217,13 +222,19 @@ class DecodeCore:
             elif isinstance(output, SequenceReleased):
                 attempt.in_engine = False
                 self._forget(attempt)
-        self._out.extend(group_tokens(self._name, tokens))
+        if tokens:
+            self._out += group_tokens(self._name, tokens)
 
     def _load_failed(self, attempt: _Decode) -> None:
         self._fail(attempt.job, "load_failed", "the KV that was handed over cannot be read")
         self._leave(attempt)
 
     # ------------------------------------------------------------------ leaving
+
+    def _expire(self, attempt: _Decode) -> None:
+        if not attempt.leaving:
+            self._fail(attempt.job, "deadline", f"not done within {attempt.job.deadline_ns / NANOS_PER_S:g} s")
+            self._leave(attempt)
 
     def _leave(self, attempt: _Decode) -> None:
         if attempt.leaving:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
@@ -12,7 +12,8 @@ import msgspec
 
 from mooncake import __version__
 from mooncake.config import Config, RoleConfig, ServiceRole, load_config, options, read_launch, save_config
-from mooncake.core.errors import ConfigError, MooncakeError
+from mooncake.core.errors import ConfigError, EventLogError, MooncakeError, ReplayMismatch, TraceError
+from mooncake.trace.options import TEXTS, parse_synth_options
 
 _ROLE_HELP: dict[ServiceRole, str] = {
     "conductor": "run the global scheduler",
@@ -35,10 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except MooncakeError as error:
-        from mooncake.cluster.child import exit_code
+        from mooncake.cluster.child import EXIT_BAD_CONFIG, exit_code
 
         print(f"mooncake: {error}", file=sys.stderr)
-        return exit_code(error)
+        return EXIT_BAD_CONFIG if isinstance(error, TraceError) else exit_code(error)
+    except BrokenPipeError:  # whoever reads this, such as head, has enough
+        sys.stdout = None
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -60,6 +64,14 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     prepare.set_defaults(run=_prepare)
     prepare.add_argument("--config", metavar="FILE", required=True, help="rewritten with the place of the model")
+    replay = commands.add_parser(
+        "replay-log", help="tell cores again what their event logs say, and compare what they do", allow_abbrev=False
+    )
+    replay.set_defaults(run=_replay_log)
+    replay.add_argument(
+        "files", metavar="FILE", nargs="+", help="an event log, as written to the folder of --event-log"
+    )
+    _add_trace_commands(commands)
     return parser
 
 
@@ -88,6 +100,25 @@ def _add_role_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--conductor", metavar="ADDRESS", help="where the Conductor is")
     group.add_argument("--node", metavar="NAME", help="this machine's store node")
     group.add_argument("--store", metavar="ADDRESS", help="data port of that node: unix:/path or tcp://host:port")
+
+
+def _add_trace_commands(commands: Any) -> None:
+    trace = commands.add_parser("trace", help="what a trace is like, or one like it", allow_abbrev=False)
+    kinds = trace.add_subparsers(metavar="COMMAND", required=True)
+    stats = kinds.add_parser("stats", help="counts, lengths, rates, bursts, reuse, hit rates", allow_abbrev=False)
+    rates = kinds.add_parser("hit-rate", help="hit rates of one cache by capacity and policy", allow_abbrev=False)
+    synth = kinds.add_parser("synth", help="write a synthetic trace, like FILE or from parameters", allow_abbrev=False)
+    for command, run in ((stats, _trace_stats), (rates, _trace_hit_rate), (synth, _trace_synth)):
+        command.set_defaults(run=run)
+        command.add_argument("file", metavar="FILE", nargs="?" if command is synth else None, help="may be gzipped")
+        command.add_argument("--format", help="mooncake, bailian, azure or burstgpt; detected if not given")
+        command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    rates.add_argument("--capacity", metavar="LIST", help="such as 1000,30k,1.5M")
+    rates.add_argument("--unit", choices=("blocks", "tokens"), default="blocks", help="of the capacity; blocks")
+    rates.add_argument("--policy", metavar="LIST", help="lru,lfu,belady; all if not given")
+    synth.add_argument("--out", metavar="FILE", required=True, help="replaced if there; gzipped if it ends with .gz")
+    for name, text in TEXTS.items():
+        synth.add_argument(f"--{name.replace('_', '-')}", metavar=name.upper(), help=text, default=argparse.SUPPRESS)
 
 
 def _load(arguments: argparse.Namespace) -> Config:
@@ -147,3 +178,52 @@ def _prepare(arguments: argparse.Namespace) -> int:
         status.ready(str(model.path))
 
     return run_reporting("model", prepare, status)
+
+
+def _replay_log(arguments: argparse.Namespace) -> int:
+    """0: all cores do as they did; 1: one does not; 2: a file is no event log."""
+    from mooncake.sim.replay_log import replay_log
+
+    code = 0
+    for file in arguments.files:
+        try:
+            replayed = replay_log(Path(file))
+        except ReplayMismatch as error:
+            print(error)
+            code = max(code, 1)
+        except EventLogError as error:
+            print(f"mooncake: {error}", file=sys.stderr)
+            code = 2
+        else:
+            held = ", ".join(f"{what}: {count}" for what, count in replayed.leftovers().items())
+            outcome = f"{replayed.num_events} events gave the same commands"
+            print(f"{file}: {replayed.kind}: {outcome}; still held: {held or 'nothing'}")
+    return code
+
+
+def _trace_stats(arguments: argparse.Namespace) -> int:
+    from mooncake.plan import trace_report, trace_tables
+
+    return _show(trace_report.stats_report(arguments.file, arguments.format), trace_tables.stats_text, arguments)
+
+
+def _trace_hit_rate(arguments: argparse.Namespace) -> int:
+    from mooncake.plan import trace_report, trace_tables
+
+    what = arguments.capacity, arguments.unit, arguments.policy
+    report = trace_report.hit_rate_report(arguments.file, arguments.format, *what)
+    return _show(report, trace_tables.hit_rate_text, arguments)
+
+
+def _trace_synth(arguments: argparse.Namespace) -> int:
+    from mooncake.plan import trace_report, trace_tables
+
+    wanted = parse_synth_options({name: value for name, value in vars(arguments).items() if name in TEXTS})
+    report = trace_report.synth_report(arguments.file, arguments.format, arguments.out, wanted)
+    return _show(report, trace_tables.synth_text, arguments)
+
+
+def _show(report: Any, text: Callable[[Any], str], arguments: argparse.Namespace) -> int:
+    shown = msgspec.json.format(msgspec.json.encode(report)).decode() if arguments.json else text(report)
+    print(shown, flush=True)
+    return 0

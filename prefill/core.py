@@ -44,6 +44,7 @@ from mooncake.engine.attempts import (
     RunSequence,
     SourceOpened,
     Tick,
+    earliest,
     group_tokens,
 )
 from mooncake.engine.core import (
@@ -201,20 +202,26 @@ class PrefillCore:
 
     def handle(self, event: PrefillEvent, now: int) -> list[PrefillCommand]:
         self._handlers[type(event)](event, now)
-        for attempt in self._table.expired(now):
-            self._expire(attempt)
-        self._start_next(now)
-        self._out.extend(self.reporter.tick(len(self._queue), self._queued_tokens, now))
+        if self._table.any_expired(now):
+            for attempt in self._table.expired(now):
+                self._expire(attempt)
+        if self._queue:
+            self._start_next(now)
+        if self.reporter.due(now):
+            self._out += self.reporter.report(len(self._queue), self._queued_tokens)
         out, self._out = self._out, []
         return out
 
     def deadline(self) -> int | None:
-        times = (self._table.next_deadline(), self._retry_at, self.reporter.deadline())
-        return min((t for t in times if t is not None), default=None)
+        return earliest(self._table.next_deadline(), self._retry_at, self.reporter.deadline())
 
     @property
     def num_attempts(self) -> int:
         return len(self._table)
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
 
     @property
     def drained(self) -> bool:
@@ -238,7 +245,7 @@ class PrefillCore:
 
     def _peer_opened(self, event: PeerOpened, now: int) -> None:
         if event.peer == CONDUCTOR:
-            self._out.extend(self.reporter.opened(len(self._queue), self._queued_tokens, now))
+            self._out.extend(self.reporter.opened(len(self._queue), self._queued_tokens))
 
     def _peer_gone(self, event: PeerGone, now: int) -> None:
         if event.peer == CONDUCTOR:
@@ -374,9 +381,8 @@ class PrefillCore:
     # ------------------------------------------------------------------ engine and commits
 
     def _engine_progress(self, event: EngineProgress, now: int) -> None:
-        self._out.extend(self.reporter.progress(event, now))
+        self.reporter.progress(event, now)
         tokens: list[TokenOutput] = []
-        before = len(self._out)
         for output in event.outputs:
             attempt = self._table.by_seq(output.seq)
             if attempt is None:
@@ -394,7 +400,8 @@ class PrefillCore:
                 self._leave(attempt)
             elif isinstance(output, SequenceReleased):
                 self._released(attempt, now)
-        self._out[before:before] = group_tokens(self._name, tokens)  # a first token goes before its hand-over
+        if tokens:
+            self._out[:0] = group_tokens(self._name, tokens)  # a first token goes before its hand-over
 
     def _drawn(self, attempt: _Prefill, output: Drawn, tokens: list[TokenOutput], now: int) -> None:
         if attempt.state is _State.LEAVING:

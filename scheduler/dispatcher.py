@@ -173,11 +173,22 @@ class DispatcherLimits(msgspec.Struct, frozen=True):
     """In a row, without a token."""
     retry_ns: int = 100 * NANOS_PER_MS
     """Pause before the next attempt after the second failure and each later one, times the failures since the last token."""
-    repair_ns: int = NANOS_PER_S
+    repair_ns: int = 4 * NANOS_PER_S
     """Period of LiveAttempts and BookingSnapshot."""
-    linger_ns: int = 10 * NANOS_PER_S
+    arrive_ns: int = NANOS_PER_S
+    """What was sent longer ago has arrived, or was lost. Instances drop what a frontend does not name, but nothing younger than
+    a multiple of this."""
+    linger_ns: int = 12 * NANOS_PER_S
     """How long these go on after a request ended or a peer was met: what they must find is not dropped before it has a
     certain age there, and they may be lost too."""
+
+
+class DispatcherSettings(msgspec.Struct, frozen=True):
+    """What a frontend's `Dispatcher` is built from, as its event log keeps it."""
+
+    name: str
+    limits: DispatcherLimits
+    block_tokens: int
 
 
 # ---------------------------------------------------------------- one request
@@ -802,14 +813,14 @@ class Dispatcher:
             if attempt.handover is not None:
                 held.setdefault(attempt.handover.instance, {})[attempt.handover.key] = None
             # What was sent a moment ago may not have arrived yet, so it is not asked for.
-            if attempt.instance in keys and attempt.sent_at <= now - self._limits.repair_ns:
+            if attempt.instance in keys and attempt.sent_at <= now - self._limits.arrive_ns:
                 keys[attempt.instance].append(attempt.key)
         for instance, wanted in keys.items():
             message = LiveAttempts(self.name, tuple(wanted), tuple(held.get(instance, ())))
             self._out.append(Send(instance, message))
         # A lost question or answer about a placement is asked again; the Conductor answers a known key as before.
         for attempt in attempts:
-            if attempt.state is _State.PLACING and attempt.placing_since <= now - self._limits.repair_ns:
+            if attempt.state is _State.PLACING and attempt.placing_since <= now - self._limits.arrive_ns:
                 self._ask_placement(attempt)
 
     def _send_bookings(self) -> None:

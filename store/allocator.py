@@ -8,6 +8,27 @@ end through two dictionaries, for coalescing. Both operations are O(log n) in th
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from typing import Protocol
+
+
+class BytesAllocator(Protocol):
+    """What the store core wants of one; see `Allocator`."""
+
+    capacity: int
+    used: int
+
+    @property
+    def free_bytes(self) -> int: ...
+
+    def rounded(self, size: int) -> int: ...
+
+    def allocate(self, size: int) -> int | None: ...
+
+    def free(self, offset: int) -> None: ...
+
+    def extents(self) -> dict[int, int]: ...
+
+    def check_integrity(self) -> None: ...
 
 
 class Allocator:
@@ -108,6 +129,43 @@ class Allocator:
         _require(by_size == {(s, o) for o, s in self._free_at.items()}, "size index disagrees")
         _require(self._sizes == sorted(self._by_size), "list of sizes disagrees")
         _require(self._free_end == {o + s: o for o, s in self._free_at.items()}, "end index disagrees")
+
+
+class Budget:
+    """Counts bytes and places nothing: an allocator for simulated memory, which has no addresses and so no fragments.
+    Offsets are running numbers."""
+
+    def __init__(self, capacity: int, alignment: int = 4096) -> None:
+        self.alignment = alignment
+        self.capacity = capacity // alignment * alignment
+        self.used = 0
+        self._used_at: dict[int, int] = {}
+        self._last = 0
+
+    @property
+    def free_bytes(self) -> int:
+        return self.capacity - self.used
+
+    def rounded(self, size: int) -> int:
+        return (size + self.alignment - 1) & -self.alignment
+
+    def allocate(self, size: int) -> int | None:
+        need = (size + self.alignment - 1) & -self.alignment
+        if self.used + need > self.capacity:
+            return None
+        self.used += need
+        self._last += 1
+        self._used_at[self._last] = need
+        return self._last
+
+    def free(self, offset: int) -> None:
+        self.used -= self._used_at.pop(offset)
+
+    def extents(self) -> dict[int, int]:
+        return dict(self._used_at)
+
+    def check_integrity(self) -> None:
+        _require(self.used == sum(self._used_at.values()) <= self.capacity, "used bytes do not add up")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -13,12 +13,14 @@ object's `refs` is the sum of both.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import msgspec
+
 from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S
-from mooncake.store.allocator import Allocator
+from mooncake.store.allocator import Allocator, BytesAllocator
 from mooncake.store.events import (
     Cancel,
     ClientGone,
@@ -41,34 +43,46 @@ from mooncake.store.events import (
     fault_of,
 )
 from mooncake.store.eviction import EvictionPolicy, Lru
-from mooncake.store.lifecycle import State, Trigger, advance
+from mooncake.store.lifecycle import TABLE, State, Trigger, advance
 from mooncake.store.types import MISS, CommitStatus, Location, Miss, Put, PutMode, PutStatus
 
 RESERVATION_NS = 600 * NANOS_PER_S
 """A reservation's time to live, longer than the longest prefill, whose objects are reserved before it starts. A writer that
 died is seen by its connection long before."""
-REPORT_NS = 2 * NANOS_PER_MS
+REPORT_NS = 20 * NANOS_PER_MS
 """Deltas are gathered this long: a control message costs 100 us, a prediction covers the gap."""
 
 _REFUSED = Put(PutStatus.REFUSED)
 _BUSY = Put(PutStatus.BUSY)
 _CONFLICT = Put(PutStatus.CONFLICT)
+_RESERVED = TABLE[State.FREE, Trigger.RESERVE]
+_COMMITTED = TABLE[State.RESERVED, Trigger.COMMIT]
 
 
-class StoredObject:
-    """One reservation or object. `number` is its generation."""
+class StoredObject(msgspec.Struct, gc=False):
+    """One reservation or object. `number` is its generation; num_bytes are rounded to the allocator's alignment."""
 
-    __slots__ = ("checksum", "ephemeral", "key", "location", "number", "refs", "state", "writer")
+    number: int
+    key: bytes
+    location: Location
+    num_bytes: int
+    state: State
+    writer: int | None
+    ephemeral: bool
+    checksum: int | None
+    batch: _Batch
+    refs: int = 0
 
-    def __init__(self, key: bytes, location: Location, writer: int, ephemeral: bool, checksum: int | None) -> None:
-        self.number = location.generation
-        self.key = key
-        self.location = location
-        self.state = State.FREE
-        self.writer: int | None = writer
-        self.refs = 0
-        self.ephemeral = ephemeral
-        self.checksum = checksum
+
+class _Batch:
+    """Reservations of one call, which run out together. num_open: those that are still reserved."""
+
+    __slots__ = ("expires_at", "num_open", "numbers")
+
+    def __init__(self, expires_at: int) -> None:
+        self.expires_at = expires_at
+        self.num_open = 0
+        self.numbers = range(0)
 
 
 class _Claims:
@@ -84,6 +98,8 @@ class _Claims:
 
 
 class StoreCore:
+    """allocator: of the segment; by default one of `capacity` bytes that places objects."""
+
     def __init__(
         self,
         capacity: int,
@@ -91,6 +107,7 @@ class StoreCore:
         epoch: int,
         alignment: int = 4096,
         policy: EvictionPolicy | None = None,
+        allocator: BytesAllocator | None = None,
         reservation_ns: int = RESERVATION_NS,
         report_ns: int = REPORT_NS,
     ) -> None:
@@ -99,15 +116,15 @@ class StoreCore:
         self.counters = dict.fromkeys(
             ("hits", "misses", "commits", "evictions", "evicted_bytes", "refusals", "conflicts", "expired"), 0
         )
-        self._allocator = Allocator(capacity, alignment)
+        self._allocator = allocator or Allocator(capacity, alignment)
         self._policy: EvictionPolicy = policy or Lru()
         self._reservation_ns = reservation_ns
         self._report_ns = report_ns
         self._by_key: dict[bytes, StoredObject] = {}
-        self._num_writers: Counter[bytes] = Counter()
+        self._num_writers: dict[bytes, int] = {}
         self._by_number: dict[int, StoredObject] = {}
         self._clients: dict[int, _Claims] = {}
-        self._expiring: OrderedDict[int, int] = OrderedDict()  # reservation -> when it runs out; one TTL, so in order
+        self._batches: deque[_Batch] = deque()  # one time to live, so in the order in which they run out
         self._idle_bytes = 0  # rounded bytes of committed, unleased objects: what eviction could free
         self._delta: dict[bytes, bool] = {}  # key -> added (else removed), net since the last report
         self._report_at: int | None = None
@@ -138,10 +155,13 @@ class StoreCore:
         return commands
 
     def deadline(self) -> int | None:
-        times = [] if self._report_at is None else [self._report_at]
-        if self._expiring:
-            times.append(next(iter(self._expiring.values())))
-        return min(times, default=None)
+        batches = self._batches
+        while batches and not batches[0].num_open:
+            batches.popleft()
+        if not batches:
+            return self._report_at
+        expires_at = batches[0].expires_at
+        return expires_at if self._report_at is None else min(expires_at, self._report_at)
 
     def allows(self, client: int, number: int, offset: int, size: int, write: bool) -> bool:
         """Whether [offset, offset + size) of the segment lies in an object that the client may write (its live
@@ -172,65 +192,94 @@ class StoreCore:
         found = [self._by_key.get(key) for key in event.keys]
         held = [obj for obj in found if obj is not None]
         self._hold(held)  # so that the batch's new objects do not evict those it found
-        results: list[Put] = []
-        made: list[StoredObject] = []
-        for at, obj in enumerate(found):
-            if obj is not None:
-                results.append(_answer_for_known(event, at, obj))
-                continue
-            if event.mode is PutMode.STRICT and self._num_writers[event.keys[at]]:
-                results.append(_BUSY)
-                continue
-            new = self._make(event, at)
-            if new is None:
-                self.counters["refusals"] += 1
-                if event.all_or_nothing:
-                    for made_obj in made:
-                        self._end(made_obj, Trigger.CANCEL)
-                    self._unhold(held)
-                    return _reply(event, (_REFUSED,) * len(event.keys))
-            else:
-                made.append(new)
-            results.append(_REFUSED if new is None else Put(PutStatus.RESERVED, new.location))
-        for obj in made:
-            self._expiring[obj.number] = now + self._reservation_ns
-        self.counters["conflicts"] += sum(result is _CONFLICT for result in results)
-        self._settle_existing(event, held, results)
+        results = [None if obj is None else _answer_for_known(event, at, obj) for at, obj in enumerate(found)]
+        new = [at for at, result in enumerate(results) if result is None]
+        if event.mode is PutMode.STRICT:
+            self.counters["conflicts"] += sum(result is _CONFLICT for result in results)
+            new = self._without_busy(event, new, results)
+        offsets = self._place([event.sizes[at] for at in new], all_or_nothing=event.all_or_nothing)
+        if offsets is None:
+            self.counters["refusals"] += 1
+            self._unhold(held)
+            return _reply(event, (_REFUSED,) * len(event.keys))
+        self._make(event, new, offsets, results, now)
+        if held:
+            self._settle_existing(self._claims(event.client), held, results)
         return _reply(event, tuple(results))
 
-    def _settle_existing(self, event: Reserve, held: list[StoredObject], results: list[Put]) -> None:
+    def _without_busy(self, event: Reserve, new: list[int], results: list[Put | None]) -> list[int]:
+        for at in new:
+            if event.keys[at] in self._num_writers:
+                results[at] = _BUSY
+        return [at for at in new if results[at] is None]
+
+    def _settle_existing(
+        self, claims: _Claims, held: list[StoredObject], results: Sequence[Put | None]
+    ) -> None:
         """The holds of a reserve call become the client's leases where it asked for them, and end elsewhere."""
-        leased = {result.location.generation for result in results if result.location is not None}
-        claims = self._claims(event.client)
+        leased = {put.location.generation for put in results if put is not None and put.location is not None}
         for obj in held:
             if obj.number in leased:
                 claims.leases[obj.number] = claims.leases.get(obj.number, 0) + 1
         self._unhold([obj for obj in held if obj.number not in leased])
 
-    def _make(self, event: Reserve, at: int) -> StoredObject | None:
-        size = event.sizes[at]
-        offset = self._allocate(size)
-        if offset is None:
+    def _place(self, sizes: list[int], *, all_or_nothing: bool) -> list[int | None] | None:
+        """Where to put objects of these sizes; None for one that finds no room, and None alone if all or nothing is wanted."""
+        allocator = self._allocator
+        if all_or_nothing and sum(map(allocator.rounded, sizes)) > allocator.free_bytes + self._idle_bytes:
             return None
-        self._last_number += 1
-        checksum = event.checksums[at] if event.checksums else None
-        location = Location(offset, size, self._last_number)
-        ephemeral = event.ephemeral or (event.ephemeral_last and at == len(event.keys) - 1)
-        obj = StoredObject(event.keys[at], location, event.client, ephemeral, checksum)
-        self._move(obj, Trigger.RESERVE)
-        self._num_writers[obj.key] += 1
-        self._by_number[obj.number] = obj
-        self._claims(event.client).reservations[obj.number] = None
-        return obj
+        offsets: list[int | None] = []
+        for size in sizes:
+            offset = allocator.allocate(size)
+            if offset is None:
+                offset = self._evict_for(size)
+                if offset is None and all_or_nothing:
+                    for given in offsets:
+                        allocator.free(given)  # type: ignore[arg-type]
+                    return None
+            offsets.append(offset)
+        return offsets
+
+    def _make(
+        self, event: Reserve, new: list[int], offsets: list[int | None], results: list[Put | None], now: int
+    ) -> None:
+        """FREE to RESERVED, for each that found room."""
+        claims, rounded, writers = self._claims(event.client), self._allocator.rounded, self._num_writers
+        batch = _Batch(now + self._reservation_ns)
+        last = len(event.keys) - 1
+        number = self._last_number
+        for at, offset in zip(new, offsets, strict=True):
+            if offset is None:
+                self.counters["refusals"] += 1
+                results[at] = _REFUSED
+                continue
+            number += 1
+            key, size = event.keys[at], event.sizes[at]
+            location = Location(offset, size, number)
+            ephemeral = event.ephemeral or (event.ephemeral_last and at == last)
+            checksum = event.checksums[at] if event.checksums else None
+            self._by_number[number] = StoredObject(
+                number, key, location, rounded(size), _RESERVED, event.client, ephemeral, checksum, batch
+            )
+            writers[key] = writers.get(key, 0) + 1
+            results[at] = Put(PutStatus.RESERVED, location)
+        numbers = batch.numbers = range(self._last_number + 1, number + 1)
+        self._last_number = number
+        claims.reservations.update(dict.fromkeys(numbers))
+        if numbers:
+            batch.num_open = len(numbers)
+            self._batches.append(batch)
 
     def _commit(self, event: Commit, now: int) -> list[Command]:
+        claims = self._claims(event.client)
         results: list[CommitStatus] = []
         committed: list[StoredObject] = []
         for at, number in enumerate(event.numbers):
-            obj = self._reservation(event.client, number)
-            if obj is None:
+            if number not in claims.reservations:
                 results.append(CommitStatus.UNKNOWN)
-            elif obj.state is State.FENCED:
+                continue
+            obj = self._by_number[number]
+            if obj.state is State.FENCED:
                 self._end(obj, Trigger.COMMIT)
                 results.append(CommitStatus.EXPIRED)
             elif (winner := self._by_key.get(obj.key)) is not None:
@@ -239,11 +288,12 @@ class StoreCore:
             else:
                 if event.checksums:
                     obj.checksum = event.checksums[at]
-                self._publish(obj)
+                self._publish(obj, claims)
                 committed.append(obj)
                 results.append(CommitStatus.COMMITTED)
+        self.counters["commits"] += len(committed)
         if event.lease:
-            self._claims(event.client).leases.update((obj.number, 1) for obj in committed)
+            claims.leases.update([(obj.number, 1) for obj in committed])
         else:
             self._unhold(committed)
         return _reply(event, tuple(results))
@@ -255,16 +305,17 @@ class StoreCore:
             self._claims(obj.writer).aliases[obj.number] = winner.number
         self._end(obj, Trigger.CANCEL)
 
-    def _publish(self, obj: StoredObject) -> None:
+    def _publish(self, obj: StoredObject, claims: _Claims) -> None:
         """RESERVED to COMMITTED, held once by whoever commits it."""
-        self._move(obj, Trigger.COMMIT)
+        obj.state = _COMMITTED
+        obj.batch.num_open -= 1
+        del claims.reservations[obj.number]
         self._forget_writer(obj)
-        self._forget_reservation(obj)
+        obj.writer = None
         self._by_key[obj.key] = obj
         obj.refs = 1
         self._policy.add(obj.number, obj.key, obj.location.size)
         self._note(obj, added=True)
-        self.counters["commits"] += 1
 
     def _cancel(self, event: Cancel, now: int) -> list[Command]:
         results = []
@@ -277,19 +328,14 @@ class StoreCore:
 
     def _lease(self, event: Lease, now: int) -> list[Command]:
         leases = self._claims(event.client).leases
-        results: list[Location | Miss] = []
-        for key in event.keys:
-            obj = self._by_key.get(key)
-            if obj is None:
-                results.append(MISS)
-                continue
-            self._hold((obj,))
+        found = [self._by_key.get(key) for key in event.keys]
+        hits = [obj for obj in found if obj is not None]
+        self._hold(hits)
+        for obj in hits:
             leases[obj.number] = leases.get(obj.number, 0) + 1
-            results.append(obj.location)
-        num_misses = sum(result is MISS for result in results)
-        self.counters["misses"] += num_misses
-        self.counters["hits"] += len(results) - num_misses
-        return _reply(event, tuple(results))
+        self.counters["hits"] += len(hits)
+        self.counters["misses"] += len(found) - len(hits)
+        return _reply(event, tuple([MISS if obj is None else obj.location for obj in found]))
 
     def _release(self, event: Release, now: int) -> list[Command]:
         claims = self._claims(event.client)
@@ -297,7 +343,7 @@ class StoreCore:
         released: list[StoredObject] = []
         results = []
         for named in event.numbers:
-            number = claims.aliases.pop(named, None)
+            number = claims.aliases.pop(named, None) if claims.aliases else None
             if number is None and named in leases:
                 number = named
                 leases[number] -= 1
@@ -345,15 +391,14 @@ class StoreCore:
         return [*self._flush(), Snapshot(self.epoch, self.seq, keys)]
 
     def _tick(self, event: Tick, now: int) -> list[Command]:
-        while self._expiring:
-            number, expires_at = next(iter(self._expiring.items()))
-            if expires_at > now:
-                break
-            del self._expiring[number]
-            obj = self._by_number[number]
-            self._move(obj, Trigger.EXPIRE)
-            self._forget_writer(obj)
-            self.counters["expired"] += 1
+        while self._batches and self._batches[0].expires_at <= now:
+            for number in self._batches.popleft().numbers:
+                obj = self._by_number.get(number)
+                if obj is not None and obj.state is State.RESERVED:
+                    self._move(obj, Trigger.EXPIRE)
+                    self._forget_writer(obj)
+                    obj.batch.num_open -= 1
+                    self.counters["expired"] += 1
         return []
 
     def _flush(self) -> list[Command]:
@@ -368,11 +413,13 @@ class StoreCore:
 
     # ------------------------------------------------------------ objects
 
-    def _allocate(self, size: int) -> int | None:
+    def _evict_for(self, size: int) -> int | None:
         """Space for `size` bytes, evicting as little as it takes; evicts nothing where even all of it would not do."""
-        if self._allocator.rounded(size) > self._allocator.free_bytes + self._idle_bytes:
+        allocator = self._allocator
+        if allocator.rounded(size) > allocator.free_bytes + self._idle_bytes:
             return None
-        while (offset := self._allocator.allocate(size)) is None:
+        offset: int | None = None
+        while offset is None:
             victim = self._policy.victim()
             if victim is None:
                 return None
@@ -380,18 +427,20 @@ class StoreCore:
             self._end(obj, Trigger.EVICT)
             self.counters["evictions"] += 1
             self.counters["evicted_bytes"] += obj.location.size
+            offset = allocator.allocate(size)
         return offset
 
-    def _hold(self, objects: Sequence[StoredObject]) -> None:
+    def _hold(self, objects: Iterable[StoredObject]) -> None:
         for obj in objects:
             obj.refs += 1
             if obj.refs == 1:
                 self._policy.hold(obj.number)
-                self._idle_bytes -= self._allocator.rounded(obj.location.size)
+                self._idle_bytes -= obj.num_bytes
 
     def _unhold(self, objects: Sequence[StoredObject]) -> None:
         """The opposite of _hold, in chain order. What nobody holds becomes evictable, or ends if it was waiting to."""
         idle: list[int] = []
+        ephemeral: list[StoredObject] = []
         for obj in objects:
             obj.refs -= 1
             if obj.refs:
@@ -400,33 +449,37 @@ class StoreCore:
                 self._end(obj, Trigger.LAST_RELEASE)
                 continue
             idle.append(obj.number)
-            self._idle_bytes += self._allocator.rounded(obj.location.size)
-        self._policy.idle(idle)
-        for number in idle:
-            if self._by_number[number].ephemeral:
-                self._end(self._by_number[number], Trigger.REMOVE)
+            self._idle_bytes += obj.num_bytes
+            if obj.ephemeral:
+                ephemeral.append(obj)
+        if idle:
+            self._policy.idle(idle)
+        for obj in ephemeral:
+            self._end(obj, Trigger.REMOVE)
 
     def _end(self, obj: StoredObject, trigger: Trigger) -> None:
         """Free the bytes of an object or reservation that nobody holds any more."""
         before = obj.state
         self._move(obj, trigger)
-        if before is State.RESERVED:
-            self._forget_writer(obj)
-        if before in (State.RESERVED, State.FENCED):
-            self._forget_reservation(obj)
-        else:
-            self._policy.discard(obj.number)
         if before is State.COMMITTED:
-            self._idle_bytes -= self._allocator.rounded(obj.location.size)
+            self._policy.discard(obj.number)
+            self._idle_bytes -= obj.num_bytes
             self._note(obj, added=False)
             del self._by_key[obj.key]
+        elif before is State.CONDEMNED:
+            self._policy.discard(obj.number)
+        else:
+            if before is State.RESERVED:
+                self._forget_writer(obj)
+                obj.batch.num_open -= 1
+            self._forget_reservation(obj)
         del self._by_number[obj.number]
         self._allocator.free(obj.location.offset)
 
     def _forget_writer(self, obj: StoredObject) -> None:
-        self._num_writers[obj.key] -= 1
-        if not self._num_writers[obj.key]:
-            del self._num_writers[obj.key]
+        left = self._num_writers.pop(obj.key) - 1
+        if left:
+            self._num_writers[obj.key] = left
 
     def _move(self, obj: StoredObject, trigger: Trigger) -> None:
         after = advance(obj.state, trigger)
@@ -437,7 +490,6 @@ class StoreCore:
     def _forget_reservation(self, obj: StoredObject) -> None:
         if obj.writer in self._clients:
             self._clients[obj.writer].reservations.pop(obj.number, None)
-        self._expiring.pop(obj.number, None)
         obj.writer = None
 
     def _note(self, obj: StoredObject, *, added: bool) -> None:
@@ -446,7 +498,10 @@ class StoreCore:
             self._delta[obj.key] = added
 
     def _claims(self, client: int) -> _Claims:
-        return self._clients.setdefault(client, _Claims())
+        claims = self._clients.get(client)
+        if claims is None:
+            claims = self._clients[client] = _Claims()
+        return claims
 
     def _reservation(self, client: int, number: int) -> StoredObject | None:
         obj = self._by_number.get(number)
@@ -458,19 +513,18 @@ class StoreCore:
         """Raises AssertionError if a law is broken. O(objects)."""
         self._allocator.check_integrity()
         objects = self._by_number
-        extents = {o.location.offset: self._allocator.rounded(o.location.size) for o in objects.values()}
+        extents = {o.location.offset: o.num_bytes for o in objects.values()}
         _require(len(extents) == len(objects) and extents == self._allocator.extents(), "index and allocator disagree")
         committed = [o for o in objects.values() if o.state is State.COMMITTED]
         _require(len({o.key for o in committed}) == len(committed), "a key is committed twice")
         _require(self._by_key == {o.key: o for o in committed}, "key index disagrees")
         live = Counter(o.key for o in objects.values() if o.state is State.RESERVED)
-        _require(dict(self._num_writers) == live, "a key's writers are miscounted")
+        _require(self._num_writers == live, "a key's writers are miscounted")
         reserved = {(c, n) for c, claims in self._clients.items() for n in claims.reservations}
         writers = {(o.writer, o.number) for o in objects.values() if o.state in (State.RESERVED, State.FENCED)}
         _require(reserved == writers, "a reservation has no owner, or an owner no reservation")
-        _require(
-            set(self._expiring) == {o.number for o in objects.values() if o.state is State.RESERVED}, "expiry disagrees"
-        )
+        waiting = Counter(o.batch for o in objects.values() if o.state is State.RESERVED)
+        _require(waiting == {batch: batch.num_open for batch in self._batches if batch.num_open}, "expiry disagrees")
         refs = dict.fromkeys(objects, 0)
         for claims in self._clients.values():
             for number, count in (*claims.leases.items(), *((n, 1) for n in claims.aliases.values())):

@@ -11,6 +11,7 @@ import msgspec
 from mooncake.core.keys import OBJECT_KEY_BYTES
 from mooncake.store.types import CommitStatus, Location, Miss, Put, PutMode
 
+_KEY_LENGTHS = {OBJECT_KEY_BYTES}
 MAX_BATCH = 16_384
 """Keys or numbers of one event: bounds the time one client can hold the node, about 20 ms."""
 
@@ -153,10 +154,10 @@ def fault_of(event: Request, capacity: int) -> str | None:
 def _fault_of_keys(keys: tuple[bytes, ...]) -> str | None:
     if not 0 < len(keys) <= MAX_BATCH:
         return f"keys: a batch has 1 to {MAX_BATCH}, got {len(keys)}"
-    for at, key in enumerate(keys):
-        if len(key) != OBJECT_KEY_BYTES:
-            return f"keys[{at}]: must have {OBJECT_KEY_BYTES} bytes, got {len(key)}"
-    return None
+    if set(map(len, keys)) == _KEY_LENGTHS:
+        return None
+    at, size = next((at, len(key)) for at, key in enumerate(keys) if len(key) != OBJECT_KEY_BYTES)
+    return f"keys[{at}]: must have {OBJECT_KEY_BYTES} bytes, got {size}"
 
 
 def _fault_of_reserve(event: Reserve, capacity: int) -> str | None:
@@ -164,9 +165,9 @@ def _fault_of_reserve(event: Reserve, capacity: int) -> str | None:
         return f"sizes: {len(event.sizes)} for {len(event.keys)} keys"
     if len(set(event.keys)) != len(event.keys):
         return "keys: a key is in the batch twice"
-    for at, size in enumerate(event.sizes):
-        if not 0 < size <= capacity:
-            return f"sizes[{at}]: must be between 1 and the segment's {capacity} bytes, got {size}"
+    if not 0 < min(event.sizes) <= max(event.sizes) <= capacity:
+        at, size = next((at, size) for at, size in enumerate(event.sizes) if not 0 < size <= capacity)
+        return f"sizes[{at}]: must be between 1 and the segment's {capacity} bytes, got {size}"
     if event.mode is PutMode.STRICT and not event.checksums:
         return "checksums: a strict put needs them"
     return _fault_of_checksums(event.checksums, len(event.keys))

@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 
 from mooncake.config import options
+from mooncake.core.event_log import EventLogWriter
+from mooncake.core.types import NANOS_PER_S
+from mooncake.store.core import StoreCore
+from mooncake.store.events import Commit, Reserve, Tick
+from mooncake.store.service import StoreSettings
 
 
 def mooncake(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -108,3 +113,39 @@ def test_foreign_package_is_refused(tmp_path: Path) -> None:
         "mooncake: mooncake-transfer-engine-cuda13 is installed here under our import name; "
         "uninstall it or use another environment"
     )
+
+
+def store_log(path: Path, epoch: int = 1) -> None:
+    """epoch: that the log claims; the core's is 1, and its reports say so."""
+    core = StoreCore(1 << 16, epoch=1)
+    writer = EventLogWriter(path.open("wb"), "store", 0, StoreSettings(1 << 16, epoch, 4096))
+    for seconds, event in enumerate((Reserve(1, 1, (b"a" * 24,), (100,)), Commit(1, 2, (1,), lease=True), Tick())):
+        now = seconds * NANOS_PER_S
+        writer.append(now, event, core.handle(event, now))
+    writer.close()
+
+
+def test_logs_are_replayed_and_what_they_still_held_is_shown(tmp_path: Path) -> None:
+    store_log(tmp_path / "a.log")
+    store_log(tmp_path / "b.log")
+    done = mooncake("replay-log", f"{tmp_path}/a.log", f"{tmp_path}/b.log")
+    outcome = "store: 3 events gave the same commands; still held: leases: 1"
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path}/a.log: {outcome}\n{tmp_path}/b.log: {outcome}\n"
+
+
+def test_a_log_that_says_something_else_is_named_with_the_first_difference(tmp_path: Path) -> None:
+    store_log(tmp_path / "a.log", epoch=2)
+    store_log(tmp_path / "b.log")
+    done = mooncake("replay-log", f"{tmp_path}/a.log", f"{tmp_path}/b.log")
+    assert (done.returncode, done.stderr) == (1, "")
+    [first, second] = done.stdout.splitlines()
+    assert first == f"{tmp_path}/a.log: event 2, Tick(): command 0, Report.epoch: 1 in the log, 2 now"
+    assert second.startswith(f"{tmp_path}/b.log: store: 3 events")
+
+
+def test_a_file_that_is_no_event_log_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("what happened on Tuesday\n")
+    assert fails("replay-log", str(path)) == f"mooncake: {path}: not an event log: a frame of 1952540791 bytes"
+    assert fails("replay-log", f"{path}x") == f"mooncake: {path}x: No such file or directory"

@@ -19,6 +19,9 @@
     │   ├── Refused            the peer does not want us, or we not it; the message names both values
     │   ├── ProtocolFault      what came, or was to go, is no valid message of the protocol
     │   └── OutboxFull         the peer does not read
+    ├── TraceError             a trace that is missing, or is none; the message names file, line and reason
+    ├── EventLogError          a file that is no event log, or none that this program can read
+    ├── ReplayMismatch         a core that, told again what its event log says, does not do what it did
     └── ProcessError           a process of the cluster that does not come up
 
 A miss and a refusal are values and not in this tree. Rooms above transport never let a TransportError out: the store maps
@@ -101,6 +104,18 @@ class ProtocolFault(RpcError):
 
 
 class OutboxFull(RpcError):
+    pass
+
+
+class TraceError(MooncakeError):
+    pass
+
+
+class EventLogError(MooncakeError):
+    pass
+
+
+class ReplayMismatch(MooncakeError):
     pass
 
 

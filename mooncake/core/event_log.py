@@ -59,10 +59,10 @@ class EventLogWriter:
 
 def read_log(file: BinaryIO) -> tuple[LogHeader, Iterator[LogEntry]]:
     """Raises ValueError for a file that is no log; a torn last frame, as a killed process leaves it, ends the entries."""
-    data = _next_frame(file)
-    if data is None:
-        raise ValueError("not an event log: no header")
-    header = msgspec.msgpack.decode(data, type=LogHeader)
+    try:
+        header = msgspec.msgpack.decode(_next_frame(file) or b"", type=LogHeader)
+    except ValueError as error:
+        raise ValueError(f"not an event log: {error}") from None
     if header.version != LOG_VERSION:
         raise ValueError(f"event log has version {header.version}, this program reads {LOG_VERSION}")
     return header, _entries(file)
@@ -79,6 +79,6 @@ def _next_frame(file: BinaryIO) -> bytes | None:
         return None
     (length,) = _LENGTH.unpack(head)
     if length > MAX_FRAME_BYTES:
-        raise ValueError(f"event log has a frame of {length} bytes")
+        raise ValueError(f"a frame of {length} bytes")
     data = file.read(length)
     return data if len(data) == length else None

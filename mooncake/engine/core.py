@@ -113,6 +113,9 @@ EngineOutput = LoadKv | StoreKv | LeftBatch | ServiceOutput
 """Copies and tokens kept back are the engine shell's business; the rest goes on to the service."""
 
 
+_NOWHERE = np.empty(0, dtype=np.int64)
+
+
 class EngineLoad(msgspec.Struct, frozen=True):
     """What there is now; the last three count since the start."""
 
@@ -128,10 +131,11 @@ class EngineLoad(msgspec.Struct, frozen=True):
 
 class EngineCore:
     """overlap_loads: whether a step may run while the load it depends on is under way (layer by layer); true for prefill.
-    list_decodes: whether plans list the decode batch item by item, as an engine that computes needs it."""
+    has_memory: whether pages are real. Then plans list the decode batch item by item, and say where the pages are; simulated
+    memory needs neither."""
 
     def __init__(
-        self, limits: EngineLimits, *, overlap_loads: bool, row_pages: int | None = 1, list_decodes: bool = True
+        self, limits: EngineLimits, *, overlap_loads: bool, row_pages: int | None = 1, has_memory: bool = True
     ) -> None:
         if limits.max_step_tokens < limits.block_tokens:
             raise ValueError(f"max_step_tokens {limits.max_step_tokens} is below block_tokens {limits.block_tokens}")
@@ -143,7 +147,7 @@ class EngineCore:
         self._longest = min(limits.max_context, limits.num_pages * limits.page_tokens)
         """Tokens of a sequence: one that outgrew all pages would wait for ever, and all others behind it."""
         self._overlap = overlap_loads
-        self._list_decodes = list_decodes
+        self._has_memory = has_memory
         self._seqs: dict[int, Sequence] = {}
         self._waiting: list[tuple[Order, int]] = []
         self._waiting_tokens = 0
@@ -218,7 +222,7 @@ class EngineCore:
         batch = self._batch
         joined = self._join() if self._others else []
         self._look_at_due()
-        items = self._decode_items() if self._list_decodes else []
+        items = self._decode_items() if self._has_memory else []
         num_listed = len(items)
         if self._others:
             self._add_prefill_items(items)
@@ -247,7 +251,7 @@ class EngineCore:
             state.in_step = False
             self._release_if_idle(state)
         self._departed.clear()
-        num_listed = plan.num_decode if self._list_decodes else 0
+        num_listed = plan.num_decode if self._has_memory else 0
         for index, item in enumerate(plan.items):
             logprobs = result.logprobs[index] if result.logprobs else ()
             if index < num_listed:
@@ -528,6 +532,8 @@ class EngineCore:
     # ------------------------------------------------------------------ inside: effects on one sequence
 
     def _pages(self, state: Sequence) -> np.ndarray:
+        if not self._has_memory:
+            return _NOWHERE
         pages = self.pool.pages(state.seq)
         if state.page_array is None or len(state.page_array) != len(pages):
             state.page_array = np.array(pages, dtype=np.int64)

@@ -10,6 +10,7 @@ may be partial.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -22,6 +23,8 @@ import numpy as np
 from mooncake.core.errors import MooncakeError
 from mooncake.engine.base import KvLayout, KvReader, KvWriter
 from mooncake.engine.threads import start_thread
+
+log = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 10.0
 """A layer that has not arrived after this makes the load fail."""
@@ -38,7 +41,10 @@ class PageAccess(Protocol):
 
 
 class Interval(msgspec.Struct, frozen=True):
-    """When one layer of one sequence was loaded, computed or stored: monotonic nanoseconds."""
+    """When one layer of one sequence was loaded, computed or stored: monotonic nanoseconds. What was not copied has none.
+
+    kind `compute` is of a whole step (seq is -1), up to where the layer's KV is in the pages; a wait for a load is a gap
+    between two of them."""
 
     kind: str
     seq: int
@@ -85,14 +91,14 @@ class LoadTask:
                 self._failed = True
             return not self._failed
 
-    def advance(self) -> bool:
-        """One more layer is there. False if nobody wants it any more."""
+    def advance(self) -> None:
+        """One more layer is there."""
         with self._changed:
             self._layers_done += 1
             self._changed.notify_all()
-            return not self._failed
 
     def fail(self) -> None:
+        """It cannot be loaded, or nobody wants it any more."""
         with self._changed:
             self._failed = True
             self._changed.notify_all()
@@ -116,7 +122,8 @@ _Work = Callable[[], None]
 
 
 class KvMover:
-    """on_loaded(task) and on_stored(task) are called from the copying threads, once for each task."""
+    """on_loaded(task) and on_stored(task) are called from the copying threads, once for each task. So is on_failure(error), if
+    one breaks by something else than a copy that fails: its tasks will never end then."""
 
     def __init__(
         self,
@@ -124,6 +131,7 @@ class KvMover:
         block_tokens: int,
         on_loaded: Callable[[LoadTask], None],
         on_stored: Callable[[StoreTask], None],
+        on_failure: Callable[[BaseException], None],
         record: Callable[[Interval], None] | None = None,
     ) -> None:
         self.bytes_loaded = 0
@@ -133,13 +141,14 @@ class KvMover:
         self._block_tokens = block_tokens
         self._on_loaded = on_loaded
         self._on_stored = on_stored
+        self._on_failure = on_failure
         self._record = record
         # Bounded by the engine's batch: a sequence has one load and one store per chunk under way.
         self._loads: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._stores: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._threads = [
-            start_thread("kv-load", lambda: _work(self._loads)),
-            start_thread("kv-store", lambda: _work(self._stores)),
+            start_thread("kv-load", lambda: self._work(self._loads)),
+            start_thread("kv-store", lambda: self._work(self._stores)),
         ]
 
     def load(self, task: LoadTask) -> None:
@@ -166,15 +175,24 @@ class KvMover:
 
     # ------------------------------------------------------------------ in the copying threads
 
+    def _work(self, work: queue.SimpleQueue[_Work | None]) -> None:
+        try:
+            while (item := work.get()) is not None:
+                item()
+        except BaseException as error:  # the boundary of the thread: whoever owns the process must hear of it
+            log.exception("a copying thread failed")
+            self._on_failure(error)
+
     def _load(self, task: LoadTask) -> None:
         try:
             for layer in range(self._layout.num_layers):
+                if not task.ok:
+                    break
                 began = time.monotonic_ns()
                 for piece in self._each_piece(task.start, task.end, task.reader.num_tokens):
                     self._load_piece(task, layer, piece)
                 self._note("load", task.seq, layer, began)
-                if not task.advance():
-                    break
+                task.advance()
         except MooncakeError:
             task.fail()
         self._on_loaded(task)
@@ -195,14 +213,15 @@ class KvMover:
         self._finish(task, True)
 
     def _store_layer(self, task: StoreTask, layer: int) -> None:
-        began = time.monotonic_ns()
+        began, bytes_before = time.monotonic_ns(), self.bytes_stored
         try:
             for piece in self._each_piece(task.start, task.end, task.writer.num_tokens):
                 if task.ok and task.writer.wants(piece.index):
                     self._store_piece(task, layer, piece)
+            if self.bytes_stored > bytes_before:
+                self._note("store", task.seq, layer, began)
         except MooncakeError:
             task.ok = False
-        self._note("store", task.seq, layer, began)
 
     def _store_piece(self, task: StoreTask, layer: int, piece: _Piece) -> None:
         size = piece.count * self._layout.token_bytes
@@ -224,8 +243,3 @@ class KvMover:
     def _note(self, kind: str, seq: int, layer: int, began: int) -> None:
         if self._record is not None:
             self._record(Interval(kind, seq, layer, began, time.monotonic_ns()))
-
-
-def _work(work: queue.SimpleQueue[_Work | None]) -> None:
-    while (item := work.get()) is not None:
-        item()

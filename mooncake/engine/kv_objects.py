@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from mooncake.core.errors import StoreError
@@ -85,9 +86,9 @@ async def reserve_target(
 
 
 async def _give_back(client: StoreOperations, reservation: Reservation) -> None:
-    try:
+    """Each as far as it goes: a node that is gone takes everything back when it sees our connection end, but one that did not
+    answer in time may well live on, and leases that are not released then stay."""
+    with contextlib.suppress(StoreError):
         await client.cancel(reservation)
+    with contextlib.suppress(StoreError):
         await client.release(reservation)
-    except StoreError:
-        # The node is gone or does not answer: it takes everything back when it sees our connection end.
-        return

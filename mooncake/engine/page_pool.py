@@ -32,7 +32,7 @@ class PagePool:
         self._free: FreePages = AnyPages(num_pages) if row_pages is None else PageRuns(num_pages, row_pages)
         self._refs = [0] * num_pages
         self._held: dict[int, list[int]] = {}
-        self._blocks: dict[bytes, tuple[int, ...]] = {}
+        self._blocks: dict[bytes, list[int]] = {}
         self._key_of_page: list[bytes | None] = [None] * num_pages
         self._unused: OrderedDict[bytes, None] = OrderedDict()
         self._added: dict[bytes, None] = {}
@@ -63,13 +63,14 @@ class PagePool:
         All or nothing: False changes nothing."""
         wanted = -(-num_tokens // self.page_tokens) - len(keys) * self.block_pages
         unused, refs = self._unused, self._refs
-        reusable = sum(key in unused for key in keys)
-        if wanted > self.num_free - reusable * self.block_pages:
+        reusable = [key for key in keys if key in unused]
+        if wanted > self.num_free - len(reusable) * self.block_pages:
             return False
+        for key in reusable:
+            del unused[key]
         pages: list[int] = []
         for key in keys:
-            unused.pop(key, None)
-            pages.extend(self._blocks[key])
+            pages += self._blocks[key]
         for page in pages:
             refs[page] += 1
         self._held[seq] = pages
@@ -89,18 +90,19 @@ class PagePool:
 
     def publish(self, seq: int, first: int, keys: Sequence[bytes]) -> None:
         """Blocks from `first` on are computed: others may reuse them. A key that is cached already is left alone."""
-        held, blocks, key_of_page = self._held[seq], self._blocks, self._key_of_page
-        size = self.block_pages
-        for index, key in enumerate(keys, start=first):
+        blocks, key_of_page, size = self._blocks, self._key_of_page, self.block_pages
+        pages = self._held[seq][first * size : (first + len(keys)) * size]
+        new: list[bytes] = []
+        for index, key in enumerate(keys):
             if key in blocks:
                 continue
-            pages = tuple(held[index * size : (index + 1) * size])
-            if any(key_of_page[page] is not None for page in pages):
-                continue
-            blocks[key] = pages
-            for page in pages:
-                key_of_page[page] = key
-            _note(key, self._added, self._removed)
+            its_pages = pages[index * size : (index + 1) * size]
+            if key_of_page[its_pages[0]] is None:
+                blocks[key] = its_pages
+                for page in its_pages:
+                    key_of_page[page] = key
+                new.append(key)
+        note_changes(new, self._added, self._removed)
 
     def free(self, seq: int) -> None:
         """The sequence lets go of its pages. Published blocks stay cached while nobody needs the room."""
@@ -153,22 +155,30 @@ class PagePool:
         refs = self._refs
         for page in taken:
             refs[page] += 1
-        pages.extend(taken)
+        pages += taken
 
     def _evict(self, num_pages: int) -> None:
+        unused, blocks, key_of_page = self._unused, self._blocks, self._key_of_page
         freed: list[int] = []
+        gone: list[bytes] = []
         while len(freed) < num_pages:
-            key, _ = self._unused.popitem(last=False)
-            pages = self._blocks.pop(key)
+            key, _ = unused.popitem(last=False)
+            pages = blocks.pop(key)
             for page in pages:
-                self._key_of_page[page] = None
-            freed.extend(pages)
-            _note(key, self._removed, self._added)
+                key_of_page[page] = None
+            freed += pages
+            gone.append(key)
         self._free.give(freed)
+        note_changes(gone, self._removed, self._added)
 
 
-def _note(key: bytes, into: dict[bytes, None], opposite: dict[bytes, None]) -> None:
-    if key in opposite:
-        del opposite[key]
-    else:
-        into[key] = None
+def note_changes(keys: Sequence[bytes], into: dict[bytes, None], opposite: dict[bytes, None]) -> None:
+    """What comes and goes between two reports is in neither."""
+    if not opposite or opposite.keys().isdisjoint(keys):
+        into.update(dict.fromkeys(keys))
+        return
+    for key in keys:
+        if key in opposite:
+            del opposite[key]
+        else:
+            into[key] = None

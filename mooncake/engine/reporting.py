@@ -23,9 +23,11 @@ from mooncake.core.messages import (
 from mooncake.core.types import NANOS_PER_MS, InstanceInfo, InstanceLoad, InstanceState, Tier
 from mooncake.engine.attempts import EngineProgress
 from mooncake.engine.core import EngineLoad
+from mooncake.engine.page_pool import note_changes
 
 REPORT_NS = 50 * NANOS_PER_MS
-"""Load changes are told at most this often; placement bridges the time between with its own bookings."""
+"""A change is told so much later, with all that came until then: a request changes an instance's load and blocks several times
+in a row. Placement bridges the time between with its own bookings and predictions."""
 
 
 class InstanceReporter:
@@ -40,13 +42,15 @@ class InstanceReporter:
         self._load_seq = 0
         self._cache_seq = 0
         self._keys: dict[bytes, None] = {}
+        self._added: dict[bytes, None] = {}
+        self._removed: dict[bytes, None] = {}
+        """What the keys gained and lost since the last report, net."""
         self._report_at: int | None = None
-        self._last_report = -REPORT_NS
         self._connected = False
 
-    def opened(self, num_queued: int, queued_tokens: int, now: int) -> list[Send]:
+    def opened(self, num_queued: int, queued_tokens: int) -> list[Send]:
         self._connected = True
-        return [self._send(Register(self.info)), self._snapshot(), *self._report(num_queued, queued_tokens, now)]
+        return [_send(Register(self.info)), self._snapshot(), self._load_report(num_queued, queued_tokens)]
 
     def closed(self) -> None:
         self._connected = False
@@ -58,67 +62,72 @@ class InstanceReporter:
             self.refused = None if message.accepted else message.detail
         return []
 
-    def progress(self, event: EngineProgress, now: int) -> list[Send]:
+    def progress(self, event: EngineProgress, now: int) -> None:
         self._load = event.load
         if event.step_ns:
             self._step_ns = event.step_ns if not self._step_ns else (3 * self._step_ns + event.step_ns) // 4
+        if event.blocks_removed:
+            note_changes(event.blocks_removed, self._removed, self._added)
+            for key in event.blocks_removed:
+                self._keys.pop(key, None)
+        if event.blocks_added:
+            note_changes(event.blocks_added, self._added, self._removed)
+            self._keys.update(dict.fromkeys(event.blocks_added))
         self.touch(now)
-        if not event.blocks_added and not event.blocks_removed:
-            return []
-        self._keys.update(dict.fromkeys(event.blocks_added))
-        for key in event.blocks_removed:
-            self._keys.pop(key, None)
-        self._cache_seq += 1
-        delta = CacheDelta(
-            self.info.name, self.info.epoch, self._cache_seq, Tier.HBM, event.blocks_added, event.blocks_removed
-        )
-        return [self._send(delta)] if self._connected else []
 
     def touch(self, now: int) -> None:
-        """The load changed: a report is due, at once or REPORT_NS after the last one."""
+        """The load changed: a report is due."""
         if self._report_at is None:
-            self._report_at = max(now, self._last_report + REPORT_NS)
+            self._report_at = now + REPORT_NS
 
     def change_state(self, state: InstanceState) -> list[Send]:
         self.info = msgspec.structs.replace(self.info, state=state)
         change = StateChange(self.info.name, self.info.epoch, state, self.info.cost)
-        return [self._send(change)] if self._connected else []
+        return [_send(change)] if self._connected else []
 
     def deadline(self) -> int | None:
         return self._report_at if self._connected else None
 
-    def tick(self, num_queued: int, queued_tokens: int, now: int) -> list[Send]:
-        """num_queued, queued_tokens: what waits in the core, before the engine."""
-        if not self._connected or self._report_at is None or self._report_at > now:
-            return []
-        return self._report(num_queued, queued_tokens, now)
+    def due(self, now: int) -> bool:
+        return self._report_at is not None and self._report_at <= now and self._connected
 
-    def _report(self, num_queued: int, queued_tokens: int, now: int) -> list[Send]:
+    def report(self, num_queued: int, queued_tokens: int) -> list[Send]:
+        """num_queued, queued_tokens: what waits in the core, before the engine."""
+        load = self._load_report(num_queued, queued_tokens)
+        if not self._added and not self._removed:
+            return [load]
+        self._cache_seq += 1
+        added, removed = tuple(self._added), tuple(self._removed)
+        self._added.clear()
+        self._removed.clear()
+        return [_send(CacheDelta(self.info.name, self.info.epoch, self._cache_seq, Tier.HBM, added, removed)), load]
+
+    def _load_report(self, num_queued: int, queued_tokens: int) -> Send:
         self._load_seq += 1
-        self._last_report = now
         self._report_at = None
         load = self._load
-        return [
-            self._send(
-                LoadReport(
-                    InstanceLoad(
-                        name=self.info.name,
-                        epoch=self.info.epoch,
-                        seq=self._load_seq,
-                        num_waiting=num_queued + load.num_waiting,
-                        waiting_tokens=queued_tokens + load.waiting_tokens,
-                        num_running=load.num_running,
-                        context_tokens=load.context_tokens,
-                        free_pages=load.free_pages,
-                        step_ns=self._step_ns,
-                    )
+        return _send(
+            LoadReport(
+                InstanceLoad(
+                    self.info.name,
+                    self.info.epoch,
+                    self._load_seq,
+                    num_queued + load.num_waiting,
+                    queued_tokens + load.waiting_tokens,
+                    load.num_running,
+                    load.context_tokens,
+                    load.free_pages,
+                    self._step_ns,
                 )
             )
-        ]
+        )
 
     def _snapshot(self) -> Send:
-        return self._send(CacheSnapshot(self.info.name, self.info.epoch, self._cache_seq, Tier.HBM, tuple(self._keys)))
+        """Contains what was not reported yet."""
+        self._added.clear()
+        self._removed.clear()
+        return _send(CacheSnapshot(self.info.name, self.info.epoch, self._cache_seq, Tier.HBM, tuple(self._keys)))
 
-    @staticmethod
-    def _send(message: AnyMessage) -> Send:
-        return Send(CONDUCTOR, message)
+
+def _send(message: AnyMessage) -> Send:
+    return Send(CONDUCTOR, message)

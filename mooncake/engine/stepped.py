@@ -84,7 +84,7 @@ class SteppedEngine:
 
     def _abort(self, seq: int) -> None:
         self.core.abort(seq)
-        self._drop_load(seq)
+        self._drop_load(seq)  # it may have begun since `abort` looked
 
     def _drop_load(self, seq: int) -> None:
         """Nobody wants it any more, but it would hold the sequence's pages and keep the loads behind it waiting."""

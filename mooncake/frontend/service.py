@@ -7,8 +7,6 @@ import random
 import time
 from pathlib import Path
 
-import msgspec
-
 from mooncake.config import Config, RoleConfig
 from mooncake.core.messages import CONDUCTOR
 from mooncake.core.types import NANOS_PER_S, InstanceInfo, Slo
@@ -23,18 +21,10 @@ from mooncake.frontend.tokenizer import Tokenizer
 from mooncake.metrics import Registry
 from mooncake.rpc.driver import CoreDriver, open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcClient
-from mooncake.scheduler.dispatcher import Dispatcher, DispatcherLimits, Ended, Tick, hashed_keys
+from mooncake.scheduler.dispatcher import Dispatcher, DispatcherLimits, DispatcherSettings, Ended, Tick, hashed_keys
 from mooncake.status import Status
 
 _READY_POLL_S = 0.02
-
-
-class DispatcherSettings(msgspec.Struct, frozen=True):
-    """What a `Dispatcher` is built from, as its event log keeps it."""
-
-    name: str
-    limits: DispatcherLimits
-    block_tokens: int
 
 
 async def run(config: Config, role: RoleConfig, status: Status) -> None:

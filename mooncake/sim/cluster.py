@@ -6,7 +6,7 @@ frontends (dispatcher) --> conductor <-- instances (prefill, decode: core + engi
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -97,7 +97,7 @@ class SimCluster:
         self.network = Network(self.loop, config.network, self.rng)
         self.network.on_cut(self._cut)
         self.records: list[RequestRecord] = []
-        self.model = Model(self.records)
+        self.model = Model()
         self.conductor: SimConductor | None = None
         self.frontends: dict[str, SimFrontend] = {}
         self.nodes: dict[str, SimNode] = {}
@@ -107,6 +107,8 @@ class SimCluster:
         self._watch = watch
         self._node_of: dict[str, str] = {}
         self._arrivals_left = 0
+        self._num_submitted = 0
+        self._on_end: Callable[[RequestRecord], None] | None = None
         for name in self.names:
             self.start(name)
 
@@ -128,10 +130,30 @@ class SimCluster:
     def submit(self, requests: Iterable[SimRequest]) -> None:
         """Each goes to a frontend in turn when its time comes."""
         for request in requests:
-            record = RequestRecord(len(self.records), request)
+            record = self._new_record(request)
             self.records.append(record)
-            self._arrivals_left += 1
             self.loop.at(request.arrival_ns, self._arrive, record)
+
+    def feed(self, requests: Iterator[SimRequest], on_end: Callable[[RequestRecord], None]) -> None:
+        """As `submit`, for any number of requests in order of arrival: each is drawn when the one before it arrives. A record is
+        given to on_end when its request has ended, and not kept."""
+        self._on_end = on_end
+        self._draw_next(requests)
+
+    def _draw_next(self, requests: Iterator[SimRequest]) -> None:
+        request = next(requests, None)
+        if request is not None:
+            self.loop.at(request.arrival_ns, self._arrive_and_draw, self._new_record(request), requests)
+
+    def _arrive_and_draw(self, record: RequestRecord, requests: Iterator[SimRequest]) -> None:
+        self._draw_next(requests)
+        self._arrive(record)
+
+    def _new_record(self, request: SimRequest) -> RequestRecord:
+        record = RequestRecord(self._num_submitted, request)
+        self._num_submitted += 1
+        self._arrivals_left += 1
+        return record
 
     def run(self, until: int) -> None:
         """Until all requests have ended, or until that time."""
@@ -148,12 +170,14 @@ class SimCluster:
         frontend = self.frontends.get(name)
         if frontend is None:
             record.end(FRONTEND_LOST)
-            self._ended()
+            self._ended(record)
         else:
             frontend.start(record)
 
-    def _ended(self) -> None:
+    def _ended(self, record: RequestRecord) -> None:
         self.num_running -= 1
+        if self._on_end is not None:
+            self._on_end(record)
         if not self.num_running and not self._arrivals_left:
             self.loop.stop()
 

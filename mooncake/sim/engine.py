@@ -145,6 +145,9 @@ class SimEngine:
     def abort(self, seq: int) -> None:
         self._call(self.core.abort, seq)
 
+    def job(self, seq: int) -> Job:
+        return self._jobs[seq]
+
     def flush(self) -> None:
         """Tell what was computed so far: this process, or somebody who hears it, is about to be lost."""
         run = self._run

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from mooncake.core.messages import AnyMessage, Send
+from mooncake.core.messages import AnyMessage, Prediction, Send
 from mooncake.core.noise import noise
 from mooncake.core.types import Job, SamplingParams, Slo
 from mooncake.scheduler.dispatcher import (
@@ -35,6 +36,10 @@ from mooncake.sim.network import Network
 
 FRONTEND_LOST = "frontend_lost"
 CANCELLED = "cancelled"
+
+_POSITION_BITS = 21
+"""Of a token's 32; the others tell its request and choice apart from most others."""
+_POSITION_MASK = (1 << _POSITION_BITS) - 1
 
 
 class SimRequest(msgspec.Struct, frozen=True):
@@ -88,14 +93,24 @@ class ChoiceRecord:
     def computed(self) -> list[int]:
         return [time for piece, _ in self._pieces for time in piece]
 
+    def time_array(self) -> np.ndarray:
+        """`times`, as nanoseconds in an array."""
+        pieces = [np.frombuffer(piece, dtype=np.int64) + way for piece, way in self._pieces]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+
+    @property
+    def first_way(self) -> int:
+        """How long the first token was on its way, of those that have one."""
+        return self._pieces[0][1]
+
 
 class RequestRecord:
     """What happened to a request. outcome: stop or length (of the choice that ended last), cancelled, frontend_lost or the
     reason of a failure; "" as long as it runs."""
 
     __slots__ = (
-        "cached_tokens", "choices", "decode", "detail", "num_attempts", "number", "outcome", "prefill", "request",
-        "timeline",
+        "cached_tokens", "choices", "decode", "detail", "num_attempts", "number", "outcome", "prediction", "prefill",
+        "request", "timeline",
     )  # fmt: skip
 
     def __init__(self, number: int, request: SimRequest) -> None:
@@ -106,6 +121,7 @@ class RequestRecord:
         self.choices = tuple(ChoiceRecord() for _ in range(request.num_choices))
         self.timeline: tuple[int | None, ...] = ()
         self.prefill = self.decode = ""
+        self.prediction = Prediction()
         self.num_attempts = 0
         self.cached_tokens = 0
 
@@ -146,21 +162,19 @@ class RequestRecord:
 
 def token_range(number: int, choice: int, first: int, last: int) -> range:
     """Tokens at the positions [first, last) of an output: each tells its request, choice and position apart from all others'."""
-    base = noise(number, choice, 0) % (1 << 11) << 21  # tokens have 32 bits, positions less than 21
+    base = noise(number, choice, 0) % (1 << 11) << _POSITION_BITS
     return range(base + first, base + last)
 
 
 class Model:
-    """The oracle of the simulated engines."""
-
-    def __init__(self, records: list[RequestRecord]) -> None:
-        self._records = records
+    """The oracle of the simulated engines. A stop token tells the position at which it is drawn, so no record is needed."""
 
     def tokens(self, job: Job, choice: int, first: int, last: int) -> tuple[int, ...]:
         return tuple(token_range(job.key.request, choice, first, last))
 
     def num_left(self, job: Job, position: int) -> int:
-        return max(1, self._records[job.key.request].stop_position(job.key.choice) + 1 - position)
+        stop = job.sampling.stop_token_ids[job.key.choice] & _POSITION_MASK
+        return max(1, stop + 1 - position)
 
 def extend_keys(block_tokens: int) -> Callable[[RequestSpec, list[int]], tuple[bytes, ...]]:
     """Keys of blocks that end in generated tokens: there is no prompt to hash, so the request's number stands in."""
@@ -182,7 +196,7 @@ class SimFrontend:
         loop: Loop,
         network: Network,
         observe: Observer | None,
-        on_ended: Callable[[], None],
+        on_ended: Callable[[RequestRecord], None],
     ) -> None:
         self.name = name
         self.core = Dispatcher(name, limits, extend_keys(block_tokens))
@@ -251,7 +265,8 @@ class SimFrontend:
         record.timeline = ended.timeline
         record.prefill, record.decode = ended.prefill, ended.decode
         record.num_attempts = ended.num_attempts
-        self._on_ended()
+        record.prediction = ended.prediction
+        self._on_ended(record)
 
     # ------------------------------------------------------------------ process
 
@@ -261,7 +276,7 @@ class SimFrontend:
         for record in self._running.values():
             if not record.outcome:
                 record.end(FRONTEND_LOST)
-            self._on_ended()
+            self._on_ended(record)
         self._running.clear()
 
     def opened(self, peer: str) -> None:

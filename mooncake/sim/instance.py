@@ -74,8 +74,10 @@ class SimInstance:
         self._clients: dict[str, NodeClient] = {}
         self._sources: dict[int, SimSource] = {}
         self._targets: dict[int, SimTarget] = {}
+        self.on_load: Callable[[Job, int, SimSource], None] | None = None
+        """Told of each load, with the number of tokens: for reports."""
         prefill = info.role is Role.PREFILL
-        engine_core = EngineCore(config.limits, overlap_loads=prefill, row_pages=None, list_decodes=False)
+        engine_core = EngineCore(config.limits, overlap_loads=prefill, row_pages=None, has_memory=False)
         self.engine = SimEngine(engine_core, config.engine, loop, self, oracle, self._progress, chance)
         self.core: PrefillCore | DecodeCore
         if prefill:
@@ -118,6 +120,11 @@ class SimInstance:
         client = self._clients.get(node)
         if client is not None:
             client.lose()
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without pages."""
+        return self.core.num_queued + self.engine.core.load.num_waiting
 
     @property
     def num_claims(self) -> int:
@@ -185,7 +192,10 @@ class SimInstance:
     # ------------------------------------------------------------------ the engine's copies
 
     def load(self, command: LoadKv, done: Done) -> None:
-        self._sources[command.seq].copy(command.start, command.end, done)
+        source = self._sources[command.seq]
+        if self.on_load is not None:
+            self.on_load(self.engine.job(command.seq), command.end - command.start, source)
+        source.copy(command.start, command.end, done)
 
     def store(self, command: StoreKv, done: Done) -> None:
         self._targets[command.seq].copy(command.start, command.end, done)

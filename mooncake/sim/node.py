@@ -26,6 +26,7 @@ from mooncake.core.types import KvSource, Tier
 from mooncake.sim.links import Link, transfer
 from mooncake.sim.loop import CoreRunner, Loop, Observer
 from mooncake.sim.network import Network
+from mooncake.store.allocator import Budget
 from mooncake.store.core import StoreCore
 from mooncake.store.events import (
     Cancel,
@@ -82,7 +83,8 @@ class SimNode:
         self.name = name
         self.epoch = epoch
         self.config = config
-        self.core = StoreCore(config.capacity_bytes, epoch=epoch, alignment=config.alignment)
+        budget = Budget(config.capacity_bytes, config.alignment)
+        self.core = StoreCore(config.capacity_bytes, epoch=epoch, allocator=budget)
         self.memory = Link(f"{name}.memory", config.local_bytes_per_s)
         self.nic_in = Link(f"{name}.in", config.nic_bytes_per_s)
         self.nic_out = Link(f"{name}.out", config.nic_bytes_per_s)
@@ -176,6 +178,7 @@ class NodeClient:
         self.number = number
         self.instance = instance
         self.lost = False
+        self.is_local = is_local
         self._ids = itertools.count(1)
         self._pending: dict[int, OnReply] = {}
         self._path_in = [node.memory] if is_local else [node.memory, node.nic_in]
@@ -257,6 +260,11 @@ class SimSource:
         config = self._client.node.config
         first, last = start // config.block_tokens, -(-end // config.block_tokens)
         self._client.copy(self._locations[first:last], (end - start) * config.token_bytes, False, done)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on the instance's own machine."""
+        return self._client.is_local
 
     def close(self) -> None:
         if self._held:

@@ -19,7 +19,7 @@ import httpx
 import msgspec
 
 from mooncake.cluster.run_dir import ProcessId
-from tests.live.replay import Replayed, replay
+from mooncake.sim.replay_log import Replayed, replay_log
 
 ROOT = Path(__file__).parent.parent.parent
 READY_S = 90.0
@@ -146,8 +146,8 @@ class Cluster:
         """By name, the process that lives at that time, or lived last; to be asked after `stop`, when the logs are whole."""
         found: dict[str, Replayed] = {}
         for path in sorted(self.event_logs.iterdir()):
-            replayed = replay(path, until_ns)
-            if replayed is not None:
+            replayed = replay_log(path, until_ns)
+            if replayed.num_events:
                 found[path.stem.rpartition("-")[0]] = replayed
         return found
 

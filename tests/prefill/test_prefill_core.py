@@ -35,6 +35,7 @@ from mooncake.engine.attempts import (
     Tick,
 )
 from mooncake.engine.core import Drawn, KvLoaded, KvStored, SequenceFailed, SequenceReleased, SequenceStarted
+from mooncake.engine.reporting import REPORT_NS
 from mooncake.prefill.core import (
     RETRY_RESERVE_NS,
     STALE_NS,
@@ -300,10 +301,12 @@ def test_the_conductor_hears_of_life_load_and_cache() -> None:
     commands = drive.core.handle(PeerOpened(CONDUCTOR), 0)
     assert [type(c.message) for c in commands if isinstance(c, Send)] == [Register, CacheSnapshot, LoadReport]
     assert commands[1].message.keys == (b"a", b"b")  # type: ignore[union-attr]
-    [delta] = drive(progress(added=(b"c",), removed=(b"a",)))
-    assert delta.message == CacheDelta("i0", 1, 2, "hbm", (b"c",), (b"a",))
+    assert drive(progress(added=(b"c",), removed=(b"a",))) == []
+    delta, load = drive.core.handle(Tick(), REPORT_NS)
+    assert delta == Send(CONDUCTOR, CacheDelta("i0", 1, 1, "hbm", (b"c",), (b"a",)))
+    assert isinstance(load, Send) and isinstance(load.message, LoadReport)
     [snapshot] = drive(Received(CONDUCTOR, SnapshotRequest("i0", "hbm")))
-    assert (snapshot.message.seq, snapshot.message.keys) == (2, (b"b", b"c"))
+    assert (snapshot.message.seq, snapshot.message.keys) == (1, (b"b", b"c"))
     [change] = drive(Received(CONDUCTOR, Drain("i0")))
     assert isinstance(change.message, StateChange) and change.message.state == "draining"
     drive(PeerGone(CONDUCTOR))
