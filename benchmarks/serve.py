@@ -98,11 +98,11 @@ def _prefill_side(cluster: Cluster) -> tuple[list[int], int]:
     firsts: list[int] = []
     stored = 0
     for now, event in event_log_entries(cluster.events, "prefill-0"):
+        if event["type"] == "KvStored":
+            stored += event["end"] - event["start"]
         for output in event.get("outputs", ()) if event["type"] == "EngineProgress" else ():
             if output["type"] == "Drawn":
                 firsts.append(now)
-            elif output["type"] == "KvStored":
-                stored += output["end"] - output["start"]
     return firsts, stored
 
 

@@ -37,6 +37,7 @@ from mooncake.engine.attempts import (
     AttemptTable,
     CloseSource,
     EngineProgress,
+    KvStored,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -50,7 +51,6 @@ from mooncake.engine.attempts import (
 from mooncake.engine.core import (
     Drawn,
     KvLoaded,
-    KvStored,
     SequenceFailed,
     SequenceReleased,
     SequenceStarted,
@@ -101,7 +101,9 @@ class ReleaseKv(msgspec.Struct, frozen=True):
     seq: int
 
 
-PrefillEvent = Received | PeerOpened | PeerGone | KvReserved | SourceOpened | KvCommitted | EngineProgress | Tick
+PrefillEvent = (
+    Received | PeerOpened | PeerGone | KvReserved | SourceOpened | KvCommitted | EngineProgress | KvStored | Tick
+)
 PrefillCommand = Send | ReserveKv | CommitKv | ReleaseKv | OpenSource | CloseSource | RunSequence | AbortSequence
 
 
@@ -188,6 +190,7 @@ class PrefillCore:
             SourceOpened: self._source_opened,
             KvCommitted: self._committed,
             EngineProgress: self._engine_progress,
+            KvStored: self._stored,
             Tick: lambda event, now: None,
         }
         self._messages: dict[type, Callable[[Any, int], None]] = {
@@ -389,12 +392,10 @@ class PrefillCore:
                 continue
             if isinstance(output, Drawn):
                 self._drawn(attempt, output, tokens, now)
-            elif isinstance(output, KvStored):
-                self._stored(attempt, output)
             elif isinstance(output, KvLoaded):
                 self._close_source(attempt)
             elif isinstance(output, SequenceStarted):
-                attempt.started_at = now
+                attempt.started_at = now - event.step_ns  # told when its first step was done
             elif isinstance(output, SequenceFailed):
                 self._fail(attempt.job, output.reason, output.detail)
                 self._leave(attempt)
@@ -411,11 +412,12 @@ class PrefillCore:
             attempt.state = _State.STORING
             self._maybe_ready(attempt, now)
 
-    def _stored(self, attempt: _Prefill, output: KvStored) -> None:
-        if attempt.state is _State.LEAVING:
+    def _stored(self, event: KvStored, now: int) -> None:
+        attempt = self._table.by_seq(event.seq)
+        if attempt is None or attempt.state is _State.LEAVING:
             return
-        first = output.start // self._block_tokens
-        last = attempt.num_objects if output.end >= attempt.target.num_tokens else output.end // self._block_tokens
+        first = event.start // self._block_tokens
+        last = attempt.num_objects if event.end >= attempt.target.num_tokens else event.end // self._block_tokens
         if last > first:
             attempt.pending += 1
             self._out.append(CommitKv(attempt.seq, first, last))

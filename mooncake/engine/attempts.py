@@ -54,6 +54,14 @@ class EngineProgress(msgspec.Struct, frozen=True, tag=True):
     blocks_removed: tuple[bytes, ...] = ()
 
 
+class KvStored(msgspec.Struct, frozen=True, tag=True):
+    """The sequence's sink has tokens [start, end). Told by the engine as soon as it is so, never after `SequenceReleased`."""
+
+    seq: int
+    start: int
+    end: int
+
+
 class Tick(msgspec.Struct, frozen=True, tag=True):
     """The time of `deadline()` has come."""
 

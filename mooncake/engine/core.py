@@ -55,7 +55,7 @@ class LoadKv(msgspec.Struct, frozen=True):
 
 
 class StoreKv(msgspec.Struct, frozen=True):
-    """Copy tokens [start, end) from the pages to the sequence's sink; answer with `stored`. during_step: the running step
+    """Copy tokens [start, end) from the pages to the sequence's sink; answer with `stored`, and if it went well tell `KvStored`. during_step: the running step
     computes them, and each layer may be copied as soon as it is there; otherwise all may be copied at once."""
 
     seq: int
@@ -70,14 +70,6 @@ class KvLoaded(msgspec.Struct, frozen=True, tag=True):
 
     seq: int
     ok: bool
-
-
-class KvStored(msgspec.Struct, frozen=True, tag=True):
-    """The sink has tokens [start, end)."""
-
-    seq: int
-    start: int
-    end: int
 
 
 class SequenceStarted(msgspec.Struct, frozen=True, tag=True):
@@ -108,7 +100,7 @@ class LeftBatch(msgspec.Struct, frozen=True):
     num_tokens: int
 
 
-ServiceOutput = Drawn | KvLoaded | KvStored | SequenceStarted | SequenceFailed | SequenceReleased
+ServiceOutput = Drawn | KvLoaded | SequenceStarted | SequenceFailed | SequenceReleased
 EngineOutput = LoadKv | StoreKv | LeftBatch | ServiceOutput
 """Copies and tokens kept back are the engine shell's business; the rest goes on to the service."""
 
@@ -205,12 +197,11 @@ class EngineCore:
                 state.computed = state.source_tokens
             self._publish(state)
 
-    def stored(self, seq: int, start: int, end: int, ok: bool) -> None:
-        """One copy of `StoreKv` ended."""
+    def stored(self, seq: int) -> None:
+        """One copy of `StoreKv` ended, well or not. The engine's shell tells the service itself, at once: a hand-over must not
+        wait for the step that runs meanwhile."""
         state = self._seqs[seq]
         state.storing -= 1
-        if ok:
-            self._outputs.append(KvStored(seq, start, end))
         self._release_if_idle(state)
 
     # ------------------------------------------------------------------ steps

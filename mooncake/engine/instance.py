@@ -16,7 +16,7 @@ from mooncake.config import Config, RoleConfig
 from mooncake.core.errors import StoreError
 from mooncake.core.messages import CONDUCTOR, Drain
 from mooncake.core.types import CostModel, InstanceInfo, Job, KvSource, Role
-from mooncake.engine.attempts import EngineProgress, Received, Tick
+from mooncake.engine.attempts import EngineProgress, KvStored, Received, Tick
 from mooncake.engine.base import StepEngine
 from mooncake.engine.build import EngineParts, build_engine
 from mooncake.engine.core import EngineCore
@@ -134,7 +134,7 @@ class _Instance:
         def failed(error: BaseException) -> None:
             loop.call_soon_threadsafe(self._engine_failed, error)
 
-        def progress(event: EngineProgress) -> None:
+        def progress(event: EngineProgress | KvStored) -> None:
             self.shell.driver.handle_soon(event)
 
         self.shell.engine = SteppedEngine(self.engine_core, self._step_engine, progress, failed)

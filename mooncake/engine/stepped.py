@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from mooncake.core.types import Job, bytes_to_tokens
-from mooncake.engine.attempts import EngineProgress
+from mooncake.engine.attempts import EngineProgress, KvStored
 from mooncake.engine.base import KvReader, KvWriter, LayerLoad, StepEngine, StepPlan, StepResult
 from mooncake.engine.core import EngineCore, EngineOutput, LeftBatch, LoadKv, SequenceReleased, ServiceOutput, StoreKv
 from mooncake.engine.kv_mover import Interval, KvMover, LoadTask, StoreTask
@@ -24,7 +24,7 @@ _Call = Callable[[], None]
 
 
 class SteppedEngine:
-    """on_progress is called from the engine thread, on_failure from it or from a copying one. on_failure(error): the engine is
+    """on_progress and on_failure are called from the engine thread or a copying one. on_failure(error): the engine is
     broken and will not run again; the process should end and be restarted.
 
     record: keeps the intervals in which layers were loaded, computed and stored; None: not kept."""
@@ -33,7 +33,7 @@ class SteppedEngine:
         self,
         core: EngineCore,
         step_engine: StepEngine,
-        on_progress: Callable[[EngineProgress], None],
+        on_progress: Callable[[EngineProgress | KvStored], None],
         on_failure: Callable[[BaseException], None],
         record: Callable[[Interval], None] | None = None,
     ) -> None:
@@ -184,7 +184,9 @@ class SteppedEngine:
         self._inbox.put(lambda: self.core.loaded(task.seq, task.ok))
 
     def _store_ended(self, task: StoreTask) -> None:
-        self._inbox.put(lambda: self.core.stored(task.seq, task.start, task.end, task.ok))
+        if task.ok:
+            self._on_progress(KvStored(task.seq, task.start, task.end))
+        self._inbox.put(lambda: self.core.stored(task.seq))
 
 
 class _ComputeTrace:

@@ -44,6 +44,7 @@ class ClusterConfig(msgspec.Struct, frozen=True):
     max_step_tokens: int = 512
     max_context: int = 16_384
     cost: CostModel = CostModel((2.0, 40.0, 0.5), (5.0, 0.05, 10.0))
+    host_ns: int = 0
     one_step: bool = False
     engine_fault: float = 0.0
     network: NetworkConfig = NetworkConfig()
@@ -107,7 +108,7 @@ class SimCluster:
         self._watch = watch
         self._node_of: dict[str, str] = {}
         self._arrivals_left = 0
-        self._num_submitted = 0
+        self.num_submitted = 0
         self._on_end: Callable[[RequestRecord], None] | None = None
         for name in self.names:
             self.start(name)
@@ -150,8 +151,8 @@ class SimCluster:
         self._arrive(record)
 
     def _new_record(self, request: SimRequest) -> RequestRecord:
-        record = RequestRecord(self._num_submitted, request)
-        self._num_submitted += 1
+        record = RequestRecord(self.num_submitted, request)
+        self.num_submitted += 1
         self._arrivals_left += 1
         return record
 
@@ -254,7 +255,7 @@ class SimCluster:
             max_step_tokens=limits.max_step_tokens,
             cost=config.cost,
         )
-        engine = EngineConfig(config.cost, config.one_step, config.engine_fault)
+        engine = EngineConfig(config.cost, config.host_ns, config.one_step, config.engine_fault)
         return SimInstance(
             info,
             InstanceConfig(limits, engine),

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from mooncake.core.types import NANOS_PER_MS, CostModel, Job
-from mooncake.engine.attempts import EngineProgress
+from mooncake.engine.attempts import EngineProgress, KvStored
 from mooncake.engine.base import StepItem, StepPlan, StepResult
 from mooncake.engine.core import (
     Drawn,
@@ -64,10 +64,11 @@ class Copies(Protocol):
 
 
 class EngineConfig(msgspec.Struct, frozen=True):
-    """one_step: run every plan for a single step and tell every token at once, as live. fault: share of steps in which one
-    sequence cannot be computed."""
+    """host_ns: what each step takes on top of the cost model, for planning and telling. one_step: run every plan for a single
+    step and tell every token at once, as live. fault: share of steps in which one sequence cannot be computed."""
 
     cost: CostModel
+    host_ns: int = 0
     one_step: bool = False
     fault: float = 0.0
 
@@ -111,7 +112,7 @@ class SimEngine:
         loop: Loop,
         copies: Copies,
         oracle: Oracle,
-        tell: Callable[[EngineProgress, dict[tuple[int, int], Times]], None],
+        tell: Callable[[EngineProgress | KvStored, dict[tuple[int, int], Times]], None],
         chance: Callable[[float], bool],
     ) -> None:
         self.core = core
@@ -209,18 +210,18 @@ class SimEngine:
 
     def _step_ends_of(self, plan: StepPlan, num_steps_max: int) -> Sequence[int]:
         """When each step of the run ends. Nobody draws its first token, or its last, before the last of them."""
-        now, cost = self._loop.now, self._config.cost
+        now, cost, host_ns = self._loop.now, self._config.cost, self._config.host_ns
         num_decode, num_context = plan.num_decode, plan.num_context
         steps = 1
         if num_steps_max > 1 and not plan.joined and not self._config.one_step:
             steps = min(num_steps_max, self._next_end() - len(self._step_ends))
         if steps == 1:
-            return [now + step_ns(cost, plan.items, num_decode, num_context)]
+            return [now + host_ns + step_ns(cost, plan.items, num_decode, num_context)]
         if steps > _FEW_STEPS:
-            return _many_ends(now, cost, num_decode, num_context, steps)
+            return _many_ends(now, cost, host_ns, num_decode, num_context, steps)
         ends = []
         for _ in range(steps):
-            now += cost.decode_ns(num_decode, num_context)
+            now += host_ns + cost.decode_ns(num_decode, num_context)
             ends.append(now)
             num_context += num_decode
         return ends
@@ -352,7 +353,12 @@ class SimEngine:
         self._loads.pop(seq, None)
 
     def _stored(self, command: StoreKv) -> Done:
-        return lambda ok: self._call(self.core.stored, command.seq, command.start, command.end, ok)
+        def stored(ok: bool) -> None:
+            if ok:
+                self._tell(KvStored(command.seq, command.start, command.end), {})
+            self._call(self.core.stored, command.seq)
+
+        return stored
 
     def _start_load(self, command: LoadKv) -> None:
         seq = command.seq
@@ -405,11 +411,13 @@ class SimEngine:
             self._tell(EngineProgress(tuple(outputs), self.core.load, duration, added, removed), times)
 
 
-def _many_ends(now: int, cost: CostModel, num_decode: int, num_context: int, steps: int) -> Sequence[int]:
-    """`cost.decode_ns` of each step, summed up, to the nanosecond."""
+def _many_ends(
+    now: int, cost: CostModel, host_ns: int, num_decode: int, num_context: int, steps: int
+) -> Sequence[int]:
+    """`cost.decode_ns` and host_ns of each step, summed up, to the nanosecond."""
     a, b, c = cost.decode
     context = num_context + num_decode * np.arange(steps, dtype=np.int64)
-    durations = ((a + b * num_decode + c * context / 1e6) * NANOS_PER_MS).astype(np.int64)
+    durations = ((a + b * num_decode + c * context / 1e6) * NANOS_PER_MS).astype(np.int64) + host_ns
     durations[0] += now
     ends: Times = array("q")
     ends.frombytes(durations.cumsum().tobytes())

@@ -18,6 +18,7 @@ from mooncake.engine.attempts import (
     AbortSequence,
     CloseSource,
     EngineProgress,
+    KvStored,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -200,7 +201,7 @@ class SimInstance:
     def store(self, command: StoreKv, done: Done) -> None:
         self._targets[command.seq].copy(command.start, command.end, done)
 
-    def _progress(self, event: EngineProgress, times: dict[tuple[int, int], Times]) -> None:
+    def _progress(self, event: EngineProgress | KvStored, times: dict[tuple[int, int], Times]) -> None:
         self._times = times
         if self._observe is not None:
             self._observe(f"{self.name}.engine", self.engine.core, None, [])

@@ -13,7 +13,6 @@ from mooncake.engine.core import (
     Drawn,
     EngineCore,
     KvLoaded,
-    KvStored,
     LoadKv,
     SequenceFailed,
     SequenceReleased,
@@ -80,7 +79,7 @@ class Driver:
             if isinstance(output, LoadKv):
                 self.core.loaded(output.seq, True)
             elif isinstance(output, StoreKv) and not output.during_step:
-                self.core.stored(output.seq, output.start, output.end, True)
+                self.core.stored(output.seq)
         if new:
             self._take()
 
@@ -271,10 +270,11 @@ def test_prefill_overlaps_its_load_and_stores_what_was_loaded() -> None:
     drive.finish()
     assert [(s.start, s.end, s.during_step) for s in drive.of(StoreKv)] == [(16, 20, True), (0, 16, False)]
     drive.core.loaded(1, True)
-    for store in drive.of(StoreKv):
-        drive.core.stored(1, store.start, store.end, True)
+    for _ in drive.of(StoreKv):
+        drive._take()
+        assert SequenceReleased(1) not in drive.outputs, "its pages are still being read"
+        drive.core.stored(1)
     drive._take()
-    assert drive.of(KvStored) == [KvStored(1, 16, 20), KvStored(1, 0, 16)]
     assert drive.outputs[-1] == SequenceReleased(1) and drive.of(Drawn)[0].cached_tokens == 16
 
 
@@ -312,9 +312,9 @@ def test_pages_belong_to_the_writer_until_the_copy_is_over() -> None:
     assert drive.core.pool.num_free == 10
     drive.finish()
     assert drive.core.pool.num_free == 10 and drive.of(Drawn) == []
-    drive.core.stored(1, 0, 8, False)
+    drive.core.stored(1)
     drive._take()
-    assert drive.core.pool.num_free == 12 and drive.of(KvStored) == [] and drive.core.idle
+    assert drive.core.pool.num_free == 12 and drive.core.idle
 
 
 def test_abort_of_a_waiting_and_of_an_unknown_sequence() -> None:
@@ -386,7 +386,7 @@ def test_random_histories_end_every_sequence_once_and_leak_nothing(seed: int) ->
             if isinstance(copy, LoadKv):
                 drive.core.loaded(copy.seq, rng.random() < 0.8)
             else:
-                drive.core.stored(copy.seq, copy.start, copy.end, rng.random() < 0.9)
+                drive.core.stored(copy.seq)
             drive.core.check_integrity()
         drive._take()
     assert released == 25 and drive.core.pool.num_free == 12

@@ -11,13 +11,12 @@ import pytest
 
 from mooncake.core.errors import StoreUnavailable
 from mooncake.core.types import AttemptKey, FinishReason, Job, SamplingParams, tokens_to_bytes
-from mooncake.engine.attempts import EngineProgress
+from mooncake.engine.attempts import EngineProgress, KvStored
 from mooncake.engine.base import StepPlan, StepResult
 from mooncake.engine.core import (
     Drawn,
     EngineCore,
     KvLoaded,
-    KvStored,
     SequenceFailed,
     SequenceReleased,
     SequenceStarted,
@@ -40,7 +39,7 @@ class Running:
     def __init__(self, overlap: bool = True, step_engine: FakeStepEngine | None = None, record: Any = None) -> None:
         self.steps = step_engine or FakeStepEngine()
         self.failures: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
-        self.progress: queue.SimpleQueue[EngineProgress] = queue.SimpleQueue()
+        self.progress: queue.SimpleQueue[EngineProgress | KvStored] = queue.SimpleQueue()
         core = EngineCore(LIMITS, overlap_loads=overlap)
         self.engine = SteppedEngine(core, self.steps, self.progress.put, self.failures.put, record)
 
@@ -61,7 +60,8 @@ class Running:
         """All outputs up to these, which may come in any order."""
         outputs: list[Any] = []
         while not all(output in outputs for output in last):
-            outputs += self.progress.get(timeout=WAIT_S).outputs
+            progress = self.progress.get(timeout=WAIT_S)
+            outputs += [progress] if isinstance(progress, KvStored) else progress.outputs
         return outputs
 
     def assert_let_go(self) -> None:

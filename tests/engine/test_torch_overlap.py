@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from mooncake.core.types import AttemptKey, Job, tokens_to_bytes
-from mooncake.engine.attempts import EngineProgress
+from mooncake.engine.attempts import EngineProgress, KvStored
 from mooncake.engine.base import KvLayout
 from mooncake.engine.core import Drawn, EngineCore, SequenceReleased
 from mooncake.engine.kv_mover import Interval
@@ -50,10 +50,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def running(
     path: Path, overlap_loads: bool
-) -> Iterator[tuple[SteppedEngine, queue.Queue[EngineProgress], list[Interval]]]:
+) -> Iterator[tuple[SteppedEngine, queue.Queue[EngineProgress | KvStored], list[Interval]]]:
     """max_step_tokens is one prompt, so that one step loads, computes and stores."""
     limits = msgspec.structs.replace(LIMITS, max_step_tokens=96)
-    progress: queue.Queue[EngineProgress] = queue.Queue()
+    progress: queue.Queue[EngineProgress | KvStored] = queue.Queue()
     trace: list[Interval] = []
 
     def fail(error: BaseException) -> None:
@@ -82,7 +82,8 @@ def run(
         engine.submit(1, job, one_token=True, reader=reader, writer=writer)
         token = -1
         while True:
-            for output in progress.get(timeout=10).outputs:
+            event = progress.get(timeout=10)
+            for output in () if isinstance(event, KvStored) else event.outputs:
                 if isinstance(output, Drawn):
                     [token] = output.token_ids
                 elif isinstance(output, SequenceReleased):

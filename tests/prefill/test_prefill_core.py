@@ -26,6 +26,7 @@ from mooncake.core.types import FinishReason, Job, KvSource, Role
 from mooncake.engine.attempts import (
     AbortSequence,
     CloseSource,
+    KvStored,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -34,7 +35,7 @@ from mooncake.engine.attempts import (
     SourceOpened,
     Tick,
 )
-from mooncake.engine.core import Drawn, KvLoaded, KvStored, SequenceFailed, SequenceReleased, SequenceStarted
+from mooncake.engine.core import Drawn, KvLoaded, SequenceFailed, SequenceReleased, SequenceStarted
 from mooncake.engine.reporting import REPORT_NS
 from mooncake.prefill.core import (
     RETRY_RESERVE_NS,
@@ -80,7 +81,8 @@ class Driver:
         self.submit(1)
         self(KvReserved(1, True))
         self.first_token()
-        self(progress(KvStored(1, 0, 20), SequenceReleased(1)))
+        self(KvStored(1, 0, 20))
+        self(progress(SequenceReleased(1)))
         return self(KvCommitted(1, 3, True))
 
 
@@ -93,12 +95,13 @@ def test_a_request_from_queue_to_hand_over() -> None:
     target = KvSource("n0", 20, blocks(1, 2), PARTIAL, ("unix:/n0",))
     assert drive.submit(1) == [ReserveKv(1, target)]
     assert drive(KvReserved(1, True)) == [RunSequence(1, make_job(1), 0, one_token=True, store=True)]
-    assert drive(progress(KvStored(1, 0, 16))) == [CommitKv(1, 0, 2)]
+    assert drive(KvStored(1, 0, 16)) == [CommitKv(1, 0, 2)]
     drive.now = 5
     [send] = drive.first_token()
     assert isinstance(send.message, StepTokens) and send.to == "f0"
     assert [(o.key, o.position, o.token_ids, o.cached_tokens) for o in send.message.outputs] == [(key(1), 20, (5,), 0)]
-    assert drive(progress(KvStored(1, 16, 20), SequenceReleased(1))) == [CommitKv(1, 2, 3)]
+    assert drive(KvStored(1, 16, 20)) == [CommitKv(1, 2, 3)]
+    assert drive(progress(SequenceReleased(1))) == []
     assert drive(KvCommitted(1, 2, True)) == []
     assert drive(KvCommitted(1, 1, True)) == told(KvReady("i0", key(1), target))
     assert drive.message(HandoverDone((key(1),))) == [ReleaseKv(1)]
@@ -112,8 +115,9 @@ def test_a_joint_attempt_gives_a_first_token_for_each_choice_and_one_hand_over()
     drawn = [Drawn(1, 20, (5 + choice,), None, (), None if choice else 8, choice) for choice in range(3)]
     [send] = drive(progress(SequenceStarted(1), *drawn))
     outputs = [(o.key.choice, o.position, o.token_ids, o.cached_tokens, o.compute_ns) for o in send.message.outputs]
-    assert outputs == [(0, 20, (5,), 8, 0), (1, 20, (6,), None, None), (2, 20, (7,), None, None)]
-    drive(progress(KvStored(1, 0, 20), SequenceReleased(1)))
+    assert outputs == [(0, 20, (5,), 8, 1), (1, 20, (6,), None, None), (2, 20, (7,), None, None)]
+    drive(KvStored(1, 0, 20))
+    drive(progress(SequenceReleased(1)))
     [ready] = drive(KvCommitted(1, 3, True))
     assert isinstance(ready.message, KvReady) and ready.message.key == key(1)
 
@@ -122,7 +126,7 @@ def test_the_first_token_goes_before_the_hand_over() -> None:
     drive = Driver()
     drive.submit(1)
     drive(KvReserved(1, True))
-    drive(progress(KvStored(1, 0, 20)))
+    drive(KvStored(1, 0, 20))
     drive(KvCommitted(1, 3, True))
     kinds = [type(command.message) for command in drive.first_token()]
     assert kinds == [StepTokens, KvReady]
@@ -170,7 +174,8 @@ def test_no_more_are_started_than_the_engine_batches() -> None:
     drive.submit(2)
     assert [type(c) for c in drive(KvReserved(1, True))] == [RunSequence]
     drive.first_token()
-    drive(progress(KvStored(1, 0, 20), SequenceReleased(1)))
+    drive(KvStored(1, 0, 20))
+    drive(progress(SequenceReleased(1)))
     assert [type(c) for c in drive(KvCommitted(1, 3, True))] == [Send, ReserveKv], "handed over: the next may start"
 
 
@@ -193,7 +198,7 @@ def test_a_failed_copy_or_commit_is_told_after_the_first_token() -> None:
     assert failed.message.reason == "store_failed" and release == ReleaseKv(1)
     drive.submit(2)
     drive(KvReserved(2, True))
-    drive(progress(KvStored(2, 0, 16)))
+    drive(KvStored(2, 0, 16))
     failed, abort = drive(KvCommitted(2, 2, False))
     assert failed.message.reason == "store_failed" and abort == AbortSequence(2)
     assert drive(progress(SequenceReleased(2))) == [ReleaseKv(2)]
@@ -234,13 +239,14 @@ def test_leaving_frees_everything_in_every_state(how: str) -> None:
     running.submit(1)
     running(KvReserved(1, True))
     assert leave(running) == [AbortSequence(1)]
-    assert running(progress(Drawn(1, 20, (5,), None, (), 0), KvStored(1, 0, 16))) == []
+    assert running(progress(Drawn(1, 20, (5,), None, (), 0))) == []
+    assert running(KvStored(1, 0, 16)) == []
     assert running(progress(SequenceReleased(1))) == [ReleaseKv(1)]
 
     committing = Driver()
     committing.submit(1)
     committing(KvReserved(1, True))
-    committing(progress(KvStored(1, 0, 20)))
+    committing(KvStored(1, 0, 20))
     assert leave(committing) == [AbortSequence(1)]
     assert committing(progress(SequenceReleased(1))) == []
     assert committing(KvCommitted(1, 3, True)) == [ReleaseKv(1)]

@@ -26,9 +26,9 @@ from mooncake.core.messages import (
 )
 from mooncake.core.types import NANOS_PER_S, FinishReason, Role, SamplingParams, tokens_to_bytes
 from mooncake.decode.service import DecodeSettings
-from mooncake.engine.attempts import PeerOpened, Received, SourceOpened, Tick
+from mooncake.engine.attempts import KvStored, PeerOpened, Received, SourceOpened, Tick
 from mooncake.engine.base import EngineLimits
-from mooncake.engine.core import Drawn, EngineCore, KvStored, SequenceReleased
+from mooncake.engine.core import Drawn, EngineCore, SequenceReleased
 from mooncake.prefill.core import KvCommitted, KvReserved, PrefillCore, PrefillLimits, ReleaseKv
 from mooncake.prefill.service import PrefillSettings, attempt_partial_key
 from mooncake.scheduler import dispatcher
@@ -148,7 +148,8 @@ def test_a_prefill_core_does_the_same_again(tmp_path: Path) -> None:
         PeerOpened(CONDUCTOR),
         *(Received("f0", Submit(job)) for job in jobs),
         KvReserved(1, True),
-        progress(Drawn(1, 20, (5,), None, (), 0), KvStored(1, 0, 20), SequenceReleased(1), added=(b"a" * 16,)),
+        KvStored(1, 0, 20),
+        progress(Drawn(1, 20, (5,), None, (), 0), SequenceReleased(1), added=(b"a" * 16,)),
         KvCommitted(1, 3, True),
         Received("f0", Abort((key(1),))),
         KvReserved(2, False, False),
