@@ -44,7 +44,7 @@ from mooncake.store.events import (
 )
 from mooncake.store.eviction import EvictionPolicy, Lru
 from mooncake.store.lifecycle import TABLE, State, Trigger, advance
-from mooncake.store.types import MISS, CommitStatus, Location, Miss, Put, PutMode, PutStatus
+from mooncake.store.types import MISS, CommitStatus, Location, Put, PutMode, PutStatus
 
 RESERVATION_NS = 600 * NANOS_PER_S
 """A reservation's time to live, longer than the longest prefill, whose objects are reserved before it starts. A writer that
@@ -54,6 +54,8 @@ REPORT_NS = 20 * NANOS_PER_MS
 
 _REFUSED = Put(PutStatus.REFUSED)
 _BUSY = Put(PutStatus.BUSY)
+_TO_MAKE = Put(PutStatus.RESERVED)
+"""Stands for an answer until there is a location."""
 _CONFLICT = Put(PutStatus.CONFLICT)
 _RESERVED = TABLE[State.FREE, Trigger.RESERVE]
 _COMMITTED = TABLE[State.RESERVED, Trigger.COMMIT]
@@ -192,8 +194,10 @@ class StoreCore:
         found = [self._by_key.get(key) for key in event.keys]
         held = [obj for obj in found if obj is not None]
         self._hold(held)  # so that the batch's new objects do not evict those it found
-        results = [None if obj is None else _answer_for_known(event, at, obj) for at, obj in enumerate(found)]
-        new = [at for at, result in enumerate(results) if result is None]
+        results: list[Put] = [
+            _TO_MAKE if obj is None else _answer_for_known(event, at, obj) for at, obj in enumerate(found)
+        ]
+        new = [at for at, obj in enumerate(found) if obj is None]
         if event.mode is PutMode.STRICT:
             self.counters["conflicts"] += sum(result is _CONFLICT for result in results)
             new = self._without_busy(event, new, results)
@@ -207,17 +211,15 @@ class StoreCore:
             self._settle_existing(self._claims(event.client), held, results)
         return _reply(event, tuple(results))
 
-    def _without_busy(self, event: Reserve, new: list[int], results: list[Put | None]) -> list[int]:
+    def _without_busy(self, event: Reserve, new: list[int], results: list[Put]) -> list[int]:
         for at in new:
             if event.keys[at] in self._num_writers:
                 results[at] = _BUSY
-        return [at for at in new if results[at] is None]
+        return [at for at in new if results[at] is _TO_MAKE]
 
-    def _settle_existing(
-        self, claims: _Claims, held: list[StoredObject], results: Sequence[Put | None]
-    ) -> None:
+    def _settle_existing(self, claims: _Claims, held: list[StoredObject], results: list[Put]) -> None:
         """The holds of a reserve call become the client's leases where it asked for them, and end elsewhere."""
-        leased = {put.location.generation for put in results if put is not None and put.location is not None}
+        leased = {put.location.generation for put in results if put.location is not None}
         for obj in held:
             if obj.number in leased:
                 claims.leases[obj.number] = claims.leases.get(obj.number, 0) + 1
@@ -240,9 +242,7 @@ class StoreCore:
             offsets.append(offset)
         return offsets
 
-    def _make(
-        self, event: Reserve, new: list[int], offsets: list[int | None], results: list[Put | None], now: int
-    ) -> None:
+    def _make(self, event: Reserve, new: list[int], offsets: list[int | None], results: list[Put], now: int) -> None:
         """FREE to RESERVED, for each that found room."""
         claims, rounded, writers = self._claims(event.client), self._allocator.rounded, self._num_writers
         batch = _Batch(now + self._reservation_ns)

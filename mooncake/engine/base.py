@@ -179,8 +179,8 @@ class KvWriter(Protocol):
 
 
 class Engine(Protocol):
-    """Request level. What happens is told by `EngineProgress` and `KvStored` (`mooncake.engine.attempts`), in order, from threads
-    of the engine; the last word on each submitted sequence is `SequenceReleased`."""
+    """Request level. What happens is told by `EngineProgress` and `KvStored` (`mooncake.engine.attempts`), in order, from
+    threads of the engine; the last word on each submitted sequence is `SequenceReleased`."""
 
     def submit(
         self, seq: int, job: Job, *, one_token: bool, reader: KvReader | None = None, writer: KvWriter | None = None

@@ -55,8 +55,9 @@ class LoadKv(msgspec.Struct, frozen=True):
 
 
 class StoreKv(msgspec.Struct, frozen=True):
-    """Copy tokens [start, end) from the pages to the sequence's sink; answer with `stored`, and if it went well tell `KvStored`. during_step: the running step
-    computes them, and each layer may be copied as soon as it is there; otherwise all may be copied at once."""
+    """Copy tokens [start, end) from the pages to the sequence's sink; if it went well tell `KvStored`, and then answer with
+    `stored`. during_step: the running step computes them, and each layer may be copied as soon as it is there; otherwise all
+    may be copied at once."""
 
     seq: int
     start: int
@@ -491,11 +492,10 @@ class EngineCore:
     # ------------------------------------------------------------------ inside: planning
 
     def _decode_items(self) -> list[StepItem]:
-        batch = self._batch
-        items: list[StepItem] = []
-        for state in sorted(batch.members.values(), key=_by_order):
-            items.append(StepItem(state.seq, state.offset + batch.clock - 1, 1, self._pages(state), sample=True))
-        return items
+        return [
+            StepItem(state.seq, self._batch.num_tokens(state) - 1, 1, self._pages(state), sample=True)
+            for state in sorted(self._batch.members.values(), key=_by_order)
+        ]
 
     def _add_prefill_items(self, items: list[StepItem]) -> None:
         budget = self.limits.max_step_tokens

@@ -12,7 +12,8 @@ import numpy as np
 
 
 class FreePages(Protocol):
-    num_free: int
+    @property
+    def num_free(self) -> int: ...
 
     def take(self, count: int, after: int | None) -> list[int]: ...
 

@@ -5,8 +5,8 @@ tell. Two things differ, and neither changes what happens when:
 
 * When a plan holds for several steps, they are run as one event; a call that comes meanwhile ends the run at the end of the
   step that it falls into, where the live thread would have taken it. So every token's time is that of one step at a time.
-* Of a sequence that decodes, tokens are told when it has its first, when it ends or leaves the batch, and when somebody is about
-  to miss them (`flush`), with the time of each; nobody decides anything by those in between.
+* Of a sequence that decodes, tokens are told when it has its first, when it ends or leaves the batch, and when somebody is
+  about to miss them (`flush`), with the time of each; nobody decides anything by those in between.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from mooncake.engine.simulated import step_ns
 from mooncake.sim.loop import Call, Loop
 
 Done = Callable[[bool], None]
-Times = array  # of nanoseconds, type code q
+Times = array[int]
+"""Nanoseconds, type code q."""
 
 _FEW_STEPS = 12
 """Up to so many, a loop is faster than numpy."""
@@ -303,7 +304,9 @@ class SimEngine:
                 member = self._members.get(seq)
                 if member is not None and member.end == end:
                     due.append(seq)
-        return tuple([(seq, self._take_tokens(self._members[seq], clock, self._step_ends)) for seq in dict.fromkeys(due)])
+        return tuple(
+            [(seq, self._take_tokens(self._members[seq], clock, self._step_ends)) for seq in dict.fromkeys(due)]
+        )
 
     def _take_tokens(self, member: _Member, clock: int, step_ends: Times) -> tuple[int, ...]:
         """All that were drawn by then and not told."""
@@ -323,22 +326,21 @@ class SimEngine:
     def _perform(self, outputs: list[EngineOutput], during: list[StoreKv]) -> list[ServiceOutput]:
         rest: list[ServiceOutput] = []
         for output in outputs:
-            kind = type(output)
-            if kind is LoadKv:
+            if isinstance(output, LoadKv):
                 self._start_load(output)
-            elif kind is StoreKv:
+            elif isinstance(output, StoreKv):
                 if output.during_step:
                     during.append(output)
                 else:
                     self._copies.store(output, self._stored(output))
-            elif kind is LeftBatch:
+            elif isinstance(output, LeftBatch):
                 self._leave(output)
                 rest += self._perform(self.core.take_outputs(), during)
             else:
                 rest.append(output)
-                if kind is SequenceReleased:
+                if isinstance(output, SequenceReleased):
                     self._forget(output.seq)
-                elif kind is Drawn and output.finish is not None:
+                elif isinstance(output, Drawn) and output.finish is not None:
                     self._members.pop(output.seq, None)
         return rest
 
@@ -411,9 +413,7 @@ class SimEngine:
             self._tell(EngineProgress(tuple(outputs), self.core.load, duration, added, removed), times)
 
 
-def _many_ends(
-    now: int, cost: CostModel, host_ns: int, num_decode: int, num_context: int, steps: int
-) -> Sequence[int]:
+def _many_ends(now: int, cost: CostModel, host_ns: int, num_decode: int, num_context: int, steps: int) -> Sequence[int]:
     """`cost.decode_ns` and host_ns of each step, summed up, to the nanosecond."""
     a, b, c = cost.decode
     context = num_context + num_decode * np.arange(steps, dtype=np.int64)

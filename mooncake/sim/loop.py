@@ -24,7 +24,7 @@ class Loop:
     def at(self, time: int, call: Call, *arguments: Any) -> None:
         """A time that has passed means now."""
         self._sequence += 1
-        heapq.heappush(self._heap, (time if time > self.now else self.now, self._sequence, call, arguments))
+        heapq.heappush(self._heap, (max(time, self.now), self._sequence, call, arguments))
 
     def after(self, delay: int, call: Call, *arguments: Any) -> None:
         self._sequence += 1
@@ -35,8 +35,8 @@ class Loop:
         self._stopped = True
 
     def run(self, until: int) -> None:
-        """All events up to and at `until`, or until one calls `stop`. Time then stands at the last event, or at `until` if there
-        are no more before it."""
+        """All events up to and at `until`, or until one calls `stop`. Time then stands at the last event, or at `until` if
+        there are no more before it."""
         heap, pop = self._heap, heapq.heappop
         self._stopped = False
         while heap and heap[0][0] <= until:
