@@ -15,7 +15,7 @@ import heapq
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -37,7 +37,7 @@ from mooncake.engine.simulated import step_ns
 from mooncake.sim.loop import Call, Loop
 
 Done = Callable[[bool], None]
-Times = array[int]
+Times: TypeAlias = "array[int]"
 """Nanoseconds, type code q."""
 
 _FEW_STEPS = 12
