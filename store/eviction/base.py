@@ -1,15 +1,14 @@
-"""Which unleased object goes next. Policies are siblings of one shape; the core asks and evicts, a policy only orders.
+"""The shape that all policies share.
 
 An object's number is its generation. The core tells a policy of every object from its commit to its end:
 
-    add ──▶ candidate ──hold──▶ leased ──idle──▶ candidate ──discard──▶ (gone)
+    add ──▶ leased ──idle──▶ candidate ──hold──▶ leased ──idle──▶ candidate ──discard──▶ (gone)
 
 so that leased objects are never looked at and choosing needs no scan. Batches come in chain order, prefix first.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -34,27 +33,3 @@ class EvictionPolicy(Protocol):
     def victim(self) -> int | None:
         """The candidate to evict next, or None if there is none. Choosing changes nothing."""
         ...
-
-
-class Lru:
-    """Least recently used first. Within a batch the chain's first block counts as the most recent, so suffixes go
-    first."""
-
-    def __init__(self) -> None:
-        self._order: OrderedDict[int, None] = OrderedDict()
-
-    def add(self, number: int, key: bytes, size: int) -> None:
-        pass
-
-    def hold(self, number: int) -> None:
-        del self._order[number]
-
-    def idle(self, numbers: Sequence[int]) -> None:
-        for number in reversed(numbers):
-            self._order[number] = None
-
-    def discard(self, number: int) -> None:
-        self._order.pop(number, None)
-
-    def victim(self) -> int | None:
-        return next(iter(self._order), None)

@@ -1,0 +1,194 @@
+"""One cache over a trace: small cases by hand, policies against models, and the figures of FACTS section 4."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mooncake.sim.hit_rate import Future, HitRate, PrefixCache, hit_rate
+from mooncake.store.core import StoreCore
+from mooncake.store.events import Commit, Lease, Release, Reserve
+from mooncake.store.eviction import POLICIES, EvictionPolicy, Lfu, Lru
+from mooncake.trace.files import open_trace
+from mooncake.trace.types import TraceRequest
+from tests.trace.helpers import real_trace, requests_of
+
+CAPACITIES = (1_000, 5_859, 10_000, 30_000, 50_000, None)
+"""The last is endless, the same for all policies, and tried with one."""
+FACTS = {
+    ("conversation_trace.jsonl", "lru"): (0.045, 0.138, 0.215, 0.332, 0.362, 0.374),
+    ("conversation_trace.jsonl", "lfu"): (0.049, 0.098, 0.134, 0.281, 0.351),
+    ("conversation_trace.jsonl", "belady"): (0.191, 0.353, 0.366, 0.366, 0.366, 0.366),
+    ("synthetic_trace.jsonl", "lru"): (0.084, 0.315, 0.431, 0.636, 0.651, 0.651),
+    ("synthetic_trace.jsonl", "lfu"): (0.039, 0.245, 0.360, 0.637, 0.651),
+    ("synthetic_trace.jsonl", "belady"): (0.277, 0.550, 0.618, 0.640, 0.640, 0.640),
+}
+"""The last row of Belady is by block as well, where FACTS repeats the rate by token."""
+
+PROMPTS = st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=25)
+
+
+@functools.cache
+def trace(name: str) -> Sequence[TraceRequest]:
+    return tuple(open_trace(real_trace(name)))
+
+
+def rate(prompts: Sequence[str], policy: EvictionPolicy, capacity: int | None) -> HitRate:
+    found = hit_rate(requests_of(*prompts), 10, policy, capacity)
+    assert found is not None
+    return found
+
+
+def matched(prompts: Sequence[str], policy: EvictionPolicy, capacity: int | None) -> list[int]:
+    cache = PrefixCache(policy, capacity)
+    found = []
+    for request in requests_of(*prompts):
+        found.append(cache.serve(request.hash_ids or ()))
+        assert capacity is None or len(cache) <= capacity
+    return found
+
+
+def test_lru_evicts_suffixes_first() -> None:
+    # abc leaves ab; xy leaves x and, of ab, the more recent a; then a is found.
+    assert matched(["abc", "ab", "xy", "a", "ab"], Lru(), 3) == [0, 2, 0, 1, 1]
+
+
+def test_lfu_keeps_what_is_used_often() -> None:
+    assert matched(["a", "a", "b", "c", "a"], Lfu(), 1) == [0, 1, 0, 0, 1]
+    assert matched(["a", "a", "b", "c", "a"], Lru(), 1) == [0, 1, 0, 0, 0]
+
+
+def test_lfu_forgets_uses_with_the_object() -> None:
+    policy = Lfu()
+    policy.add(1, b"a", 1)
+    policy.idle([1])
+    policy.hold(1)
+    policy.idle([1])
+    policy.add(2, b"b", 1)
+    assert policy.victim() == 1  # 2 is still leased
+    policy.idle([2])
+    assert policy.victim() == policy.victim() == 2
+    policy.discard(2)
+    policy.hold(1)
+    policy.discard(1)
+    assert policy.victim() is None
+
+
+def test_what_does_not_fit_is_evicted_when_the_request_ends() -> None:
+    assert matched(["abcd", "abcd", "abcd"], Lru(), 2) == [0, 2, 2]
+    assert matched(["abcd", "abcd"], Lru(), None) == [0, 4]
+
+
+def test_rates() -> None:
+    found = rate(["ab", "abc", "x"], Lru(), None)
+    assert (found.by_token, found.by_block, found.per_request) == (20 / 60, 2 / 6, pytest.approx(2 / 9))
+    assert hit_rate([TraceRequest(0, 10, 1)], 10, Lru(), None) is None
+
+
+class NaiveLfu:
+    """By definition, with a scan."""
+
+    def __init__(self) -> None:
+        self.uses: dict[int, int] = {}
+        self.idle_since: dict[int, int] = {}
+        self.clock = 0
+
+    def add(self, number: int, key: bytes, size: int) -> None:
+        self.uses[number] = 1
+
+    def hold(self, number: int) -> None:
+        self.uses[number] += 1
+        del self.idle_since[number]
+
+    def idle(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self.clock += 1
+            self.idle_since[number] = self.clock
+
+    def discard(self, number: int) -> None:
+        del self.uses[number]
+        self.idle_since.pop(number, None)
+
+    def victim(self) -> int | None:
+        return min(self.idle_since, key=lambda number: (self.uses[number], self.idle_since[number]), default=None)
+
+
+@given(PROMPTS, st.integers(1, 8))
+def test_lfu_is_what_its_definition_says(prompts: list[str], capacity: int) -> None:
+    assert matched(prompts, Lfu(), capacity) == matched(prompts, NaiveLfu(), capacity)
+
+
+def best_by_block(blocks: tuple[int, ...], capacity: int) -> int:
+    """Most hits of any policy that may leave out what it likes, by trying all."""
+
+    @functools.cache
+    def best(at: int, cached: frozenset[int]) -> int:
+        if at == len(blocks):
+            return 0
+        block = blocks[at]
+        if block in cached:
+            return 1 + best(at + 1, cached)
+        if len(cached) < capacity:
+            return best(at + 1, cached | {block})
+        kept = (cached - {other} | {block} for other in cached)
+        return max(best(at + 1, cached), *(best(at + 1, others) for others in kept))
+
+    return best(0, frozenset())
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=6), st.integers(1, 3))
+def test_belady_is_the_best_by_block(prompts: list[str], capacity: int) -> None:
+    requests = requests_of(*prompts)
+    blocks = tuple(block for request in requests for block in request.hash_ids or ())
+    assert Future(requests).belady(capacity) == pytest.approx(best_by_block(blocks, capacity) / len(blocks))
+
+
+@given(PROMPTS, st.integers(1, 12))
+def test_no_policy_beats_the_bounds(prompts: list[str], capacity: int) -> None:
+    endless = rate(prompts, Lru(), None)
+    bound = Future(requests_of(*prompts)).belady(None)
+    assert endless.by_block == pytest.approx(bound)
+    for make in POLICIES.values():
+        assert rate(prompts, make(), capacity).hit_tokens <= endless.hit_tokens
+
+
+@pytest.mark.parametrize(("name", "policy"), FACTS)
+def test_figures_of_facts(name: str, policy: str) -> None:
+    requests = trace(name)
+    future = Future(requests)
+    for capacity, fact in zip(CAPACITIES, FACTS[name, policy], strict=False):
+        if policy == "belady":
+            assert future.belady(capacity) == pytest.approx(fact, abs=0.001)
+        else:
+            found = hit_rate(requests, 512, POLICIES[policy](), capacity)
+            assert found is not None and found.by_token == pytest.approx(fact, abs=0.003)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_order_the_objects_of_a_store(name: str) -> None:
+    """The same object that orders this cache orders a store node's; the node's own laws hold all the time."""
+    core = StoreCore(4 * 4096, epoch=1, policy=POLICIES[name]())
+    request_id = 0
+
+    def ask(make: type, *args: object, **fields: object) -> tuple[object, ...]:
+        nonlocal request_id
+        request_id += 1
+        [reply] = [
+            each for each in core.handle(make(1, request_id, *args, **fields), request_id) if hasattr(each, "results")
+        ]
+        core.check_integrity()
+        return tuple(reply.results)
+
+    for key in b"abcdabea":
+        [location] = ask(Lease, (bytes([key]) * 24,))
+        if hasattr(location, "generation"):
+            ask(Release, (location.generation,))
+            continue
+        [put] = ask(Reserve, (bytes([key]) * 24,), (100,))
+        ask(Commit, (put.location.generation,), lease=False)
+    held = [chr(key) for key in b"abcde" if hasattr(ask(Lease, (bytes([key]) * 24,))[0], "generation")]
+    assert held == ["a", "b", "d", "e"]  # c was the oldest, and is one of those used once
