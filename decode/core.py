@@ -215,7 +215,7 @@ class DecodeCore:
                 if not output.ok and not attempt.job.allow_in_place and not attempt.leaving:
                     self._load_failed(attempt)
             elif isinstance(output, SequenceStarted):
-                attempt.started_at = now
+                attempt.started_at = now - event.step_ns  # told when its first step was done
             elif isinstance(output, SequenceFailed):
                 self._fail(attempt.job, output.reason, output.detail)
                 attempt.leaving = True

@@ -69,9 +69,13 @@ Watch = Callable[[int, str, Any, Any, list[Any]], None]
 
 
 class SimConductor:
-    def __init__(self, config: ConductorConfig, seed: int, loop: Loop, network: Network, observe: Observer | None) -> None:
+    def __init__(
+        self, config: ConductorConfig, seed: int, loop: Loop, network: Network, observe: Observer | None
+    ) -> None:
         self.core = ConductorCore(config, random.Random(seed))
-        actions = {Send: lambda command: network.send(CONDUCTOR, command.to, command.message)}
+        actions: dict[type, Callable[[Any], None]] = {
+            Send: lambda command: network.send(CONDUCTOR, command.to, command.message)
+        }
         self.runner = CoreRunner(loop, CONDUCTOR, self.core, actions, Tick(), observe)
 
     def kill(self) -> None:
@@ -287,6 +291,13 @@ class SimCluster:
         """The stream between the two breaks and is made anew."""
         self._flush()
         self.network.reset(one, other)
+
+    def slow(self, name: str, speed: float, duration: int) -> None:
+        """That instance computes at a share of its speed for a while, as a GPU does that throttles. Others are left alone."""
+        instance = self.instances.get(name)
+        if instance is not None:
+            instance.engine.set_speed(speed)
+            self.loop.after(duration, instance.engine.set_speed, 1.0)
 
     def _cut(self, one: str, other: str) -> None:
         for instance, node in ((one, other), (other, one)):

@@ -33,7 +33,7 @@ from mooncake.engine.core import (
     ServiceOutput,
     StoreKv,
 )
-from mooncake.engine.simulated import step_ns
+from mooncake.engine.simulated import scaled, step_ns
 from mooncake.sim.loop import Call, Loop
 
 Done = Callable[[bool], None]
@@ -120,6 +120,7 @@ class SimEngine:
         self.alive = True
         self.busy_ns = 0
         self._config = config
+        self._cost = config.cost
         self._loop = loop
         self._copies = copies
         self._oracle = oracle
@@ -150,6 +151,10 @@ class SimEngine:
     def job(self, seq: int) -> Job:
         return self._jobs[seq]
 
+    def set_speed(self, speed: float) -> None:
+        """Steps planned from now on run that many times as fast as the cost model says."""
+        self._cost = scaled(self._config.cost, speed)
+
     def flush(self) -> None:
         """Tell what was computed so far: this process, or somebody who hears it, is about to be lost."""
         run = self._run
@@ -175,12 +180,15 @@ class SimEngine:
     def _wake(self) -> None:
         if not self._woken:
             self._woken = True
-            self._loop.after(0, self._go_round)
+            self._loop.after(0, self._woken_up)
+
+    def _woken_up(self) -> None:
+        self._woken = False
+        self._go_round()
 
     # ------------------------------------------------------------------ one round
 
     def _go_round(self) -> None:
-        self._woken = False
         if not self.alive or self._run is not None:
             return
         calls, self._inbox = self._inbox, []
@@ -211,7 +219,7 @@ class SimEngine:
 
     def _step_ends_of(self, plan: StepPlan, num_steps_max: int) -> Sequence[int]:
         """When each step of the run ends. Nobody draws its first token, or its last, before the last of them."""
-        now, cost, host_ns = self._loop.now, self._config.cost, self._config.host_ns
+        now, cost, host_ns = self._loop.now, self._cost, self._config.host_ns
         num_decode, num_context = plan.num_decode, plan.num_context
         steps = 1
         if num_steps_max > 1 and not plan.joined and not self._config.one_step:
@@ -266,7 +274,7 @@ class SimEngine:
             end_store()
         outputs = run.outputs + self._perform(self.core.take_outputs(), [])
         self._report(outputs, (now - run.started) // steps or 1)
-        self._wake()
+        self._go_round()
 
     def _fail_one(self, run: _Run) -> None:
         """The last step could not compute one sequence; what it drew before is good."""

@@ -36,7 +36,16 @@ class Reset(msgspec.Struct, frozen=True, tag=True):
     other: str
 
 
-Fault = Kill | Cut | Reset
+class Slow(msgspec.Struct, frozen=True, tag=True):
+    """An instance computes at a share of its speed for a while."""
+
+    at: int
+    name: str
+    speed: float
+    duration_ns: int
+
+
+Fault = Kill | Cut | Reset | Slow
 
 
 class FaultRates(msgspec.Struct, frozen=True):
@@ -45,8 +54,10 @@ class FaultRates(msgspec.Struct, frozen=True):
     kills: int = 6
     cuts: int = 2
     resets: int = 4
+    slows: int = 2
     down_ns: int = 2 * NANOS_PER_S
     cut_ns: int = 6 * NANOS_PER_S
+    slow_ns: int = 4 * NANOS_PER_S
 
 
 def draw_faults(rng: random.Random, names: Sequence[str], span_ns: int, rates: FaultRates) -> list[Fault]:
@@ -61,6 +72,9 @@ def draw_faults(rng: random.Random, names: Sequence[str], span_ns: int, rates: F
     for _ in range(rates.resets):
         one, other = rng.sample(names, 2)
         faults.append(Reset(rng.randrange(span_ns), one, other))
+    for _ in range(rates.slows):
+        speed = rng.uniform(0.05, 0.8)
+        faults.append(Slow(rng.randrange(span_ns), rng.choice(names), speed, rng.randrange(rates.slow_ns)))
     return sorted(faults, key=lambda fault: fault.at)
 
 
@@ -78,3 +92,5 @@ def _strike(cluster: SimCluster, fault: Fault) -> None:
             cluster.cut(fault.one, fault.other, fault.duration_ns)
         case Reset():
             cluster.reset(fault.one, fault.other)
+        case Slow():
+            cluster.slow(fault.name, fault.speed, fault.duration_ns)

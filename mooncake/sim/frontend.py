@@ -72,7 +72,7 @@ class ChoiceRecord:
         self._pieces: list[tuple[Times, int]] = []
 
     def add(self, tokens: tuple[int, ...], computed: Times, now: int) -> None:
-        """Tokens that reach the client now, of which the last was computed the same time ago as every other one when it came."""
+        """Tokens that reach the client now. Each of them is taken to have had the way that the last one had."""
         self._tokens.extend(tokens)
         self._pieces.append((computed, now - computed[-1]))
 
@@ -161,7 +161,7 @@ class RequestRecord:
 
 
 def token_range(number: int, choice: int, first: int, last: int) -> range:
-    """Tokens at the positions [first, last) of an output: each tells its request, choice and position apart from all others'."""
+    """Tokens at the positions [first, last) of an output; they tell the output and the position apart from others."""
     base = noise(number, choice, 0) % (1 << 11) << _POSITION_BITS
     return range(base + first, base + last)
 
@@ -175,6 +175,7 @@ class Model:
     def num_left(self, job: Job, position: int) -> int:
         stop = job.sampling.stop_token_ids[job.key.choice] & _POSITION_MASK
         return max(1, stop + 1 - position)
+
 
 def extend_keys(block_tokens: int) -> Callable[[RequestSpec, list[int]], tuple[bytes, ...]]:
     """Keys of blocks that end in generated tokens: there is no prompt to hash, so the request's number stands in."""

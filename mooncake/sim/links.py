@@ -12,6 +12,7 @@ class Link:
 
     def __init__(self, name: str, bytes_per_s: float) -> None:
         self.name = name
+        self.bytes_per_s = bytes_per_s
         self.busy_ns = 0
         self.num_bytes = 0
         self._ns_per_byte = NANOS_PER_S / bytes_per_s

@@ -8,14 +8,14 @@ import pytest
 
 from mooncake.core.types import NANOS_PER_S
 from mooncake.sim.cluster import ClusterConfig, SimCluster
-from mooncake.sim.faults import Kill, schedule
+from mooncake.sim.faults import Fault, Kill, Slow, schedule
 from tests.sim.workload import check_core, check_run, requests
 
 
-def run(config: ClusterConfig, *kills: Kill) -> SimCluster:
+def run(config: ClusterConfig, *faults: Fault) -> SimCluster:
     cluster = SimCluster(config, 1, check_core)
     cluster.submit(requests(random.Random(1), 150, 10 * NANOS_PER_S, max_output=60))
-    schedule(cluster, kills)
+    schedule(cluster, faults)
     cluster.run(600 * NANOS_PER_S)
     cluster.settle(70 * NANOS_PER_S)
     check_run(cluster)
@@ -52,3 +52,12 @@ def test_streams_go_on_without_the_conductor_and_new_requests_wait_for_it() -> N
         if record.times and record.request.arrival_ns < 2_900_000_000:
             assert record.times[-1] - record.request.arrival_ns < NANOS_PER_S
     assert 3 < worst_gap_s(cluster) < 6
+
+
+def test_a_slow_instance_gets_less_to_do() -> None:
+    """Its queue shows in its load, and placement goes by that."""
+    config = ClusterConfig(prefill=2, decode=2)
+    slowed = run(config, Slow(0, "prefill-0", 0.1, 60 * NANOS_PER_S))
+    placed = [sum(record.prefill == name for record in slowed.records) for name in ("prefill-0", "prefill-1")]
+    assert placed[0] < 0.6 * placed[1]
+    assert all(record.completed or record.outcome == "cancelled" for record in slowed.records)
