@@ -124,7 +124,7 @@ def ask_and_kill(cluster: Cluster, name: str, *calls: tuple[tuple[int, ...], int
 
 
 def test_continued_after_a_decode_instance_was_killed(cluster: Cluster, expect: Expect) -> None:
-    calls = [(prompt(200 + at, 40 + 50 * at), 160) for at in range(8)]
+    calls = [(prompt(200 + at, 40 + 50 * at), 480) for at in range(8)]
     for (tokens, num_tokens), found in zip(calls, ask_and_kill(cluster, "decode-0", *calls), strict=True):
         assert (found.error, found.text) == ("", expect(tokens, num_tokens))
         assert found.num_output == num_tokens
@@ -133,7 +133,7 @@ def test_continued_after_a_decode_instance_was_killed(cluster: Cluster, expect: 
 def test_seeded_sampling(cluster: Cluster) -> None:
     """The same text alone, in a busy batch, and when it goes on at another instance."""
     sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "seed": 1234}
-    calls = [(prompt(300 + at, 30 + 40 * at), 120) for at in range(6)]
+    calls = [(prompt(300 + at, 30 + 40 * at), 360) for at in range(6)]
     alone = [ask(cluster, call, **sampling)[0].text for call in calls]
     assert [found.text for found in ask(cluster, *calls, **sampling)] == alone
     assert [found.text for found in ask_and_kill(cluster, "decode-1", *calls, **sampling)] == alone
