@@ -42,10 +42,10 @@ def draw_token(seed: int, choice: int, position: int, *, first: int = FIRST_TOKE
     return first + noise(seed, choice, position) % count
 
 
-def step_ns(cost: CostModel, items: Iterable[StepItem], num_decode: int = 0, num_context: int = 0) -> int:
+def step_ns(cost: CostModel, items: Iterable[StepItem]) -> int:
     """Duration of one step: the decode part of its single tokens plus the prefill part of its chunks, whose fixed part is paid
-    once. num_decode, num_context: of a decode batch beside the items."""
-    total = 0
+    once."""
+    num_decode = num_context = total = 0
     for item in items:
         if item.count == 1:
             num_decode += 1

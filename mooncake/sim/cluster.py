@@ -140,8 +140,8 @@ class SimCluster:
             self.loop.at(request.arrival_ns, self._arrive, record)
 
     def feed(self, requests: Iterator[SimRequest], on_end: Callable[[RequestRecord], None]) -> None:
-        """As `submit`, for any number of requests in order of arrival: each is drawn when the one before it arrives. A record is
-        given to on_end when its request has ended, and not kept."""
+        """As `submit`, for any number of requests in order of arrival: each is drawn when the one before it arrives. A record
+        is given to on_end when its request has ended, and not kept."""
         self._on_end = on_end
         self._draw_next(requests)
 

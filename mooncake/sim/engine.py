@@ -14,13 +14,12 @@ from __future__ import annotations
 import heapq
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 
-from mooncake.core.types import NANOS_PER_MS, CostModel, Job
+from mooncake.core.types import CostModel, Job
 from mooncake.engine.attempts import EngineProgress, KvStored
 from mooncake.engine.base import StepItem, StepPlan, StepResult
 from mooncake.engine.core import (
@@ -33,15 +32,11 @@ from mooncake.engine.core import (
     ServiceOutput,
     StoreKv,
 )
-from mooncake.engine.simulated import scaled, step_ns
+from mooncake.engine.simulated import scaled
 from mooncake.sim.loop import Call, Loop
+from mooncake.sim.step_times import NUM_STEPS_MAX, RunTimes, StepTimes, Times
 
 Done = Callable[[bool], None]
-Times: TypeAlias = "array[int]"
-"""Nanoseconds, type code q."""
-
-_FEW_STEPS = 12
-"""Up to so many, a loop is faster than numpy."""
 
 
 class Oracle(Protocol):
@@ -77,13 +72,14 @@ class EngineConfig(msgspec.Struct, frozen=True):
 class _Run:
     """Steps under way. `ends`: when each of them is computed. `waits`: loads that the step cannot end without."""
 
-    __slots__ = ("ends", "failed", "num_steps", "outputs", "plan", "started", "stores", "waits")
+    __slots__ = ("ends", "failed", "num_steps", "outputs", "plan", "started", "stores", "times", "waits")
 
-    def __init__(self, plan: StepPlan, started: int, ends: Sequence[int], outputs: list[ServiceOutput]) -> None:
+    def __init__(self, plan: StepPlan, started: int, times: RunTimes, outputs: list[ServiceOutput]) -> None:
         self.plan = plan
         self.started = started
-        self.ends = ends
-        self.num_steps = len(ends)
+        self.times = times
+        self.ends = times.ends
+        self.num_steps = len(times.ends)
         self.outputs = outputs
         self.waits: dict[int, None] = {}
         self.failed: dict[int, None] = {}
@@ -120,7 +116,7 @@ class SimEngine:
         self.alive = True
         self.busy_ns = 0
         self._config = config
-        self._cost = config.cost
+        self._step_times = StepTimes(config.cost, config.host_ns)
         self._loop = loop
         self._copies = copies
         self._oracle = oracle
@@ -151,9 +147,14 @@ class SimEngine:
     def job(self, seq: int) -> Job:
         return self._jobs[seq]
 
+    @property
+    def busy_so_far_ns(self) -> int:
+        """With the part of the present run that is done."""
+        return self.busy_ns + (self._loop.now - self._run.started if self._run is not None else 0)
+
     def set_speed(self, speed: float) -> None:
         """Steps planned from now on run that many times as fast as the cost model says."""
-        self._cost = scaled(self._config.cost, speed)
+        self._step_times = StepTimes(scaled(self._config.cost, speed), self._config.host_ns)
 
     def flush(self) -> None:
         """Tell what was computed so far: this process, or somebody who hears it, is about to be lost."""
@@ -203,7 +204,7 @@ class SimEngine:
         for seq in plan.joined:
             self._join(seq)
         now = self._loop.now
-        run = self._run = _Run(plan, now, self._step_ends_of(plan, 1 if outputs else plan.horizon), outputs)
+        run = self._run = _Run(plan, now, self._run_times(plan, 1 if outputs else plan.horizon), outputs)
         for item in plan.items:
             if item.num_loading:
                 self._wait_for_load(run, item.seq)
@@ -217,23 +218,14 @@ class SimEngine:
         self._members[seq] = _Member(job, num_tokens, num_tokens - clock, clock + left)
         heapq.heappush(self._ends, (clock + left, seq))
 
-    def _step_ends_of(self, plan: StepPlan, num_steps_max: int) -> Sequence[int]:
-        """When each step of the run ends. Nobody draws its first token, or its last, before the last of them."""
-        now, cost, host_ns = self._loop.now, self._cost, self._config.host_ns
-        num_decode, num_context = plan.num_decode, plan.num_context
-        steps = 1
+    def _run_times(self, plan: StepPlan, num_steps_max: int) -> RunTimes:
+        """Nobody draws its first token, or its last, before the last step of a run."""
+        now, steps = self._loop.now, 1
         if num_steps_max > 1 and not plan.joined and not self._config.one_step:
-            steps = min(num_steps_max, self._next_end() - len(self._step_ends))
+            steps = min(num_steps_max, self._next_end() - len(self._step_ends), NUM_STEPS_MAX)
         if steps == 1:
-            return [now + host_ns + step_ns(cost, plan.items, num_decode, num_context)]
-        if steps > _FEW_STEPS:
-            return _many_ends(now, cost, host_ns, num_decode, num_context, steps)
-        ends = []
-        for _ in range(steps):
-            now += host_ns + cost.decode_ns(num_decode, num_context)
-            ends.append(now)
-            num_context += num_decode
-        return ends
+            return self._step_times.one(now, plan.items, plan.num_decode, plan.num_context)
+        return self._step_times.many(now, plan.num_decode, plan.num_context, steps)
 
     def _next_end(self) -> int:
         ends = self._ends
@@ -259,6 +251,7 @@ class SimEngine:
     def _finish(self, run: _Run) -> None:
         self._run = None
         plan, steps, now = run.plan, run.num_steps, self._loop.now
+        self._step_times.ended(run.times, steps)
         self.busy_ns += now - run.started
         if steps == 1:
             self._step_ends.append(now)
@@ -419,14 +412,3 @@ class SimEngine:
         if outputs or added or removed:
             times, self._times = self._times, {}
             self._tell(EngineProgress(tuple(outputs), self.core.load, duration, added, removed), times)
-
-
-def _many_ends(now: int, cost: CostModel, host_ns: int, num_decode: int, num_context: int, steps: int) -> Sequence[int]:
-    """`cost.decode_ns` and host_ns of each step, summed up, to the nanosecond."""
-    a, b, c = cost.decode
-    context = num_context + num_decode * np.arange(steps, dtype=np.int64)
-    durations = ((a + b * num_decode + c * context / 1e6) * NANOS_PER_MS).astype(np.int64) + host_ns
-    durations[0] += now
-    ends: Times = array("q")
-    ends.frombytes(durations.cumsum().tobytes())
-    return ends

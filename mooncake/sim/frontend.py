@@ -29,10 +29,10 @@ from mooncake.scheduler.dispatcher import (
     Start,
     Tick,
 )
-from mooncake.sim.engine import Times
 from mooncake.sim.instance import TimedTokens
 from mooncake.sim.loop import CoreRunner, Loop, Observer
 from mooncake.sim.network import Network
+from mooncake.sim.step_times import Times
 
 FRONTEND_LOST = "frontend_lost"
 CANCELLED = "cancelled"

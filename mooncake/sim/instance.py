@@ -30,10 +30,11 @@ from mooncake.engine.attempts import (
 from mooncake.engine.base import EngineLimits
 from mooncake.engine.core import EngineCore, LoadKv, StoreKv
 from mooncake.prefill.core import CommitKv, KvCommitted, KvReserved, PrefillCore, PrefillLimits, ReleaseKv, ReserveKv
-from mooncake.sim.engine import Done, EngineConfig, Oracle, SimEngine, Times
+from mooncake.sim.engine import Done, EngineConfig, Oracle, SimEngine
 from mooncake.sim.loop import CoreRunner, Loop, Observer
 from mooncake.sim.network import Network
 from mooncake.sim.node import NodeClient, SimSource, SimTarget
+from mooncake.sim.step_times import Times
 
 
 class InstanceConfig(msgspec.Struct, frozen=True):
