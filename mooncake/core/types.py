@@ -7,7 +7,9 @@ Token ids travel as little-endian uint32 bytes (`tokens_to_bytes`), so that a lo
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+import sys
+from array import array
+from collections.abc import Iterable
 
 import msgspec
 import numpy as np
@@ -225,8 +227,12 @@ class Stage(enum.IntEnum):
     END = 6
 
 
-def tokens_to_bytes(token_ids: Sequence[int]) -> bytes:
-    return np.asarray(token_ids, dtype="<u4").tobytes()
+def tokens_to_bytes(token_ids: Iterable[int]) -> bytes:
+    """Raises OverflowError for an id that has no 32 bits."""
+    data = array("I", token_ids)
+    if sys.byteorder == "big":
+        data.byteswap()
+    return data.tobytes()
 
 
 def bytes_to_tokens(data: bytes) -> list[int]:
