@@ -53,6 +53,8 @@ PATIENCE_S = 0.02
 _PATIENT = frozenset({AttemptEnded, BookingSnapshot, CacheDelta, HandoverDone, LiveAttempts, LoadReport, PrefillDone})
 """Messages that nobody waits for go with the next one that somebody does, or after PATIENCE_S: a write costs both ends about
 100 us of CPU, whatever it carries."""
+PACE_S = 0.002
+"""Writes of one link are at least so far apart: on a quiet link nothing waits, on a busy one a write carries more."""
 BEAT_S = 1.0
 """Who has said nothing for so long sends an empty envelope. gRPC's own keep-alive is no match: a serving end sends no pings
 while its peer's transport answers for a process that does not run."""
@@ -188,8 +190,14 @@ class Link:
             self._spoke = False
 
     async def _write(self) -> None:
+        clock = asyncio.get_running_loop().time
+        next_at = 0.0
         while True:
             await self._wake.wait()
+            pause_s = next_at - clock()
+            if pause_s > 0:
+                await asyncio.sleep(pause_s)
+            next_at = clock() + PACE_S
             self._wake.clear()
             self._patience_runs = False
             messages, self._outbox = self._outbox, []
