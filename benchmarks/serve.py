@@ -100,9 +100,8 @@ def _prefill_side(cluster: Cluster) -> tuple[list[int], int]:
     for now, event in event_log_entries(cluster.events, "prefill-0"):
         if event["type"] == "KvStored":
             stored += event["end"] - event["start"]
-        for output in event.get("outputs", ()) if event["type"] == "EngineProgress" else ():
-            if output["type"] == "Drawn":
-                firsts.append(now)
+        outputs = event["outputs"] if event["type"] == "EngineProgress" else ()
+        firsts += [now for output in outputs if output["type"] == "Drawn"]
     return firsts, stored
 
 

@@ -13,6 +13,7 @@ import msgspec
 from mooncake import __version__
 from mooncake.config import Config, RoleConfig, ServiceRole, load_config, options, read_launch, save_config
 from mooncake.core.errors import ConfigError, EventLogError, MooncakeError, ReplayMismatch, TraceError
+from mooncake.plan.options import flag, parse_options, texts
 from mooncake.trace.options import TEXTS, parse_synth_options
 
 _ROLE_HELP: dict[ServiceRole, str] = {
@@ -72,6 +73,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "files", metavar="FILE", nargs="+", help="an event log, as written to the folder of --event-log"
     )
     _add_trace_commands(commands)
+    _add_plan_commands(commands)
     return parser
 
 
@@ -119,6 +121,24 @@ def _add_trace_commands(commands: Any) -> None:
     synth.add_argument("--out", metavar="FILE", required=True, help="replaced if there; gzipped if it ends with .gz")
     for name, text in TEXTS.items():
         synth.add_argument(f"--{name.replace('_', '-')}", metavar=name.upper(), help=text, default=argparse.SUPPRESS)
+
+
+def _add_plan_commands(commands: Any) -> None:
+    replay = commands.add_parser("replay", help="run a trace through a simulated cluster", allow_abbrev=False)
+    replay.set_defaults(run=_replay)
+    replay.add_argument("trace", metavar="TRACE", help="Mooncake, Bailian, Azure or BurstGPT; may be gzipped")
+    replay.add_argument("--format", help="of the trace; detected if not given")
+    replay.add_argument("--out", metavar="FOLDER", help="write summary.json, requests.jsonl and report.html there")
+    replay.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    for name, text in texts().items():
+        replay.add_argument(flag(name), dest=name, metavar=name.upper(), help=text, default=argparse.SUPPRESS)
+    paper = commands.add_parser("reproduce", help="a paper's figures, published beside simulated", allow_abbrev=False)
+    paper.set_defaults(run=_reproduce)
+    paper.add_argument("paper", choices=("fast25",), help="the Mooncake paper of FAST'25")
+    paper.add_argument("--trace-dir", metavar="FOLDER", default=".", help="where the traces of its release are; .")
+    paper.add_argument("--only", metavar="LIST", help="such as fig5,fig15; all if not given")
+    paper.add_argument("--quick", action="store_true", help="the beginning of each trace only")
+    paper.add_argument("--json", metavar="FILE", help="write all rows there")
 
 
 def _load(arguments: argparse.Namespace) -> Config:
@@ -226,4 +246,33 @@ def _trace_synth(arguments: argparse.Namespace) -> int:
 def _show(report: Any, text: Callable[[Any], str], arguments: argparse.Namespace) -> int:
     shown = msgspec.json.format(msgspec.json.encode(report)).decode() if arguments.json else text(report)
     print(shown, flush=True)
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from mooncake.plan import replay, replay_page, replay_text
+
+    wanted = parse_options({name: value for name, value in vars(arguments).items() if name in texts()})
+    replay.target(wanted)
+    trace = replay.check(arguments.trace, arguments.format, wanted.limit)
+    progress = replay_text.ProgressLine(sys.stderr, trace.num_requests, trace.span_ns / 1e9 / wanted.speed)
+    with replay.lines_file(arguments.out) as lines:
+        write = lines.write if lines is not None else None
+        done = replay.replay_trace(trace, wanted, write=write, on_progress=progress.show)
+    progress.clear()
+    if arguments.out is not None:
+        replay.write_report(arguments.out, done.report, replay_page.render(done.replay, done.report))
+    return _show(done.report, replay_text.report_text, arguments)
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from mooncake.plan import fast25
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    found = fast25.reproduce(arguments.trace_dir, arguments.only, quick=arguments.quick, say=say)
+    if arguments.json is not None:
+        fast25.write_json(arguments.json, found.rows)
+    print(fast25.reproduction_text(found), flush=True)
     return 0

@@ -121,11 +121,18 @@ class Config(msgspec.Struct, frozen=True):
     )
     token: Annotated[str, Meta(extra={"secret": True}), _text("secret shared by all processes of the cluster")] = ""
 
-    policy: Annotated[Literal["algorithm1", "least_load"], _text("how instances are chosen")] = "algorithm1"
+    policy: Annotated[
+        Literal["random", "round_robin", "least_load", "local_cache_aware", "algorithm1", "joint"],
+        _text("how instances are chosen"),
+    ] = "joint"
     admission: Annotated[
         Literal["off", "soft", "hard"],
         _text("refuse requests whose predicted times break their objectives; soft: once predictions have proved right"),
     ] = "soft"
+    admission_rule: Annotated[
+        Literal["placement", "baseline", "early", "early_predicted"],
+        _text("times it goes by: of the chosen instances; TTFT, and decode after prefill; the decode pool's now; or its then"),
+    ] = "placement"
 
     block_tokens: Annotated[int, Meta(ge=1, le=4096), _text("tokens of a block, the unit of reuse")] = 128
     page_tokens: Annotated[int, Meta(ge=1, le=4096), _text("tokens of an engine page; divides block_tokens")] = 32

@@ -12,6 +12,9 @@ The choices of a request share one *joint* attempt until they have their first t
 under the key of choice 0. At the hand-over they part: from there each runs under its own key at the decode instance that was
 placed, all from the same KV, and what fails is tried again for that choice alone. Each is booked by itself from the start.
 
+Where decode is judged only after the prefill (`Placed.check_decode`), the first token is kept from the client until then, so that
+a refusal still comes before it: the KV is handed over as if the token had been lost, and decode draws it again.
+
 Lost messages are repaired by two periodic ones: `LiveAttempts` to the instances (which answer that they do not know an
 attempt) and `BookingSnapshot` to the Conductor.
 """
@@ -207,7 +210,7 @@ class _Request:
     """num_output: tokens of all choices."""
 
     __slots__ = (
-        "cached_told", "choices", "deadline", "decode", "num_attempts", "num_output", "prediction", "prefill", "spec",
+        "cached_told", "cached_tokens", "choices", "deadline", "decode", "num_attempts", "num_output", "prediction", "prefill", "spec",
         "timeline",
     )  # fmt: skip
 
@@ -219,6 +222,8 @@ class _Request:
         self.prefill = self.decode = ""
         """The last placement of any attempt."""
         self.prediction = Prediction()
+        self.cached_tokens: int | None = None
+        """What the prefill reused, if its first token was not passed on."""
         self.cached_told = False
         self.deadline = now + spec.timeout_ns
         self.timeline: list[int | None] = [None] * len(Stage)
@@ -270,7 +275,7 @@ class _Attempt:
     it began. num_failures: of attempts before it, since the last token."""
 
     __slots__ = (
-        "choices", "decode", "exclude", "handover", "key", "num_choices", "num_failures", "placing_since", "prefill",
+        "check_decode", "choices", "decode", "exclude", "handover", "key", "num_choices", "num_failures", "placing_since", "prefill",
         "request", "retry_at", "sent_at", "state",
     )  # fmt: skip
 
@@ -278,6 +283,7 @@ class _Attempt:
         self.key = key
         self.choices = choices
         self.num_choices = len(choices)
+        self.check_decode = False
         self.request = choices[0].request
         self.state = _State.PLACING
         self.prefill = self.decode = ""
@@ -507,7 +513,9 @@ class Dispatcher:
         if request.timeline[Stage.PLACED] is None:
             request.prediction = message.prediction
             request.pass_stage(Stage.PLACED, now)
-        attempt.prefill, attempt.decode = request.prefill, request.decode = message.prefill, message.decode
+        attempt.prefill, attempt.decode = message.prefill, message.decode
+        request.prefill, request.decode = message.prefill or request.prefill, message.decode
+        attempt.check_decode = message.check_decode and not attempt.joint and not request.num_output
         attempt.sent_at = now
         if attempt.handover is not None:
             self._submit_decode(attempt, attempt.handover.source, now)
@@ -607,6 +615,10 @@ class Dispatcher:
         tokens = output.token_ids[skip:]
         if not tokens:
             return
+        if attempt.check_decode and attempt.state is not _State.DECODING and output.finish is None:
+            self._first_of_attempt(attempt, output, now)
+            request.cached_tokens = output.cached_tokens
+            return
         if not request.num_output:
             request.pass_stage(Stage.FIRST_TOKEN, now)
         if attempt.state is not _State.DECODING or not attempt.prefill:
@@ -619,7 +631,8 @@ class Dispatcher:
         attempt.num_failures = 0
         request.num_output += len(tokens)
         choice.token_ids.extend(tokens)
-        cached = None if request.cached_told else output.cached_tokens
+        cached = output.cached_tokens if request.cached_tokens is None else request.cached_tokens
+        cached = None if request.cached_told else cached
         request.cached_told = True
         logprobs = output.logprobs[skip:]
         self._out.append(Output(request.spec.number, tokens, output.finish, logprobs, cached, choice.index))
@@ -652,12 +665,27 @@ class Dispatcher:
             self._out.append(Send(CONDUCTOR, PrefillDone(message.key)))
         attempt.request.pass_stage(Stage.KV_READY, now)
         handover = _Handover(message, len(attempt.choices))
+        if attempt.check_decode:
+            self._ask_for_decode(attempt, handover, now)
+            return
         parts = [self._part(attempt, choice, now) for choice in list(attempt.choices)] if attempt.joint else [attempt]
         for part in parts:
             part.handover = handover
         for part in parts:
             if part.choices:  # else one before it failed for the last time, and the request with it
                 self._submit_decode(part, message.source, now)
+
+    def _ask_for_decode(self, attempt: _Attempt, handover: _Handover, now: int) -> None:
+        """Under a new key, as the Conductor answers a known one as before."""
+        [choice] = attempt.choices
+        attempt.choices = []
+        self._end_booking(attempt, choice, now, completed=False)
+        key = msgspec.structs.replace(attempt.key, attempt=attempt.key.attempt + 1)
+        following = _Attempt(key, [choice], now)
+        following.handover = handover
+        following.num_failures = attempt.num_failures
+        self._set_timer(attempt.request, now + self._limits.place_timeout_ns)
+        self._ask_placement(following)
 
     def _needs(self, key: AttemptKey) -> bool:
         """Whether a choice still needs the hand-over of that key."""

@@ -29,7 +29,7 @@ class CacheFeeds:
         self._index = index
         self._retry_ns = retry_ns
         self._holders: dict[str, _Holder] = {}
-        self._asked: dict[tuple[str, str], int] = {}
+        self.asked: dict[tuple[str, str], int] = {}
         """When a snapshot of (holder, tier) was asked for that has not come; oldest first."""
         self.num_stale = 0
         self.num_gaps = 0
@@ -44,7 +44,7 @@ class CacheFeeds:
     def close(self, name: str) -> None:
         del self._holders[name]
         for tier in _FLAGS:
-            self._asked.pop((name, tier), None)
+            self.asked.pop((name, tier), None)
 
     def on_delta(self, delta: CacheDelta, now: int) -> list[Send]:
         holder = self._holder(delta)
@@ -56,10 +56,12 @@ class CacheFeeds:
             return []
         if delta.seq > (_FIRST_SEQ_MAX if seen is None else seen + 1):
             self.num_gaps += 1
-            return [] if (delta.holder, delta.tier) in self._asked else [self._ask(delta.holder, delta.tier, now)]
+            return [] if (delta.holder, delta.tier) in self.asked else [self._ask(delta.holder, delta.tier, now)]
         holder.seqs[delta.tier] = delta.seq
-        self._index.discard(holder.slot, _FLAGS[delta.tier], delta.removed)
-        self._index.add(holder.slot, _FLAGS[delta.tier], delta.added)
+        if delta.removed:
+            self._index.discard(holder.slot, _FLAGS[delta.tier], delta.removed)
+        if delta.added:
+            self._index.add(holder.slot, _FLAGS[delta.tier], delta.added)
         return []
 
     def on_snapshot(self, snapshot: CacheSnapshot) -> None:
@@ -70,16 +72,16 @@ class CacheFeeds:
             self.num_stale += 1
             return
         holder.seqs[snapshot.tier] = snapshot.seq
-        self._asked.pop((snapshot.holder, snapshot.tier), None)
+        self.asked.pop((snapshot.holder, snapshot.tier), None)
         self._index.replace(holder.slot, _FLAGS[snapshot.tier], snapshot.keys)
 
     def retry(self, now: int) -> list[Send]:
         """Ask again for snapshots that did not come."""
-        due = [stream for stream, asked_at in self._asked.items() if asked_at + self._retry_ns <= now]
+        due = [stream for stream, asked_at in self.asked.items() if asked_at + self._retry_ns <= now]
         return [self._ask(name, tier, now) for name, tier in due]
 
     def deadline(self) -> int | None:
-        return next(iter(self._asked.values())) + self._retry_ns if self._asked else None
+        return next(iter(self.asked.values())) + self._retry_ns if self.asked else None
 
     def _holder(self, report: CacheDelta | CacheSnapshot) -> _Holder | None:
         """The holder of a report, or None if it is unknown, of another life, or names an unknown tier."""
@@ -90,6 +92,6 @@ class CacheFeeds:
         return holder
 
     def _ask(self, name: str, tier: str, now: int) -> Send:
-        self._asked.pop((name, tier), None)
-        self._asked[name, tier] = now
+        self.asked.pop((name, tier), None)
+        self.asked[name, tier] = now
         return Send(name, SnapshotRequest(name, tier))

@@ -152,7 +152,9 @@ class Membership:
     def forget(self, name: str, now: int) -> None:
         """The instance or node is gone: its bookings and cache entries with it."""
         slot = self._view.slot(name)
-        self._books.release_instance(slot, now)
+        instance = self._view.instances.get(name)
+        if instance is not None:
+            self._books.release_instance(instance, now)
         self._feeds.close(name)
         self._accuracy.forget(name)
         self._index.remove_holder(slot)

@@ -1,76 +1,168 @@
 """Which holder has which block: one dict from block key to a bit mask, so that one walk along a request's keys gives
 the match length of every holder at once.
 
-A holder (an instance's pages, or a store node) owns a slot, and a slot owns three adjacent bits of every mask. They are
-nested, each a superset of the one before, so that the same walk gives three match lengths per holder:
+A holder (an instance's pages, or a store node) owns a slot, and a slot owns four adjacent bits of every mask. Three of
+them are nested, each a superset of the one before, so that the same walk gives three match lengths per holder:
 
     level FAST      in the holder's fast tier (hbm of an instance, dram of a node)
     level ANY       in any of its tiers (fast or ssd)
     level EXPECTED  there, or expected to be there when a request placed now would need it
+    SLOW            in its slow tier: no level, but what is left when the fast tier lets the block go
 
-    slot:      ... |    2    |    1    |    0    |      slot 0 belongs to nobody: its lengths are always zero
-    mask bits: ... | E  A  F | E  A  F | -  -  - |      confirmed fast 111, ssd only 110, predicted only 100
+    slot:      ... |     2     |     1     |     0     |      slot 0 belongs to nobody: its bits are always zero
+    mask bits: ... | S E A F   | S E A F   | - - - -   |      fast 0111, ssd 1110, both 1111, predicted only 0100
 
 Confirmed entries come and go by the holder's reports and are never guessed away; predicted ones expire. Keys are opaque
 bytes: a hand-over's partial key is never asked for, so it matches nothing.
 
-Removing a holder hides its bits at once and clears its blocks in bounded sweeps; the slot is given out again only
-when no mask has its bits any more.
-"""
+The masks say everything: of a holder only the number of its entries is kept beside them, and the keys of its
+predictions until these are confirmed or expire. Blocks of one sequence mostly have the same holders, so their masks
+are one object, and all work is done by runs of equal masks: a block costs its key, one entry of the dict, and no
+object of its own.
+
+What no count can tell is found by *sweeps* over all keys, in bounded slices: of a removed holder, whose bits are
+hidden at once and whose slot is given out again only when no mask has them any more; and of a snapshot, for entries
+that it does not confirm (at once, if one slice reaches that far)."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 
 FAST, ANY, EXPECTED = 0, 1, 2
 LEVELS = 3
+SLOT_BITS = 4
 
-IN_FAST, IN_SLOW = 1, 2
-"""Flags of a confirmed entry: the tiers of the holder that have the block."""
+IN_FAST, IN_SLOW = 0b0111, 0b1110
+"""Bits of a confirmed entry by tier."""
 
-_BITS = (0b000, 0b111, 0b110, 0b111)
-"""Bits of a confirmed entry by its flags."""
-_PREDICTED = 0b100
-_ALL = 0b111
-_FEW_BITS = 6
-"""Up to so many bits a loop is cheaper than unpacking the whole mask."""
+_CONFIRMED = 1 << ANY
+_PREDICTED = 1 << EXPECTED
+_ALL = 0b1111
+_LEVEL_BITS = 0b0111
+_WITHOUT = {
+    IN_FAST: tuple(IN_SLOW if bits & 0b1000 else bits & ~IN_FAST for bits in range(16)),
+    IN_SLOW: tuple(IN_FAST if bits & 1 else 0 for bits in range(16)),
+}
+"""What is left of an entry's bits when it leaves that tier, in which it was."""
+_MARK = {IN_FAST: 0b0001, IN_SLOW: 0b1000}
+"""The bit that says whether an entry is in that tier."""
+
 SWEEP_BLOCKS = 20_000
-"""Blocks cleared per sweep: about 10 ms."""
+"""Blocks looked at per sweep: a few ms."""
+_PLACES_MAX = 1 << 20
+"""Places of bits that are kept: 8 MB."""
+_SHARED_MAX = 8_192
+"""Masks that are kept to be shared; more are begun anew, which costs memory only where every block differs."""
 
 
 class Match:
-    """Result of one walk: `steps` are (length, mask of the level bits whose run ends after that length), lengths
-    ascending."""
+    """Result of one walk: `steps` are (length, mask of the level bits whose runs are at least that long), lengths
+    ascending, each mask a part of the one before. any_slow: whether slow tiers play a part at all."""
 
-    __slots__ = ("_lengths", "steps", "width")
+    __slots__ = ("_lengths", "_places", "any_slow", "steps")
 
-    def __init__(self, steps: list[tuple[int, int]], width: int) -> None:
+    def __init__(self, steps: list[tuple[int, int]], places: _Places, any_slow: bool) -> None:
         self.steps = steps
-        self.width = width
+        self.any_slow = any_slow
+        self._places = places
         self._lengths: np.ndarray | None = None
 
     @property
+    def width(self) -> int:
+        return self._places.width
+
+    @property
     def lengths(self) -> np.ndarray:
-        """Match lengths in blocks, int64 of shape (slots, levels). Made on first use; read only."""
+        """Match lengths in blocks, float64 of shape (levels, slots). Made on first use; read only."""
         if self._lengths is None:
-            self._lengths = self._expand()
+            places = self._places
+            found = np.zeros(LEVELS * places.width)
+            for length, mask in self.steps:
+                found[places.of(mask)] = length
+            self._lengths = found.reshape(LEVELS, places.width)
         return self._lengths
 
-    def _expand(self) -> np.ndarray:
-        out = np.zeros(self.width * LEVELS, dtype=np.int64)
+    def reach(self, bits: tuple[int, int, int]) -> tuple[int, int, int]:
+        """How far each of three bits runs; of an instance and its node (`reach_bits`): leading blocks in its pages now,
+        there when it is asked for them, and at the node in any tier.
+        """
+        first, second, third = bits
+        own = expected = stored = 0
         for length, mask in self.steps:
-            if mask.bit_count() > _FEW_BITS:
-                data = np.frombuffer(mask.to_bytes((out.size + 7) // 8, "little"), dtype=np.uint8)
-                out[np.unpackbits(data, count=out.size, bitorder="little").view(np.bool_)] = length
-                continue
-            while mask:
-                low = mask & -mask
-                out[low.bit_length() - 1] = length
-                mask ^= low
-        return out.reshape(self.width, LEVELS)
+            if mask & first:
+                own = length
+            if mask & second:
+                expected = length
+            if mask & third:
+                stored = length
+        return own, expected, stored
+
+    def length(self, slot: int, level: int) -> int:
+        """Leading blocks of that holder."""
+        bit = level_bit(slot, level)
+        return next((length for length, mask in reversed(self.steps) if mask & bit), 0)
+
+    def longest(self, bits: int) -> tuple[int, int]:
+        """The longest run among these bits, and those of them that have it; 0, 0 without any."""
+        for length, mask in reversed(self.steps):
+            if mask & bits:
+                return length, mask & bits
+        return 0, 0
+
+
+class _Places:
+    """Where the bits of a mask lie in an array of shape (levels, width), flattened. Masks come again and again, so
+    the last ones are kept."""
+
+    __slots__ = ("_known", "_num_known", "width")
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._known: dict[int, np.ndarray] = {}
+        self._num_known = 0
+
+    def of(self, mask: int) -> np.ndarray:
+        known = self._known.get(mask)
+        if known is None:
+            bits = bit_numbers(mask)
+            known = bits % SLOT_BITS * self.width + bits // SLOT_BITS
+            self._num_known += len(known)
+            if self._num_known > _PLACES_MAX:
+                self._known.clear()
+                self._num_known = len(known)
+            self._known[mask] = known
+        return known
+
+
+def level_bit(slot: int, level: int) -> int:
+    return 1 << SLOT_BITS * slot + level
+
+
+def bit_numbers(mask: int) -> np.ndarray:
+    """The numbers of the bits that are set, ascending."""
+    data = np.frombuffer(mask.to_bytes((mask.bit_length() + 7) // 8, "little"), dtype=np.uint8)
+    return np.unpackbits(data, bitorder="little").nonzero()[0]
+
+
+class _Sweep:
+    """Take off bits of one slot: of its entries in a tier that are not `wanted`, or (tier is None) of all."""
+
+    __slots__ = ("slot", "tier", "todo", "wanted")
+
+    def __init__(self, slot: int, tier: int | None, wanted: dict[bytes, None]) -> None:
+        self.slot = slot
+        self.tier = tier
+        self.wanted = wanted
+        self.todo: list[bytes] | None = None
+        """Keys still to be looked at; None before the start."""
+
+
+def reach_bits(instance: int, node: int) -> tuple[int, int, int]:
+    return level_bit(instance, FAST), level_bit(instance, EXPECTED), level_bit(node, ANY)
 
 
 class PrefixIndex:
@@ -80,14 +172,20 @@ class PrefixIndex:
     def __init__(self, num_blocks_max: int) -> None:
         self.num_blocks_max = num_blocks_max
         self.num_refused = 0
+        self.num_slow = 0
+        """Entries in slow tiers, of all holders."""
         self._masks: dict[bytes, int] = {}
+        self._shared: dict[int, int] = {}
+        self._places = _Places(1)
         self._live = 0
-        self._held: list[dict[bytes, int]] = [{}]
+        self._num_held = [0]
         self._predicted: list[dict[bytes, int]] = [{}]
-        self._expiries: list[tuple[int, int, int, Sequence[bytes]]] = []
+        self.expiries: list[tuple[int, int, int, Sequence[bytes]]] = []
+        """A heap: when predictions expire, their number, slot and keys."""
         self._num_predictions = 0
         self._free: list[int] = []
-        self._dying: list[int] = []
+        self.sweeps: list[_Sweep] = []
+        """To be gone on with as soon as there is time."""
 
     def __len__(self) -> int:
         return len(self._masks)
@@ -95,7 +193,11 @@ class PrefixIndex:
     @property
     def width(self) -> int:
         """Number of slots ever given out, slot 0 included."""
-        return len(self._held)
+        return len(self._num_held)
+
+    def num_held(self, slot: int) -> int:
+        """Confirmed entries of that holder."""
+        return self._num_held[slot]
 
     # ------------------------------------------------------------ holders
 
@@ -104,152 +206,235 @@ class PrefixIndex:
             slot = heapq.heappop(self._free)
         else:
             slot = self.width
-            self._held.append({})
+            self._num_held.append(0)
             self._predicted.append({})
+        if self._places.width != self.width:
+            self._places = _Places(self.width)
         self.show(slot)
         return slot
 
     def show(self, slot: int) -> None:
-        self._live |= _ALL << LEVELS * slot
+        self._live |= _LEVEL_BITS << SLOT_BITS * slot
 
     def hide(self, slot: int) -> None:
         """The holder cannot be read now: it matches nothing, but its entries stay."""
-        self._live &= ~(_ALL << LEVELS * slot)
+        self._live &= ~(_LEVEL_BITS << SLOT_BITS * slot)
 
     def remove_holder(self, slot: int) -> None:
         self.hide(slot)
-        self._dying.append(slot)
+        self.sweeps = [sweep for sweep in self.sweeps if sweep.slot != slot]
+        self.sweeps.append(_Sweep(slot, None, {}))
 
-    @property
-    def sweeping(self) -> bool:
-        return bool(self._dying)
+    # ------------------------------------------------------------ sweeps
 
     def sweep(self, num_blocks: int = SWEEP_BLOCKS) -> None:
-        """Clear up to so many entries of removed holders."""
-        while self._dying and num_blocks > 0:
-            slot = self._dying[0]
-            entries = self._held[slot] or self._predicted[slot]
-            if not entries:
-                heapq.heappush(self._free, self._dying.pop(0))
-                continue
-            for _ in range(min(num_blocks, len(entries))):
-                key, _value = entries.popitem()
-                self._write(slot, key, 0)
-                num_blocks -= 1
+        """Look at up to so many blocks for what must go."""
+        while self.sweeps and num_blocks > 0:
+            sweep = self.sweeps[0]
+            if sweep.todo is None:
+                sweep.todo = self._suspects(sweep.slot)
+            keys = sweep.todo[-num_blocks:]
+            del sweep.todo[-num_blocks:]
+            num_blocks -= max(1, len(keys))
+            self._clear(sweep, keys)
+            if not sweep.todo:
+                self.sweeps.pop(0)
+                if sweep.tier is None:
+                    heapq.heappush(self._free, sweep.slot)
+
+    def _suspects(self, slot: int) -> list[bytes]:
+        """Keys that the holder may have: its predictions, and all there are if it has confirmed any."""
+        return list(self._masks) if self._num_held[slot] else list(self._predicted[slot])
+
+    def _clear(self, sweep: _Sweep, keys: list[bytes]) -> None:
+        slot, tier, wanted = sweep.slot, sweep.tier, sweep.wanted
+        mark = (_ALL if tier is None else _MARK[tier]) << SLOT_BITS * slot
+        get = self._masks.get
+        found = [key for key in keys if get(key, 0) & mark and key not in wanted]
+        if tier is not None:
+            self.discard(slot, tier, found)
+            return
+        predicted = self._predicted[slot]
+        for key in found:
+            predicted.pop(key, None)
+        self._move(slot, found, (0,) * 16)
+        if not self._num_held[slot] and not predicted:
+            sweep.todo = []  # nothing is left of it further on
 
     # ------------------------------------------------------------ look-up
 
-    def match(self, keys: Iterable[bytes]) -> Match:
-        get = self._masks.get
+    def match(self, keys: Sequence[bytes]) -> Match:
         alive = self._live
         length = 0
         steps: list[tuple[int, int]] = []
-        for key in keys:
-            kept = alive & get(key, 0)
+        for mask, run in groupby(map(self._masks.get, keys)):
+            if mask is None:
+                break
+            kept = alive & mask
             if kept != alive:
                 if length:
-                    steps.append((length, alive ^ kept))
+                    steps.append((length, alive))
                 alive = kept
                 if not kept:
                     break
-            length += 1
+            length += len(list(run))
         if alive and length:
             steps.append((length, alive))
-        return Match(steps, self.width)
+        return Match(steps, self._places, self.num_slow > 0)
 
     # ------------------------------------------------------------ confirmed entries
 
-    def add(self, slot: int, flag: int, keys: Iterable[bytes]) -> None:
-        held, predicted = self._held[slot], self._predicted[slot]
-        for key in keys:
-            if key not in self._masks and not self._make_room():
-                self.num_refused += 1
+    def add(self, slot: int, tier: int, keys: Sequence[bytes]) -> None:
+        """tier: IN_FAST or IN_SLOW."""
+        for sweep in self.sweeps:
+            if sweep.slot == slot and sweep.tier == tier:
+                sweep.wanted.update(dict.fromkeys(keys))
+        if len(self._masks) + len(keys) > self.num_blocks_max:
+            keys = self._admit(keys)
+        shift = SLOT_BITS * slot
+        masks, predicted = self._masks, self._predicted[slot]
+        at = 0
+        for old, run in groupby(map(masks.get, keys)):
+            begin, at = at, at + len(list(run))
+            bits = (old or 0) >> shift & _ALL
+            if bits | tier == bits:
                 continue
-            flags = held.get(key, 0) | flag
-            held[key] = flags
-            predicted.pop(key, None)
-            self._write(slot, key, _BITS[flags])
+            new = self._share((old or 0) | tier << shift)
+            changed = dict.fromkeys(keys[begin:at], new)
+            masks.update(changed)
+            if not bits & _CONFIRMED:
+                self._num_held[slot] += len(changed)
+                for key in changed if bits else ():
+                    predicted.pop(key, None)
+            if tier == IN_SLOW:
+                self.num_slow += len(changed)
 
-    def discard(self, slot: int, flag: int, keys: Iterable[bytes]) -> None:
-        held = self._held[slot]
-        for key in keys:
-            flags = held.get(key, 0)
-            if not flags & flag:
+    def discard(self, slot: int, tier: int, keys: Sequence[bytes]) -> None:
+        mark, without = _MARK[tier], _WITHOUT[tier]
+        self._move(slot, keys, tuple(without[bits] if bits & mark else bits for bits in range(16)))
+
+    def replace(self, slot: int, tier: int, keys: Sequence[bytes]) -> None:
+        """A snapshot: the holder has exactly these keys in that tier. What it had before and they do not contain goes
+        with the sweeps, the first of which is made here."""
+        self.sweeps = [sweep for sweep in self.sweeps if (sweep.slot, sweep.tier) != (slot, tier)]
+        if self._num_held[slot]:
+            self.sweeps.append(_Sweep(slot, tier, dict.fromkeys(keys)))
+            self.sweep()
+        self.add(slot, tier, keys)
+
+    def _move(self, slot: int, keys: Sequence[bytes], becomes: tuple[int, ...]) -> None:
+        """Replace the slot's bits of these blocks by becomes[bits], which takes off and never adds."""
+        shift = SLOT_BITS * slot
+        masks = self._masks
+        at = 0
+        for old, run in groupby(map(masks.get, keys)):
+            begin, at = at, at + len(list(run))
+            bits = (old or 0) >> shift & _ALL
+            left = becomes[bits]
+            if left == bits:
                 continue
-            if flags == flag:
-                del held[key]
+            assert old is not None
+            changed = dict.fromkeys(keys[begin:at])
+            new = old ^ (bits ^ left) << shift
+            if new:
+                masks.update(dict.fromkeys(changed, self._share(new)))
             else:
-                held[key] = flags ^ flag
-            self._write(slot, key, _BITS[flags ^ flag])
+                for key in changed:
+                    del masks[key]
+            if bits & _CONFIRMED and not left & _CONFIRMED:
+                self._num_held[slot] -= len(changed)
+            if (bits ^ left) & _MARK[IN_SLOW]:
+                self.num_slow -= len(changed)
 
-    def replace(self, slot: int, flag: int, keys: Sequence[bytes]) -> None:
-        """A snapshot: afterwards the holder has exactly these keys in that tier."""
-        wanted = frozenset(keys)
-        self.discard(slot, flag, [key for key, flags in self._held[slot].items() if flags & flag and key not in wanted])
-        self.add(slot, flag, keys)
+    def _share(self, mask: int) -> int:
+        """The one object of that value."""
+        if len(self._shared) >= _SHARED_MAX:
+            self._shared.clear()
+        return self._shared.setdefault(mask, mask)
 
     # ------------------------------------------------------------ predicted entries
 
     def predict(self, slot: int, keys: Sequence[bytes], expires_ns: int) -> None:
-        """The holder will have these blocks soon. A later prediction of the same block prolongs it."""
-        masks, held, predicted = self._masks, self._held[slot], self._predicted[slot]
-        bit = _PREDICTED << LEVELS * slot
-        for key in keys:
-            if key in held:
+        """The holder will have these blocks soon. Of two predictions of the same block the later one decides."""
+        if len(self._masks) + len(keys) > self.num_blocks_max:
+            keys = self._admit(keys, parents_first=True)
+        shift = SLOT_BITS * slot
+        masks, predicted = self._masks, self._predicted[slot]
+        at = 0
+        for old, run in groupby(map(masks.get, keys)):
+            begin, at = at, at + len(list(run))
+            bits = (old or 0) >> shift & _ALL
+            if bits & _CONFIRMED:
                 continue
-            mask = masks.get(key, 0)
-            if not mask and not self._make_room():
-                self.num_refused += 1
-                break  # its children would be unreachable
-            masks[key] = mask | bit
-            predicted[key] = max(expires_ns, predicted.get(key, 0))
+            part = keys[begin:at]
+            predicted.update(dict.fromkeys(part, expires_ns))
+            if not bits:
+                masks.update(dict.fromkeys(part, self._share((old or 0) | _PREDICTED << shift)))
         self._num_predictions += 1
-        heapq.heappush(self._expiries, (expires_ns, self._num_predictions, slot, keys))
+        heapq.heappush(self.expiries, (expires_ns, self._num_predictions, slot, keys))
 
     def expire(self, now: int) -> None:
-        while self._expiries and self._expiries[0][0] <= now:
+        while self.expiries and self.expiries[0][0] <= now:
             self._expire_oldest()
-
-    def deadline(self) -> int | None:
-        return self._expiries[0][0] if self._expiries else None
 
     def _expire_oldest(self) -> None:
-        expires_ns, _, slot, keys = heapq.heappop(self._expiries)
+        expires_ns, _, slot, keys = heapq.heappop(self.expiries)
         predicted = self._predicted[slot]
+        if not predicted:
+            return
+        gone = [key for key in keys if predicted.get(key, expires_ns + 1) <= expires_ns]
+        for key in gone:
+            predicted.pop(key, None)
+        self._move(slot, gone, tuple(0 if bits == _PREDICTED else bits for bits in range(16)))
+
+    # ------------------------------------------------------------ room
+
+    def _admit(self, keys: Sequence[bytes], *, parents_first: bool = False) -> list[bytes]:
+        """Those that are known or for which there is room. parents_first: none after one that was refused, as its
+        children would be unreachable."""
+        admitted: dict[bytes, None] = {}
+        num_new = 0
         for key in keys:
-            if predicted.get(key, expires_ns + 1) <= expires_ns:
-                del predicted[key]
-                self._write(slot, key, 0)
+            if key not in self._masks and key not in admitted:
+                if not self._make_room(num_new):
+                    self.num_refused += 1
+                    if parents_first:
+                        break
+                    continue
+                num_new += 1
+            admitted[key] = None
+        # Making room may have dropped a key that was known.
+        while sum(key not in self._masks for key in admitted) + len(self._masks) > self.num_blocks_max:
+            admitted.popitem()
+            self.num_refused += 1
+        return list(admitted)
 
-    def _make_room(self) -> bool:
-        while len(self._masks) >= self.num_blocks_max and self._expiries:
+    def _make_room(self, num_new: int) -> bool:
+        while len(self._masks) + num_new >= self.num_blocks_max and self.expiries:
             self._expire_oldest()
-        return len(self._masks) < self.num_blocks_max
-
-    def _write(self, slot: int, key: bytes, bits: int) -> None:
-        shift = LEVELS * slot
-        mask = self._masks.get(key, 0) & ~(_ALL << shift) | bits << shift
-        if mask:
-            self._masks[key] = mask
-        else:
-            self._masks.pop(key, None)
+        return len(self._masks) + num_new < self.num_blocks_max
 
     # ------------------------------------------------------------ conservation
 
     def check_integrity(self) -> None:
-        """The masks are exactly what the holders' entries say. O(index); for tests and idle times."""
-        expected: dict[bytes, int] = {}
-        for slot in range(self.width):
-            assert not self._held[slot].keys() & self._predicted[slot].keys(), (
-                f"slot {slot}: confirmed and predicted at once"
-            )
-            for key, flags in self._held[slot].items():
-                expected[key] = expected.get(key, 0) | _BITS[flags] << LEVELS * slot
-            for key in self._predicted[slot]:
-                expected[key] = expected.get(key, 0) | _PREDICTED << LEVELS * slot
-        assert expected == self._masks, "masks differ from the holders' entries"
+        """The counts and predictions are exactly what the masks say. O(index); for tests and idle times."""
+        held = [0] * self.width
+        predicted: list[dict[bytes, None]] = [{} for _ in held]
+        num_slow = 0
+        for key, mask in self._masks.items():
+            assert mask > 0, "an empty mask is kept"
+            for slot in dict.fromkeys((bit_numbers(mask) // SLOT_BITS).tolist()):
+                bits = mask >> SLOT_BITS * slot & _ALL
+                assert bits in (IN_FAST, IN_SLOW, IN_FAST | IN_SLOW, _PREDICTED), f"levels are not nested: {bits:04b}"
+                held[slot] += bool(bits & _CONFIRMED)
+                num_slow += bool(bits & _MARK[IN_SLOW])
+                if bits == _PREDICTED:
+                    predicted[slot][key] = None
+        assert held == self._num_held, "counts differ from the masks"
+        assert num_slow == self.num_slow, "the count of slow entries differs from the masks"
+        assert predicted == [dict.fromkeys(keys) for keys in self._predicted], "predictions differ from the masks"
         assert len(self._masks) <= self.num_blocks_max
-        idle = [*self._free, *self._dying, 0]
+        idle = [*self._free, *(sweep.slot for sweep in self.sweeps if sweep.tier is None), 0]
         assert len(idle) == len(set(idle)), "a slot is free twice"
-        assert not any(self._live >> LEVELS * slot & _ALL for slot in idle), "a free slot is visible"
-        assert not any(self._held[slot] or self._predicted[slot] for slot in self._free), "a free slot has entries"
+        assert not any(self._live >> SLOT_BITS * slot & _ALL for slot in idle), "a free slot is visible"
+        assert not any(held[slot] or predicted[slot] for slot in self._free), "a free slot has entries"

@@ -4,27 +4,32 @@ demand.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 import msgspec
-import numpy as np
 
+from mooncake.core.messages import PlaceRequest
 from mooncake.core.types import AttemptKey
 from mooncake.scheduler.admission import Verdict
-from mooncake.scheduler.placement import Decision
+from mooncake.scheduler.costs import LOCAL, PULL, Offer
+from mooncake.scheduler.placement import Batches, Decision, Offers
 
 
 class Record(msgspec.Struct):
-    key: AttemptKey
-    at_ns: int
+    """names: by slot, at that time."""
+
     policy: str
-    num_tokens: int
-    num_choices: int
     block_tokens: int
+    request: PlaceRequest
+    at_ns: int
     names: tuple[str, ...]
-    """By slot, at that time."""
     decision: Decision
     verdict: Verdict
+
+    @property
+    def key(self) -> AttemptKey:
+        return self.request.key
 
     def render(self) -> str:
         return "\n".join(self._lines())
@@ -33,56 +38,83 @@ class Record(msgspec.Struct):
         decision, verdict, key = self.decision, self.verdict, self.key
         outcome = f"refused, {verdict.reason}" if verdict.enforced else "placed"
         name = f"{key.frontend}/{key.request}/{key.choice}/{key.attempt}"
-        yield f"{name} {outcome} by {self.policy} at {self.at_ns / 1e9:.3f} s: {self.num_tokens} tokens"
+        yield f"{name} {outcome} by {self.policy} at {self.at_ns / 1e9:.3f} s: {self.request.num_tokens} tokens"
         if verdict.reason:
             yield f"  admission: {verdict.detail}" + ("" if verdict.enforced else " (soft: not enforced)")
-        if decision.prefill is not None:
-            yield from self._prefill_lines()
-        yield from self._decode_lines()
+        for offers, chosen in ((decision.offers, True), (decision.others, False)):
+            if offers is not None:
+                yield from self._offer_lines(offers, chosen)
+        yield from self._batch_lines(decision.batches)
 
-    def _prefill_lines(self) -> Iterator[str]:
-        decision, names = self.decision, self.names
-        terms, reuse = decision.prefill_terms, decision.reuse
-        assert terms is not None and reuse is not None and decision.prefill_pool is not None
-        for slot in np.flatnonzero(decision.prefill_pool).tolist():
-            blocks = int(reuse.blocks[slot])
-            tokens = blocks * self.block_tokens
-            node = names[int(reuse.node[slot])] or "no node"
-            yield (
-                f"  {_mark(slot == decision.prefill)} prefill {names[slot]}: TTFT {_ms(terms.ttft_ns[slot])} ms = "
-                f"queue {_ms(terms.queue_ns[slot])} + load {_ms(terms.load_ns[slot])} "
-                f"+ prefill {_ms(terms.prefill_ns[slot])} ({self.num_tokens - tokens} new after {tokens} "
-                f"reused tokens: {int(reuse.own[slot])} of {blocks} blocks in own pages, the rest from {node})"
-            )
+    def _offer_lines(self, offers: Offers, chosen: bool) -> Iterator[str]:
+        pool = offers.prices.pool
+        where = "prefill in place at" if pool is self.decision.batches.prices.pool else "prefill"
+        for offer in sorted(offers.priced, key=lambda offer: offer.row):
+            mark = _mark(chosen and offer is offers.chosen)
+            cost = "" if offer.cost_ns == offer.ttft_ns else f", cost {_ms(offer.cost_ns)}"
+            yield f"  {mark} {where} {pool.names[offer.row]}: TTFT {self._sum(offers, offer)}{cost}"
+            for other in offer.others:
+                yield f"       not {self._sum(offers, other)}"
+        num_others = len(pool) - len(offers.priced)
+        if num_others and offers.at_least_ns is not None:
+            yield f"     {num_others} others: not priced, cost at least {_ms(offers.at_least_ns)}"
 
-    def _decode_lines(self) -> Iterator[str]:
-        decision, terms = self.decision, self.decision.decode_terms
-        for slot in np.flatnonzero(decision.decode_pool).tolist():
-            room = "has room" if terms.fits[slot] else "full"
+    def _sum(self, offers: Offers, offer: Offer) -> str:
+        prices, tokens = offers.prices, offer.blocks * self.block_tokens
+        load, prefill = f"load {_ms(offer.load_ns)}", f"prefill {_ms(offer.prefill_ns)}"
+        both = f"max({load}, {prefill})" if prices.hidden else f"{load} + {prefill}"
+        text = (
+            f"{_ms(offer.ttft_ns)} ms = queue {_ms(offer.queue_ns)} + {both} ({offer.way}: "
+            f"{self.request.num_tokens - tokens} new after {tokens} reused tokens: {offer.own} of {offer.blocks} blocks in own "
+            "pages"
+        )
+        if offer.blocks > offer.own:
+            pulled = prices.source if offer.way == PULL else None
+            slot = pulled.slot if pulled is not None else prices.pool.nodes[offer.row]
+            text += f", the rest from {self.names[slot] or 'no node'}"
+        if offer.num_slow:
+            text += f", {offer.num_slow} of it from ssd"
+        if offer.way == LOCAL and offer.expected > offer.own:
+            text += f", waits for {offer.expected - offer.own} that are computed there"
+        return text + ")"
+
+    def _batch_lines(self, batches: Batches) -> Iterator[str]:
+        pool, prices = batches.prices.pool, batches.prices
+        for batch in sorted(batches.priced, key=lambda batch: batch.row):
+            room = "has room" if prices.fits(batch) else "full"
+            handover = f", hand-over {_ms(batch.handover_ns)} ms" if prices.node else ""
+            cost = "" if batch.cost_ns == batch.tbt_ns else f", cost {_ms(batch.cost_ns)}"
             yield (
-                f"  {_mark(slot == decision.decode)} decode {self.names[slot]}: TBT {_ms(terms.tbt_ns[slot])} ms "
-                f"at batch {int(terms.num_seqs[slot])} + {self.num_choices}, {room}"
+                f"  {_mark(batch is batches.chosen)} decode {pool.names[batch.row]}: TBT {_ms(batch.tbt_ns)} ms "
+                f"at batch {batch.num_seqs:.1f} + {self.request.num_choices}, {room}{handover}{cost}"
             )
+        num_others = len(pool) - len(batches.priced)
+        if num_others:
+            yield f"     {num_others} others: not priced, more is booked there"
+
+
+Entry = tuple[PlaceRequest, int, tuple[str, ...], Decision, Verdict]
+"""The last fields of a record."""
 
 
 class Records:
-    """The last `num_max` records, by attempt."""
+    """The last `num_max` records."""
 
-    def __init__(self, num_max: int) -> None:
-        self._num_max = num_max
-        self._records: dict[AttemptKey, Record] = {}
+    def __init__(self, num_max: int, policy: str, block_tokens: int) -> None:
+        self._policy = policy
+        self._block_tokens = block_tokens
+        self._entries: deque[Entry] = deque(maxlen=num_max)
 
-    def add(self, record: Record) -> None:
-        self._records.pop(record.key, None)
-        self._records[record.key] = record
-        if len(self._records) > self._num_max:
-            del self._records[next(iter(self._records))]
+    def add(self, entry: Entry) -> None:
+        self._entries.append(entry)
 
     def get(self, key: AttemptKey) -> Record | None:
-        return self._records.get(key)
+        """The newest of that attempt."""
+        found = next((entry for entry in reversed(self._entries) if entry[0].key == key), None)
+        return Record(self._policy, self._block_tokens, *found) if found is not None else None
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._entries)
 
 
 def _mark(chosen: bool) -> str:

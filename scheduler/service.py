@@ -36,7 +36,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     )
     await server.start()
     try:
-        status.ready(f"policy {settings.policy}, admission {settings.admission}")
+        status.ready(f"policy {settings.policy}, admission {settings.admission} by {settings.admission_rule}")
         await asyncio.Event().wait()
     finally:
         await server.close()
@@ -48,6 +48,7 @@ def conductor_config(config: Config) -> ConductorConfig:
         block_tokens=config.block_tokens,
         policy=config.policy,
         admission=config.admission,
+        admission_rule=config.admission_rule,
         wait_ns=int(config.timeouts.placement_s * 1e9),
     )
 

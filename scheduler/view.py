@@ -1,176 +1,91 @@
-"""What the Conductor knows of its instances and store nodes, as numpy columns indexed by slot.
+"""What the Conductor knows of its instances and store nodes.
 
-Slots are those of the prefix index, so that match lengths and columns line up; slot 0 is nobody (zeros everywhere),
-which is also the node of an instance whose store node is not registered. Times in columns are nanoseconds of the
-Conductor's clock.
-
-Load is known twice: from reports, which lag, and from the books, which know what was placed but not how it goes. The
-columns keep both; `costs` joins them. Reported columns are overwritten by reports; booked columns are written by
-`Books` alone.
+Slots are those of the prefix index; slot 0 is nobody. `prefill` and `decode` are the pools of the instances that may be
+placed on now; colocated instances are in the decode pool.
 """
 
 from __future__ import annotations
 
-from typing import Final
-
-import msgspec
-import numpy as np
-
 from mooncake.core.messages import NodeInfo
-from mooncake.core.types import NANOS_PER_MS, CostModel, InstanceInfo, InstanceLoad, InstanceState, Role
-
-_NS_PER_MS: Final = float(NANOS_PER_MS)
-
-
-class Instance:
-    __slots__ = ("connected", "info", "load", "slot")
-
-    def __init__(self, info: InstanceInfo, slot: int) -> None:
-        self.info = info
-        self.slot = slot
-        self.connected = True
-        self.load: InstanceLoad | None = None
-
-    @property
-    def placeable(self) -> bool:
-        return self.connected and self.info.state is InstanceState.READY
-
-
-class Node:
-    __slots__ = ("connected", "info", "slot")
-
-    def __init__(self, info: NodeInfo, slot: int) -> None:
-        self.info = info
-        self.slot = slot
-        self.connected = True
-
-
-class Columns:
-    """One array per field, all of the same length. Growing replaces the arrays: never keep one across events."""
-
-    placeable: np.ndarray
-    is_prefill: np.ndarray
-    is_decode: np.ndarray
-    """Decode and colocated instances."""
-    is_colocated: np.ndarray
-    is_node: np.ndarray
-    node: np.ndarray
-    """Slot of the instance's store node, or 0."""
-    capacity_tokens: np.ndarray
-    page_tokens: np.ndarray
-    max_batch: np.ndarray
-    prefill_a: np.ndarray
-    """The cost model in nanoseconds: prefill = a + n (b + c (P + n/2)), decode step = a + b B + c ctx."""
-    prefill_b: np.ndarray
-    prefill_c: np.ndarray
-    decode_a: np.ndarray
-    decode_b: np.ndarray
-    decode_c: np.ndarray
-
-    backlog_until: np.ndarray
-    """Reported: when the prefill tokens of the last report will be computed."""
-    num_seqs: np.ndarray
-    """Reported: sequences running and waiting in the decode batch."""
-    context_tokens: np.ndarray
-    free_pages: np.ndarray
-
-    num_prefills: np.ndarray
-    """Booked: prefills placed and not done, their predicted time, and when they will be done one after the other."""
-    prefill_ns: np.ndarray
-    busy_until: np.ndarray
-    num_decodes: np.ndarray
-    """Booked: attempts that decode here or will."""
-    pending_seqs: np.ndarray
-    """Booked and in no load report yet: sequences, their tokens and pages."""
-    pending_tokens: np.ndarray
-    pending_pages: np.ndarray
-
-    BOOLS: Final = ("placeable", "is_prefill", "is_decode", "is_colocated", "is_node")
-    FLOATS: Final = ("prefill_a", "prefill_b", "prefill_c", "decode_a", "decode_b", "decode_c")
-    INTS: Final = (
-        *("node", "capacity_tokens", "page_tokens", "max_batch"),
-        *("backlog_until", "num_seqs", "context_tokens", "free_pages"),
-        *("num_prefills", "prefill_ns", "busy_until", "num_decodes", "pending_seqs", "pending_tokens", "pending_pages"),
-    )
-    BOOKED: Final = ("num_prefills", "prefill_ns", "num_decodes", "pending_seqs", "pending_tokens", "pending_pages")
-    """The columns that are sums over bookings."""
-
-    def __init__(self) -> None:
-        self.resize(1)
-
-    def resize(self, width: int) -> None:
-        for names, dtype in ((self.BOOLS, np.bool_), (self.FLOATS, np.float64), (self.INTS, np.int64)):
-            for name in names:
-                column = np.zeros(width, dtype=dtype)
-                old = getattr(self, name, column[:0])
-                column[: len(old)] = old
-                setattr(self, name, column)
-        self.page_tokens[self.page_tokens == 0] = 1  # divisor
-
-    def clear(self, slot: int) -> None:
-        for name in (*self.BOOLS, *self.FLOATS, *self.INTS):
-            getattr(self, name)[slot] = 0
-        self.page_tokens[slot] = 1
-
-    def set_cost(self, slot: int, cost: CostModel) -> None:
-        a, b, c = cost.prefill
-        self.prefill_a[slot], self.prefill_b[slot], self.prefill_c[slot] = a * _NS_PER_MS, b * _NS_PER_MS / 1e3, c
-        a, b, c = cost.decode
-        self.decode_a[slot], self.decode_b[slot], self.decode_c[slot] = a * _NS_PER_MS, b * _NS_PER_MS, c
+from mooncake.core.types import InstanceInfo, InstanceLoad
+from mooncake.scheduler.lengths import Lengths
+from mooncake.scheduler.links import Links
+from mooncake.scheduler.pools import Instance, Node, Pool
+from mooncake.scheduler.prefix_index import ANY, level_bit
 
 
 class View:
-    def __init__(self) -> None:
-        self.columns = Columns()
+    def __init__(self, links: Links, lengths: Lengths) -> None:
+        self.links = links
+        self.lengths = lengths
         self.instances: dict[str, Instance] = {}
         self.nodes: dict[str, Node] = {}
         self.names: tuple[str, ...] = ("",)
         """By slot; a new tuple with every change, so that records can keep it."""
-        self.prefill_ready = self.decode_ready = self.colocated_ready = np.zeros(1, dtype=np.bool_)
-        """Slots that may be placed on, by what they can do."""
+        self.node_bits = 0
+        """Those of the prefix index that say a store node has a block, in any tier."""
+        self.decode_bits = 0
+        """Those that say a ready decode instance has a block in its pages."""
         self.num_stale_reports = 0
+        self._pools: tuple[Pool, Pool] | None = None
+        """Of prefill and decode; None after a change of membership, until somebody asks."""
+
+    # ------------------------------------------------------------ pools
+
+    @property
+    def pools(self) -> tuple[Pool, Pool]:
+        """Ready prefill instances, and ready decode instances."""
+        if self._pools is None:
+            self._pools = self._make_pools()
+        return self._pools
+
+    def _make_pools(self) -> tuple[Pool, Pool]:
+        for instance in self.instances.values():
+            instance.pool = None
+        ready = [instance for instance in self.instances.values() if instance.placeable]
+        prefill = Pool([instance for instance in ready if instance.does_prefill], self.node_slot)
+        decode = Pool([instance for instance in ready if not instance.does_prefill], self.node_slot)
+        self.decode_bits = decode.fast_bits
+        return prefill, decode
+
+    def node_slot(self, name: str) -> int:
+        """Slot of the store node, or 0 if it is not registered."""
+        node = self.nodes.get(name)
+        return node.slot if node is not None else 0
 
     # ------------------------------------------------------------ membership
 
     def add_instance(self, info: InstanceInfo, slot: int, width: int) -> None:
-        self._make_slot(slot, width, info.name)
-        columns = self.columns
-        columns.is_prefill[slot] = info.role is Role.PREFILL
-        columns.is_decode[slot] = info.role is not Role.PREFILL
-        columns.is_colocated[slot] = info.role is Role.COLOCATED
-        columns.capacity_tokens[slot] = info.num_pages * info.page_tokens
-        columns.page_tokens[slot] = max(1, info.page_tokens)
-        columns.max_batch[slot] = max(1, info.max_batch)
-        columns.free_pages[slot] = info.num_pages
-        columns.set_cost(slot, info.cost)
+        self._set_name(slot, width, info.name)
         self.instances[info.name] = Instance(info, slot)
-        self._refresh()
+        self._pools = None
 
     def add_node(self, info: NodeInfo, slot: int, width: int) -> None:
-        self._make_slot(slot, width, info.name)
-        self.columns.is_node[slot] = True
+        self._set_name(slot, width, info.name)
         self.nodes[info.name] = Node(info, slot)
-        self._refresh()
+        self.node_bits |= level_bit(slot, ANY)
+        self._pools = None
 
     def remove(self, name: str) -> None:
         """Its bookings must have been released."""
         slot = self.slot(name)
-        self.instances.pop(name, None)
-        self.nodes.pop(name, None)
-        self.columns.clear(slot)
-        self._set_name(slot, "")
-        self._refresh()
+        instance = self.instances.pop(name, None)
+        if instance is not None:
+            instance.pool = None
+        if self.nodes.pop(name, None) is not None:
+            self.node_bits ^= level_bit(slot, ANY)
+        self.links.clear(slot)
+        self._set_name(slot, len(self.names), "")
+        self._pools = None
 
     def update(self, info: InstanceInfo) -> None:
         """State or cost of a known instance changed."""
-        instance = self.instances[info.name]
-        instance.info = info
-        self.columns.set_cost(instance.slot, info.cost)
-        self._refresh()
+        self.instances[info.name].set_info(info)
+        self._pools = None
 
     def connect(self, name: str, connected: bool) -> None:
         self._member(name).connected = connected
-        self._refresh()
+        self._pools = None
 
     def slot(self, name: str) -> int:
         return self._member(name).slot
@@ -184,41 +99,31 @@ class View:
     def _member(self, name: str) -> Instance | Node:
         return self.instances.get(name) or self.nodes[name]
 
-    def _make_slot(self, slot: int, width: int, name: str) -> None:
-        if width > len(self.columns.placeable):
-            self.columns.resize(width)
-            self.names += ("",) * (width - len(self.names))
-        self._set_name(slot, name)
-
-    def _set_name(self, slot: int, name: str) -> None:
-        self.names = (*self.names[:slot], name, *self.names[slot + 1 :])
-
-    def _refresh(self) -> None:
-        columns = self.columns
-        for instance in self.instances.values():
-            node = self.nodes.get(instance.info.node)
-            columns.node[instance.slot] = node.slot if node is not None else 0
-            columns.placeable[instance.slot] = instance.placeable
-        self.prefill_ready = columns.placeable & columns.is_prefill
-        self.decode_ready = columns.placeable & columns.is_decode
-        self.colocated_ready = columns.placeable & columns.is_colocated
+    def _set_name(self, slot: int, width: int, name: str) -> None:
+        names = self.names + ("",) * (width - len(self.names))
+        self.names = (*names[:slot], name, *names[slot + 1 :])
+        self.links.resize(width)
 
     # ------------------------------------------------------------ load
 
-    def report(self, load: InstanceLoad, now: int) -> int | None:
-        """Take a load report; its slot, or None if it is stale."""
+    def report(self, load: InstanceLoad, now: int) -> Instance | None:
+        """Take a load report; whose it is, or None if it is stale."""
         instance = self.instances.get(load.name)
-        last = instance.load.seq if instance is not None and instance.load is not None else -1
-        if instance is None or instance.info.epoch != load.epoch or load.seq <= last:
+        if instance is None or instance.info.epoch != load.epoch or load.seq <= instance.last_report:
             self.num_stale_reports += 1
             return None
-        instance.load = load
-        slot, columns = instance.slot, self.columns
-        columns.backlog_until[slot] = now + int(columns.prefill_b[slot] * load.waiting_tokens)
-        columns.num_seqs[slot] = load.num_running + load.num_waiting
-        columns.context_tokens[slot] = load.context_tokens
-        columns.free_pages[slot] = load.free_pages
-        return slot
+        instance.last_report = load.seq
+        instance.used_pages = max(0, instance.info.num_pages - load.free_pages)
+        backlog_until = _backlog_until(instance, load, now)
+        if backlog_until != instance.backlog_until:
+            instance.backlog_until = backlog_until
+            instance.set_work()
+        if not instance.does_prefill:
+            num_seqs = float(load.num_running + load.num_waiting)
+            instance.set_batch(num_seqs, load.context_tokens, self.lengths.mean_left)
+            if instance.pool is not None:
+                instance.pool.set_load(instance)
+        return instance
 
     # ------------------------------------------------------------ conservation
 
@@ -228,23 +133,27 @@ class View:
         assert 0 not in slots and len(slots) == len(set(slots)), "members share a slot"
         assert all(self.names[member.slot] == member.info.name for member in members)
         assert sum(name != "" for name in self.names) == len(slots), "a slot is named but has no member"
-        placeable = sorted(instance.slot for instance in self.instances.values() if instance.placeable)
-        assert np.flatnonzero(self.columns.placeable).tolist() == placeable
-        for name in (*Columns.BOOKED, "free_pages"):
-            assert (getattr(self.columns, name) >= 0).all(), f"{name} is negative"
+        if self._pools is None:
+            return
+        prefill, decode = self._pools
+        ready = sorted(instance.info.name for instance in self.instances.values() if instance.placeable)
+        assert sorted((*prefill.names, *decode.names)) == ready, "the pools are not the ready instances"
+        for pool in (prefill, decode):
+            assert pool.queue == sorted(pool.queue) and len(pool.queue) == len(pool)
+            for row, member in enumerate(pool.members):
+                assert member.pool is pool and member.row == row
+                assert (member.busy_until, member.prefill_turn, row) in pool.queue
+                assert member.busy_until == max(member.booked_until, member.backlog_until)
+                load_ns = pool.load_ns[row]
+                pool.set_load(member)
+                assert pool is prefill or pool.load_ns[row] == load_ns
 
 
-class Lengths(msgspec.Struct):
-    """Output lengths of completed requests, learnt as a moving mean. Policies see this and max_tokens, never the
-    truth."""
-
-    mean: float = 256.0
-    weight: float = 0.02
-
-    def learn(self, num_output: int) -> None:
-        self.mean += self.weight * (num_output - self.mean)
-
-    def expect(self, max_tokens: int | None, num_generated: int) -> int:
-        """Output tokens still to come."""
-        left = max(1, int(self.mean) - num_generated)
-        return left if max_tokens is None else max(1, min(left, max_tokens - num_generated))
+def _backlog_until(instance: Instance, load: InstanceLoad, now: int) -> int:
+    """When prefills will be done that wait there and that the books do not know: the work of a Conductor before this
+    one. Of the others the books know how much their cache saves."""
+    num_unknown = load.num_waiting - instance.num_prefills
+    if num_unknown <= 0 or not load.waiting_tokens or not (instance.does_prefill or instance.prefills_in_place):
+        return 0
+    waiting_ns = instance.info.cost.prefill_ns(load.waiting_tokens, 0)
+    return now + waiting_ns * num_unknown // load.num_waiting

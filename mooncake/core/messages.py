@@ -98,7 +98,8 @@ class Prediction(msgspec.Struct, frozen=True):
 
 class Placed(Message, frozen=True):
     """prefill is "" when only a decode instance was asked for, or when the decode instance prefills in place. num_choices: as
-    many keys are booked as were asked for."""
+    many keys are booked as were asked for. check_decode: decode is not judged yet; when the KV is ready, ask for decode alone
+    before it is submitted, and give the request up if that is rejected."""
 
     key: AttemptKey
     prefill: str
@@ -106,6 +107,7 @@ class Placed(Message, frozen=True):
     source: KvSource | None
     prediction: Prediction
     num_choices: int = 1
+    check_decode: bool = False
 
 
 class Rejected(Message, frozen=True):

@@ -322,6 +322,7 @@ def _placed(message: Placed, item: pb.Item) -> None:
         _source(message.source, out.source)
     _prediction(message.prediction, out.prediction)
     out.num_choices = message.num_choices
+    out.check_decode = message.check_decode
 
 
 def _to_placed(message: pb.Placed) -> Placed:
@@ -332,6 +333,7 @@ def _to_placed(message: pb.Placed) -> Placed:
         source=_to_source(message.source) if message.HasField("source") else None,
         prediction=_to_prediction(message.prediction),
         num_choices=_num_choices(message.num_choices),
+        check_decode=message.check_decode,
     )
 
 

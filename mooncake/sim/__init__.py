@@ -9,5 +9,9 @@ instance  a prefill or decode instance: service core, engine, store clients
 frontend  a frontend: dispatcher and what its clients got
 cluster   all of them together, from one configuration
 faults    seeded schedules of kills and partitions
+workload  requests of a trace, as they come
+replay    a trace through the cluster, streamed
+collect   what is kept of each request
+samples   how instances and links are loaded over time
 report    what users saw, in numbers
 """

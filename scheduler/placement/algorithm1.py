@@ -1,6 +1,6 @@
 """Algorithm 1 of the paper (FACTS section 2): for every prefill instance, compute its local match, or fetch the
 longest match in the cluster if that is more than `threshold` times longer; take the instance with the least predicted
-TTFT.
+TTFT, and the decode instance by load.
 
 Fetching leaves a copy at the fetching node: that is how hot blocks spread. A placement names one source, so fetching
 moves all that the instance's own pages lack, not only the gap to its node's match.
@@ -10,41 +10,23 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
-
-from mooncake.scheduler.costs import BlockCosts, Reuse, best_node, local_reuse
-from mooncake.scheduler.placement.base import Ask, Decision, decide, decide_decode_only, find_pools
-from mooncake.scheduler.view import View
+from mooncake.scheduler.costs import PrefillPrices, find_source
+from mooncake.scheduler.placement.base import Ask, Candidates, Decision, Known, Offers, decide, find_cheapest
 
 
 class Algorithm1:
     name = "algorithm1"
 
-    def __init__(self, view: View, costs: BlockCosts, threshold: float) -> None:
-        self._view = view
-        self._costs = costs
+    def __init__(self, known: Known, threshold: float) -> None:
+        self._known = known
         self._threshold = threshold
 
     def choose(self, ask: Ask, now: int, rng: random.Random) -> Decision | None:
-        pools = find_pools(self._view, ask)
-        if pools is None:
-            return None
-        if ask.decode_only:
-            return decide_decode_only(self._view, ask, pools, rng)
-        reuse = self._reuse(ask)
-        return decide(self._view, ask, pools, reuse, False, self._costs, now, rng)
+        return decide(self._known, ask, self._choose_prefill, now, rng)
 
-    def _reuse(self, ask: Ask) -> Reuse:
-        view, costs = self._view, self._costs
-        local = local_reuse(view, ask.match, costs)
-        node, best, num_ssd = best_node(view, ask.match)
-        fetch = best > np.maximum(local.blocks * self._threshold, local.blocks)
-        if not fetch.any():
-            return local
-        fetch_ns = (best - local.own) * costs.remote_ns + num_ssd * costs.ssd_ns
-        return Reuse(
-            own=local.own,
-            blocks=np.where(fetch, best, local.blocks),
-            node=np.where(fetch, node, local.node),
-            load_ns=np.where(fetch, fetch_ns, local.load_ns),
-        )
+    def _choose_prefill(self, ask: Ask, candidates: Candidates, now: int, rng: random.Random) -> Offers:
+        view, costs, pool = self._known.view, self._known.costs, candidates.prefill
+        match, links, threshold = ask.match, view.links, self._threshold
+        source = find_source(match, view.node_bits, pool, links, costs, now, longest=True)
+        prices = PrefillPrices(pool, match, ask.num_tokens, source, links, costs, now, threshold=threshold)
+        return find_cheapest(prices, match, candidates.prefill_mask)

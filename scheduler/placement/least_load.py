@@ -6,23 +6,21 @@ from __future__ import annotations
 
 import random
 
-from mooncake.scheduler.costs import BlockCosts, local_reuse
-from mooncake.scheduler.placement.base import Ask, Decision, decide, decide_decode_only, find_pools
-from mooncake.scheduler.view import View
+from mooncake.scheduler.placement.base import Ask, Candidates, Decision, Known, Offers, decide, local_prices
 
 
 class LeastLoad:
     name = "least_load"
 
-    def __init__(self, view: View, costs: BlockCosts) -> None:
-        self._view = view
-        self._costs = costs
+    def __init__(self, known: Known) -> None:
+        self._known = known
 
     def choose(self, ask: Ask, now: int, rng: random.Random) -> Decision | None:
-        pools = find_pools(self._view, ask)
-        if pools is None:
-            return None
-        if ask.decode_only:
-            return decide_decode_only(self._view, ask, pools, rng)
-        reuse = local_reuse(self._view, ask.match, self._costs)
-        return decide(self._view, ask, pools, reuse, True, self._costs, now, rng)
+        return decide(self._known, ask, self._choose_prefill, now, rng)
+
+    def _choose_prefill(self, ask: Ask, candidates: Candidates, now: int, rng: random.Random) -> Offers:
+        mask = candidates.prefill_mask
+        row = next(row for _busy, _turn, row in candidates.prefill.queue if mask[row])
+        prices = local_prices(self._known, ask, candidates, now)
+        offer = prices.offer(row)
+        return Offers(prices, [offer], offer)

@@ -125,7 +125,7 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.BookingSnapshot: st.builds(
         m.BookingSnapshot, TEXT, st.lists(st.tuples(KEY, TEXT, TEXT, INT64), max_size=3).map(tuple)
     ),
-    m.Placed: st.builds(m.Placed, KEY, TEXT, TEXT, st.none() | SOURCE, PREDICTION, CHOICES),
+    m.Placed: st.builds(m.Placed, KEY, TEXT, TEXT, st.none() | SOURCE, PREDICTION, CHOICES, st.booleans()),
     m.Rejected: st.builds(m.Rejected, KEY, TEXT, TEXT, INT64, PREDICTION),
     m.Members: st.builds(m.Members, st.lists(INFO, max_size=2).map(tuple)),
     m.Submit: st.builds(m.Submit, jobs()),

@@ -70,7 +70,7 @@ class Cluster:
     """Drives a core; every event is followed by the conservation checks."""
 
     def __init__(self, **config: Any) -> None:
-        settings: dict[str, Any] = {"block_tokens": BLOCK, "kv_token_bytes": 1000}
+        settings: dict[str, Any] = {"block_tokens": BLOCK, "kv_token_bytes": 1000, "policy": "algorithm1"}
         self.core = ConductorCore(ConductorConfig(**(settings | config)), random.Random(7))
         self.now = 0
 
@@ -127,11 +127,13 @@ class Cluster:
 
     def booked(self) -> dict[str, tuple[int, int]]:
         """By instance: booked prefills and decodes."""
-        columns = self.core.view.columns
-        return {
-            name: (int(columns.num_prefills[instance.slot]), int(columns.num_decodes[instance.slot]))
-            for name, instance in self.core.view.instances.items()
-        }
+        instances = self.core.view.instances.items()
+        return {name: (instance.num_prefills, instance.num_decodes) for name, instance in instances}
+
+    def pending(self, name: str) -> tuple[int, int, int]:
+        """Booked there and in no load report yet: sequences, their tokens and pages."""
+        pending = self.core.view.instances[name].pending
+        return len(pending), sum(each.num_tokens for each in pending), sum(each.num_pages for each in pending)
 
 
 def answers(commands: list[Send]) -> list[Placed | Rejected]:

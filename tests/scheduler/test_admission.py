@@ -1,43 +1,203 @@
-from mooncake.core.messages import Prediction
-from mooncake.core.types import Slo
-from mooncake.scheduler.admission import Accuracy, HardAdmission, NoAdmission, SoftAdmission
-from mooncake.scheduler.config import Calibration
-from tests.scheduler.cluster import MS, S
+import pytest
 
-LATE = Prediction(queue_ns=4 * S, ttft_ns=5 * S, tbt_ns=20 * MS)
+from mooncake.core.messages import AttemptEnded, LoadReport, PrefillDone, Rejected
+from mooncake.core.types import AttemptKey, CostModel, Slo
+from mooncake.scheduler.admission import Accuracy
+from mooncake.scheduler.admission.shares import Shares
+from mooncake.scheduler.config import AdmissionRule, Calibration, Fairness
+from mooncake.scheduler.starts import BUCKET_NS, Starts
+from tests.scheduler.cluster import COST, MS, Cluster, S, load
 
-
-def test_breaches_name_the_objective_and_the_wait() -> None:
-    off = NoAdmission()
-    ttft = off.judge(Slo(ttft_ns=2 * S), LATE, "p", "d")
-    assert (ttft.reason, ttft.enforced, ttft.retry_after_ns) == ("overloaded_ttft", False, 3 * S)
-    assert ttft.detail == "predicted TTFT 5000.0 ms > objective 2000.0 ms"
-    tbt = off.judge(Slo(ttft_ns=5 * S, tbt_ns=10 * MS), LATE, "p", "d")
-    assert (tbt.reason, tbt.retry_after_ns) == ("overloaded_tbt", 4 * S)
-    assert off.judge(Slo(), LATE, "p", "d").reason == ""
-    assert off.judge(Slo(ttft_ns=1), Prediction(ttft_ns=2), "p", "d").retry_after_ns == 1 * S
-    assert off.judge(Slo(ttft_ns=1), Prediction(ttft_ns=900 * S), "p", "d").retry_after_ns == 60 * S
+SLOW = CostModel(prefill=COST.prefill, decode=(10.0, 10.0, 0.0))
+"""Decode: 10 ms + 10 ms a sequence."""
 
 
-def test_soft_admission_waits_until_the_instance_is_calibrated() -> None:
+def busy(rule: AdmissionRule, num_running: int = 0, **config: object) -> Cluster:
+    """One prefill and two decode instances, on each of which so many sequences run."""
+    cluster = Cluster(admission="hard", admission_rule=rule, **config)
+    cluster.core.view.lengths.mean_square = 1e30  # nobody who runs is about to end
+    cluster.prefill("p", num_pages=100_000)
+    for name in ("d0", "d1"):
+        cluster.decode(name, cost=SLOW, num_pages=100_000)
+        cluster.receive(name, LoadReport(load(name, 1, num_running=num_running)))
+    return cluster
+
+
+def refusal(cluster: Cluster, request: int, num_tokens: int = 10, **changes: object) -> tuple[str, str]:
+    answer = cluster.answer(request, num_tokens, **changes)
+    return (answer.reason, answer.detail) if isinstance(answer, Rejected) else ("", "")
+
+
+# ---------------------------------------------------------------- rules
+
+
+@pytest.mark.parametrize("rule", ["placement", "baseline", "early", "early_predicted"])
+def test_every_rule_judges_ttft_at_placement(rule: AdmissionRule) -> None:
+    cluster = busy(rule)
+    cluster.place(1, 100)  # 11 ms
+    assert refusal(cluster, 2, 100, slo=Slo(ttft_ns=21 * MS)) == (
+        "overloaded_ttft",
+        "predicted TTFT 22.00 ms > objective 21.00 ms",
+    )
+    assert refusal(cluster, 3, 100, slo=Slo(ttft_ns=22 * MS)) == ("", "")
+
+
+def test_placement_judges_the_decode_instance_that_was_chosen() -> None:
+    cluster = busy("placement", 3)
+    cluster.receive("d1", LoadReport(load("d1", 2, num_running=1)))
+    assert refusal(cluster, 1, slo=Slo(tbt_ns=30 * MS)) == ("", "")
+    # Both have a batch of two and one more now, so ours would be the third: 10 + 3 * 10 ms.
+    assert refusal(cluster, 2, slo=Slo(tbt_ns=39 * MS)) == (
+        "overloaded_tbt",
+        "predicted TBT 40.00 ms > objective 39.00 ms",
+    )
+
+
+def test_baseline_judges_decode_when_the_prefill_is_done() -> None:
+    cluster = busy("baseline", 3)
+    slo = Slo(tbt_ns=45 * MS)
+    assert cluster.place(1, slo=slo).check_decode
+    cluster.receive("f", PrefillDone(AttemptKey("f", 1), 2 * MS))
+    cluster.receive("f", AttemptEnded(AttemptKey("f", 1)))
+    again = AttemptKey("f", 1, 0, 1)
+    assert refusal(cluster, 1, key=again, slo=slo, decode_only=True) == (
+        "overloaded_tbt",
+        "predicted TBT 50.00 ms > objective 45.00 ms",
+    )
+    assert cluster.booked() == {"p": (0, 0), "d0": (0, 0), "d1": (0, 0)}
+    failed_over = AttemptKey("f", 1, 0, 2)
+    assert not cluster.place(1, key=failed_over, slo=slo, decode_only=True, first=False).check_decode
+
+
+def test_early_takes_the_mean_of_the_pool_as_it_is_now() -> None:
+    cluster = busy("early", 3)
+    cluster.receive("d1", LoadReport(load("d1", 2, num_running=1)))
+    # (40 + 20) / 2 and half of ours.
+    assert refusal(cluster, 1, slo=Slo(tbt_ns=34 * MS)) == (
+        "overloaded_tbt",
+        "predicted TBT 35.00 ms > objective 34.00 ms",
+    )
+    cluster.place(2)  # what is being prefilled does not decode yet
+    assert refusal(cluster, 3, slo=Slo(tbt_ns=35 * MS)) == ("", "")
+
+
+def test_early_predicted_adds_who_will_come_and_takes_off_who_will_have_left() -> None:
+    cluster = busy("early_predicted")
+    cluster.core.view.lengths.mean = 100.0  # t_d is 100 steps of 10 ms
+    cluster.place(1, 4_990)  # prefill for 0.5 s
+    slo = Slo(tbt_ns=19 * MS)
+    # At the end of ours, after 0.5 + 0.5 s, the first decodes: (10 + 10 + 10 + 10) / 2.
+    assert refusal(cluster, 2, 4_990, slo=slo) == ("overloaded_tbt", "predicted TBT 20.00 ms > objective 19.00 ms")
+    # Ours would end 2 s after the first, which will have left by then: (10 + 10 + 10) / 2.
+    assert refusal(cluster, 3, 19_990, slo=slo) == ("", "")
+    cluster.receive("f", PrefillDone(AttemptKey("f", 1), 500 * MS))
+    cluster.receive("f", AttemptEnded(AttemptKey("f", 1)))
+    cluster.end(3)
+    assert refusal(cluster, 4, 4_990, slo=slo) == ("", "")
+
+
+def test_windows_of_starts() -> None:
+    starts = Starts()
+    early, late = starts.add(0, 1.0), starts.add(3 * BUCKET_NS, 2.0)
+    assert starts.between(-1, BUCKET_NS) == 1.0
+    assert starts.between(0, 3 * BUCKET_NS) == 2.0, "after means after the whole bucket"
+    assert starts.between(-BUCKET_NS, 4 * BUCKET_NS) == 3.0
+    starts.remove(late, 2.0)
+    far = starts.add(10_000 * BUCKET_NS, 4.0)
+    assert starts.between(-1, 20_000 * BUCKET_NS) == 5.0
+    starts.pass_time(129 * BUCKET_NS)
+    starts.remove(early, 1.0)  # forgotten meanwhile
+    assert starts.between(-1, 20_000 * BUCKET_NS) == 4.0
+    starts.pass_time(10_000 * BUCKET_NS)
+    starts.remove(far, 4.0)
+    assert starts.between(-1, 20_000 * BUCKET_NS) == 0.0
+
+
+# ---------------------------------------------------------------- modes
+
+
+def test_off_notes_and_hard_refuses() -> None:
+    for mode, refused in (("off", 0), ("hard", 1)):
+        cluster = Cluster(admission=mode)
+        cluster.prefill("p")
+        cluster.decode("d")
+        cluster.answer(1, 100, slo=Slo(ttft_ns=10 * MS))
+        counts = cluster.core.counts
+        assert (counts["rejected_overloaded_ttft"], counts["soft_overloaded_ttft"]) == (refused, 1 - refused)
+        assert cluster.core.explain(AttemptKey("f", 1)) is not None
+        cluster.place(2, 100, slo=Slo(ttft_ns=10 * MS), first=False)
+
+
+def test_predictions_must_prove_themselves() -> None:
     accuracy = Accuracy(Calibration(num_outcomes_min=3, relative_error_max=0.2))
-    soft = SoftAdmission(accuracy)
-
-    def enforced() -> bool:
-        return soft.judge(Slo(ttft_ns=2 * S), LATE, "p", "d").enforced
-
     for _ in range(3):
-        assert not enforced()
+        assert not accuracy.calibrated("p", "ttft")
         accuracy.observe("p", "ttft", 110 * MS, 100 * MS)
-    assert enforced()
-    assert not soft.judge(Slo(tbt_ns=10 * MS), LATE, "p", "d").enforced
+    assert accuracy.calibrated("p", "ttft") and not accuracy.calibrated("p", "tbt")
     accuracy.observe("p", "ttft", 500 * MS, 100 * MS)
-    assert accuracy.error("p", "ttft") == (0.1 * 3 + 4) / 4 and not enforced()
+    assert accuracy.error("p", "ttft") == (0.1 * 3 + 4) / 4 and not accuracy.calibrated("p", "ttft")
     accuracy.forget("p")
     assert accuracy.error("p", "ttft") is None
 
 
-def test_hard_admission_refuses_from_the_first_request_on() -> None:
-    hard = HardAdmission()
-    assert hard.judge(Slo(ttft_ns=2 * S), LATE, "p", "d").enforced
-    assert not hard.judge(Slo(), LATE, "p", "d").enforced
+def test_retry_after_is_the_predicted_excess_within_bounds() -> None:
+    def retry(num_tokens: int, slo: Slo) -> float:
+        answer = busy("placement", 3).answer(1, num_tokens, slo=slo)
+        assert isinstance(answer, Rejected)
+        return answer.retry_after_ns / S
+
+    assert retry(3_000, Slo(ttft_ns=1)) == 1.0
+    cluster = busy("placement")
+    cluster.core.view.instances["p"].booked_until = 50 * S
+    cluster.core.view.instances["p"].set_work()
+    answer = cluster.answer(1, slo=Slo(ttft_ns=20 * S))
+    assert isinstance(answer, Rejected) and answer.retry_after_ns == 30 * S + 2 * MS
+    # 10 ms too much, for the 256 tokens of a mean output.
+    assert retry(10, Slo(tbt_ns=40 * MS)) == 2.56
+
+
+# ---------------------------------------------------------------- who is refused first
+
+
+def test_a_higher_class_is_refused_last() -> None:
+    cluster = busy("placement")
+    cluster.place(1, 100)
+    slo = Slo(ttft_ns=20 * MS)  # 22 ms are predicted
+    assert refusal(cluster, 2, 100, slo=slo)[0] == "overloaded_ttft"
+    assert refusal(cluster, 3, 100, slo=slo, priority=1)[0] == ""
+    assert refusal(cluster, 4, 10, slo=Slo(ttft_ns=30 * MS), priority=-1) == (
+        "overloaded_ttft",
+        "predicted TTFT 24.00 ms > objective 30.00 ms x 0.75 for class -1",
+    )
+
+
+def test_a_tenant_above_its_share_is_refused_before_one_below() -> None:
+    cluster = busy("placement")
+    for request in range(6):
+        cluster.place(request, 100, tenant="big")
+    cluster.place(6, 10, tenant="small")
+    slo = Slo(ttft_ns=72 * MS)  # 70 ms are predicted
+    assert refusal(cluster, 7, 10, tenant="big", slo=slo) == (
+        "over_quota",
+        "predicted TTFT 70.00 ms > objective 72.00 ms x 0.52 for a tenant above its share",
+    )
+    assert refusal(cluster, 8, 10, tenant="small", slo=slo)[0] == ""
+    assert refusal(cluster, 9, 10, tenant="new", slo=slo)[0] == ""
+
+
+def test_shares_decay_and_are_bounded() -> None:
+    shares = Shares(Fairness(half_life_ns=10 * S, num_tenants_max=3))
+    assert shares.ratio("a") == 1.0
+    shares.spend("a", 300, 0)
+    assert (shares.ratio("a"), shares.ratio("b")) == (1.0, 0.0)
+    shares.spend("b", 100, 0)
+    assert (shares.ratio("a"), shares.ratio("b"), shares.ratio("c")) == (1.5, 0.5, 0.0)
+    shares.spend("b", 200, 10 * S)  # a has 150 left of 300, b 50 + 200
+    assert shares.ratio("a") == 2 * 150 / 400
+    for tenant in ("c", "d", "e"):
+        shares.spend(tenant, 10, 10 * S)
+    assert len(shares) == 3 and shares.ratio("a") == 0.0
+    shares.spend("f", 10, 1_000_000 * S)
+    assert len(shares) == 1 and shares.ratio("f") == 1.0
+    shares.spend("g", 30, 1_000_000 * S)
+    assert shares.ratio("g") == 1.5

@@ -44,7 +44,7 @@ def test_a_request_is_booked_once_and_released_by_its_end() -> None:
         cluster.end(1, num_output=10, completed=True)
         assert cluster.booked() == {"p": (0, 0), "d": (0, 0)}
     assert cluster.place(1, 100) == placed and cluster.booked()["d"] == (0, 0)
-    assert cluster.core.lengths.mean == 256 + 0.02 * (10 - 256)
+    assert cluster.core.view.lengths.mean == 256 + 0.02 * (10 - 256)
     assert cluster.core.accuracy.error("p", "ttft") == 0.0
 
 
@@ -265,8 +265,8 @@ def test_explanation_prints_the_formula_with_its_numbers() -> None:
     assert cluster.core.explain(AttemptKey("f", 1)) == (
         "f/1/0/0 placed by algorithm1 at 0.000 s: 17 tokens\n"
         "  -> prefill p: TTFT 1.90 ms = queue 0.00 + load 0.00 + prefill 1.90 "
-        "(9 new after 8 reused tokens: 0 of 2 blocks in own pages, the rest from n)\n"
-        "  -> decode d: TBT 11.00 ms at batch 0 + 1, has room"
+        "(local: 9 new after 8 reused tokens: 0 of 2 blocks in own pages, the rest from n)\n"
+        "  -> decode d: TBT 11.00 ms at batch 0.0 + 1, has room"
     )
     assert cluster.core.explain(AttemptKey("f", 2)) is None
 
@@ -301,18 +301,16 @@ def test_each_choice_is_booked_and_ends_by_itself() -> None:
     placed = cluster.place(1, 100, num_choices=3)
     assert (placed.key, placed.num_choices) == (AttemptKey("f", 1), 3)
     assert cluster.booked() == {"p": (1, 0), "d": (0, 3)}
-    columns = cluster.core.view.columns
-    slot = cluster.core.view.slot("d")
     # Pages of four tokens: 100 + 10 tokens need 28, two more outputs of 10 need 3 each and a partial page of the prompt.
-    assert (columns.pending_tokens[slot], columns.pending_pages[slot]) == (300, 28 + 2 * 4)
+    assert cluster.pending("d") == (3, 300, 28 + 2 * 4)
     assert cluster.answer(1, 100, num_choices=3) == placed and cluster.booked()["d"] == (0, 3)
     cluster.now = 1 * S
     cluster.receive("d", LoadReport(load("d", 1)))
-    assert columns.pending_seqs[slot] == 3, "not seen before the prefill is done"
+    assert cluster.pending("d")[0] == 3, "not seen before the prefill is done"
     cluster.receive("f", PrefillDone(AttemptKey("f", 1)))
     cluster.now = 2 * S
     cluster.receive("d", LoadReport(load("d", 2, num_running=3)))
-    assert columns.pending_seqs[slot] == 0 and cluster.booked() == {"p": (0, 0), "d": (0, 3)}
+    assert cluster.pending("d")[0] == 0 and cluster.booked() == {"p": (0, 0), "d": (0, 3)}
     for left, choice in ((2, 1), (1, 0), (0, 2)):
         cluster.receive("f", AttemptEnded(AttemptKey("f", 1, choice)))
         assert cluster.booked()["d"] == (0, left)
@@ -331,7 +329,7 @@ def test_choices_are_placed_where_there_is_room_for_all() -> None:
     cluster.receive("f", AttemptEnded(AttemptKey("f", 1, 1)))
     placed = cluster.place(2, num_choices=3)
     assert placed.decode == "b" and placed.prediction.tbt_ns == 26 * MS
-    assert "TBT 26.00 ms at batch 0 + 3, has room" in str(cluster.core.explain(AttemptKey("f", 2)))
+    assert "TBT 26.00 ms at batch 0.0 + 3, has room" in str(cluster.core.explain(AttemptKey("f", 2)))
 
 
 def test_choices_that_a_snapshot_rebuilt_are_placed_afresh() -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import random
+import subprocess
+import sys
+from typing import get_args
 
 import msgspec
 import pytest
@@ -26,7 +31,14 @@ from mooncake.core.messages import (
     StateChange,
 )
 from mooncake.core.types import AttemptKey, InstanceState, Role, Slo
-from mooncake.scheduler.config import Calibration, ConductorConfig
+from mooncake.scheduler.config import (
+    AdmissionRule,
+    Calibration,
+    ConductorConfig,
+    Fairness,
+    PolicyName,
+    ReplicationConfig,
+)
 from mooncake.scheduler.core import ConductorCore, PeerGone, Received, Tick
 from tests.scheduler.cluster import COST, MS, S, blocks, info, load
 
@@ -45,12 +57,16 @@ class Life:
 
 
 class World:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, policy: PolicyName | None = None) -> None:
         self.rng = random.Random(seed)
         config = ConductorConfig(
             block_tokens=4,
-            policy=self.rng.choice(["algorithm1", "least_load"]),
+            policy=policy or self.rng.choice(get_args(PolicyName)),
             admission=self.rng.choice(["off", "soft", "hard"]),
+            admission_rule=self.rng.choice(get_args(AdmissionRule)),
+            fairness=Fairness(half_life_ns=5 * S, num_tenants_max=2),
+            replicate=self.rng.random() < 0.5,
+            replication=ReplicationConfig(num_uses_min=2, num_blocks_min=1, wait_ns=0, num_prefixes_max=4),
             calibration=Calibration(num_outcomes_min=2, relative_error_max=1e9),
             num_waiting_max=4,
             num_records_max=8,
@@ -96,8 +112,8 @@ class World:
         self.event(Tick())
         assert self.answers.keys() == self.asked.keys()
         assert not self.core.books.bookings
-        for name in self.core.view.columns.BOOKED:
-            assert not getattr(self.core.view.columns, name).any()
+        for instance in self.core.view.instances.values():
+            assert not (instance.num_prefills or instance.num_decodes or instance.prefill_ns or instance.pending)
 
     def receive(self, sender: str, message: Message) -> list[Send]:
         return self.event(Received(sender, message))
@@ -132,11 +148,22 @@ class World:
             return
         for choice in range(answer.num_choices):
             self.open[answer.key.of_choice(choice)] = answer
-        for name in filter(None, (answer.prefill, answer.decode)):
-            life = self.lives[name]
-            assert life.connected and life.state is InstanceState.READY, f"placed on {name}"
+        self.check_instances(answer, self.asked[answer.key].exclude)
         if answer.source is not None:
             assert answer.source.num_tokens < self.asked[answer.key].num_tokens and answer.source.addresses
+
+    def check_instances(self, answer: Placed, exclude: tuple[str, ...]) -> None:
+        """All are ready, and excluded only if every other one is not."""
+        ready = [name for name, life in self.lives.items() if life.connected and life.state is InstanceState.READY]
+        decoding = [name for name in ready if ROLES[name] is not Role.PREFILL]
+        prefilling = [name for name in ready if ROLES[name] is Role.PREFILL]
+        assert answer.decode in decoding, f"placed on {answer.decode}"
+        if answer.prefill:
+            assert answer.prefill in prefilling, f"placed on {answer.prefill}"
+            assert answer.prefill not in exclude or all(name in exclude for name in prefilling)
+        elif not self.asked[answer.key].decode_only and not prefilling:
+            decoding = [name for name in decoding if ROLES[name] is Role.COLOCATED]
+        assert answer.decode not in exclude or all(name in exclude for name in decoding)
 
     # ------------------------------------------------------------ events
 
@@ -155,6 +182,8 @@ class World:
             decode_only=self.rng.random() < 0.2,
             first=self.rng.random() < 0.7,
             num_choices=self.rng.choice([1, 1, 3]),
+            tenant=self.rng.choice("abc"),
+            priority=self.rng.choice([0, 0, 1, -2]),
         )
         self.asked[request.key] = request
         self.receive(frontend, request)
@@ -271,24 +300,41 @@ class World:
         self.receive(frontend, BookingSnapshot(frontend, rows))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(60))
 def test_random_cluster(seed: int) -> None:
     World(seed).run(400)
 
 
-def test_same_seed_same_commands() -> None:
-    def commands() -> bytes:
-        world = World(11)
-        log: list[bytes] = []
-        plain = world.event
+def digest(seed: int, policy: PolicyName) -> str:
+    """Of all commands of a world, in their order."""
+    world = World(seed, policy)
+    found = hashlib.sha256()
+    plain = world.event
 
-        def logged(event: Received | PeerGone | Tick) -> list[Send]:
-            result = plain(event)
-            log.append(msgspec.msgpack.encode([(command.to, command.message) for command in result]))
-            return result
+    def logged(event: Received | PeerGone | Tick) -> list[Send]:
+        result = plain(event)
+        found.update(msgspec.msgpack.encode([(command.to, command.message) for command in result]))
+        return result
 
-        world.event = logged  # type: ignore[method-assign]
-        world.run(300)
-        return b"".join(log)
+    world.event = logged  # type: ignore[method-assign]
+    world.run(300)
+    return found.hexdigest()
 
-    assert commands() == commands()
+
+def test_same_seed_same_commands_whatever_python_hashes() -> None:
+    code = (
+        "from tests.scheduler.test_conductor_random import PolicyName, digest, get_args\n"
+        "print([digest(seed, policy) for policy in get_args(PolicyName) for seed in (11, 12)])"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join([".", *sys.path[1:]])},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for seed in ("0", "1234")
+    ]
+    assert found[0] == found[1] and len(found[0]) > 12 * 64

@@ -534,3 +534,37 @@ def test_a_placement_that_comes_too_late_is_released_for_all_choices() -> None:
     drive(Start(spec(num_choices=2)))
     drive(Cancel(1))
     assert ended_keys(drive.hear(Placed(key(), "p0", "d0", None, PREDICTION, 2))) == [(0, 0), (1, 0)]
+
+
+def checked() -> tuple[Driver, list[Any]]:
+    """Prefilled and handed over, where decode is judged only then."""
+    drive = Driver()
+    drive(Start(spec()))
+    drive.hear(Placed(key(), "p0", "d0", None, PREDICTION, check_decode=True))
+    first = drive.tokens("p0", 20, 5, cached_tokens=8, compute_ns=3)
+    assert sends(first, PrefillDone) == [(CONDUCTOR, PrefillDone(key(), 0))]
+    assert not [command for command in first if isinstance(command, Output)], "the client must not know yet"
+    return drive, drive.hear(KvReady("p0", key(), SOURCE), "p0")
+
+
+def test_decode_is_asked_for_when_the_prefill_is_done_and_draws_the_first_token_again() -> None:
+    drive, asked = checked()
+    assert sends(asked, AttemptEnded) == [(CONDUCTOR, AttemptEnded(key()))] and not sends(asked, Submit)
+    [(_, request)] = sends(asked, PlaceRequest)
+    assert (request.key, request.decode_only, request.first) == (key(1), True, True)
+    [(instance, submitted)] = sends(drive.placed("", "d1", attempt=1), Submit)
+    assert (instance, submitted.job.num_tokens, submitted.job.source) == ("d1", 20, SOURCE)
+    commands = drive.tokens("d1", 20, 5, attempt=1, cached_tokens=20, compute_ns=1)
+    assert [c for c in commands if isinstance(c, Output)] == [Output(1, (5,), None, (), 8)]
+    assert sends(commands, HandoverDone) == [("p0", HandoverDone((key(),)))]
+    [ended] = [c for c in drive.tokens("d1", 21, 6, attempt=1, finish=FinishReason.STOP) if isinstance(c, Ended)]
+    assert (ended.prefill, ended.decode, ended.num_attempts) == ("p0", "d1", 1)
+
+
+def test_what_decode_refuses_was_prefilled_for_nothing_and_is_let_go() -> None:
+    drive, _ = checked()
+    commands = drive.hear(Rejected(key(1), "overloaded_tbt", "full", 7))
+    [failure] = [c for c in commands if isinstance(c, Failure)]
+    assert (failure.reason, failure.retry_after_ns) == ("overloaded", 7)
+    assert sends(commands, HandoverDone) == [("p0", HandoverDone((key(),)))]
+    assert drive.core.num_running == 0

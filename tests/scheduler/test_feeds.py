@@ -23,7 +23,7 @@ class Feed:
         self.feeds.on_snapshot(CacheSnapshot("n", epoch, seq, "dram", blocks(*keys)))
 
     def held(self, level: int = FAST) -> list[int]:
-        return [n for n in range(10) if self.index.match(blocks(n)).lengths[self.slot, level]]
+        return [n for n in range(10) if self.index.match(blocks(n)).lengths[level, self.slot]]
 
 
 def test_opening_asks_for_a_snapshot_and_deltas_follow_it() -> None:

@@ -5,9 +5,7 @@ from mooncake.core.types import AttemptKey, CostModel, InstanceState, KvSource, 
 from mooncake.scheduler.core import PeerGone
 from tests.scheduler.cluster import BLOCK, MS, Cluster, S, blocks, load
 
-
-def both_policies() -> list[str]:
-    return ["algorithm1", "least_load"]
+EVEN = ["round_robin", "least_load", "local_cache_aware", "algorithm1", "joint"]
 
 
 def test_prediction_is_the_formula_with_its_numbers() -> None:
@@ -24,7 +22,7 @@ def test_prediction_is_the_formula_with_its_numbers() -> None:
     assert (second.queue_ns, second.ttft_ns, second.tbt_ns) == (7 * MS, 18 * MS, 12 * MS)
 
 
-@pytest.mark.parametrize("policy", both_policies())
+@pytest.mark.parametrize("policy", EVEN)
 def test_load_spreads_over_both_pools(policy: str) -> None:
     cluster = Cluster(policy=policy)
     for i in range(4):
@@ -35,17 +33,73 @@ def test_load_spreads_over_both_pools(policy: str) -> None:
     assert cluster.booked() == {f"p{i}": (3, 0) for i in range(4)} | {f"d{i}": (0, 3) for i in range(4)}
 
 
-def test_ties_of_free_instances_are_drawn_by_lot() -> None:
-    cluster = Cluster()
+@pytest.mark.parametrize("policy", EVEN)
+def test_free_instances_take_turns(policy: str) -> None:
+    cluster = Cluster(policy=policy)
     for i in range(4):
         cluster.prefill(f"p{i}")
         cluster.decode(f"d{i}")
-    chosen = set()
-    for request in range(40):
+    prefills, decodes = [], []
+    for request in range(8):
         placed = cluster.place(request, 10)
-        chosen |= {placed.prefill, placed.decode}
+        prefills.append(placed.prefill)
+        decodes.append(placed.decode)
+        cluster.now += 100 * MS
+        cluster.receive("f", PrefillDone(AttemptKey("f", request)))
         cluster.end(request)
-    assert len(chosen) == 8
+    assert prefills == [f"p{i}" for i in range(4)] * 2
+    assert decodes == [f"d{i}" for i in range(4)] * 2
+
+
+def test_random_takes_anybody() -> None:
+    cluster = Cluster(policy="random")
+    for i in range(4):
+        cluster.prefill(f"p{i}")
+    cluster.decode("d", max_batch=1000)
+    placed = [cluster.place(request, 10).prefill for request in range(400)]
+    assert sorted(set(placed)) == ["p0", "p1", "p2", "p3"]
+    assert all(70 < placed.count(name) < 130 for name in set(placed)) and placed != sorted(placed)
+    assert all(cluster.place(1000 + at, 10, exclude=("p0", "p2", "p3")).prefill == "p1" for at in range(9))
+
+
+def test_round_robin_goes_on_by_name() -> None:
+    cluster = Cluster(policy="round_robin")
+    for name in ("a", "b", "d"):
+        cluster.prefill(name)
+    cluster.decode("x")
+    placed = [cluster.place(at, 1000 if at == 1 else 10).prefill for at in range(2)]
+    cluster.prefill("c")
+    placed += [cluster.place(2 + at, exclude=("d",) if at == 1 else ()).prefill for at in range(4)]
+    assert placed == ["a", "b", "c", "a", "b", "c"]
+
+
+def test_least_load_goes_by_the_queue_and_reuses_what_happens_to_be_there() -> None:
+    cluster = Cluster(policy="least_load")
+    cluster.node("n0", 1, 2, 3)
+    cluster.node("n1")
+    cluster.prefill("p0", node="n0")
+    cluster.prefill("p1", node="n1")
+    cluster.decode("d")
+    cluster.place(1, 10, exclude=("p1",))
+    assert cluster.place(2, 17, 1, 2, 3).prefill == "p1"
+    third = cluster.place(3, 17, 1, 2, 3)
+    assert third.prefill == "p0" and third.source is not None and third.source.num_tokens == 12
+
+
+def test_local_cache_aware_never_fetches() -> None:
+    cluster = Cluster(policy="local_cache_aware")
+    cluster.node("n0")
+    cluster.node("n1", 1, 2, 3, 4)
+    cluster.prefill("p0", node="n0")
+    cluster.prefill("p1", node="n1")
+    cluster.decode("d")
+    keys = (1, 2, 3, 4, *range(100, 117))
+    assert cluster.place(1, 85, *keys).prefill == "p1"  # 16 of 85 tokens are there, 6.9 + 1 ms
+    other = (1, 2, 3, 4, *range(200, 217))
+    second = cluster.place(2, 85, *other)  # 9.5 ms at p0 are less than 7.9 + 7.9 at p1
+    assert (second.prefill, second.source) == ("p0", None)
+    third = cluster.place(3, 85, 1, 2, 3, 4, *range(300, 317))
+    assert third.prefill == "p1" and third.source is not None and third.source.node == "n1"
 
 
 def test_algorithm1_prefers_the_instance_whose_node_has_the_prefix() -> None:
@@ -69,7 +123,7 @@ def test_algorithm1_fetches_from_a_remote_node_when_the_local_queue_is_long() ->
     cluster.prefill("p0", node="n0")
     cluster.prefill("p1", node="n1")
     cluster.decode("d")
-    cluster.receive("p1", LoadReport(load("p1", 1, waiting_tokens=10_000)))
+    cluster.receive("p1", LoadReport(load("p1", 1, num_waiting=1, waiting_tokens=10_000)))
     placed = cluster.place(1, 17, 1, 2, 3, 4)
     assert placed.prefill == "p0" and placed.source is not None
     assert (placed.source.node, placed.source.num_tokens) == ("n1", 12)
@@ -167,23 +221,17 @@ def test_pending_decodes_count_until_a_report_shows_them() -> None:
     cluster.prefill("p")
     cluster.decode("d")
     cluster.place(1, 10)
-    columns = cluster.core.view.columns
-    slot = cluster.core.view.slot("d")
-
-    def pending() -> tuple[int, int, int]:
-        return tuple(int(c[slot]) for c in (columns.pending_seqs, columns.pending_tokens, columns.pending_pages))  # type: ignore[return-value]
-
-    assert pending() == (1, 10, 5)
+    assert cluster.pending("d") == (1, 10, 5)
     cluster.now = 100 * MS
     cluster.receive("d", LoadReport(load("d", 1)))
-    assert pending() == (1, 10, 5)
+    assert cluster.pending("d") == (1, 10, 5)
     cluster.receive("f", PrefillDone(AttemptKey("f", 1)))
     cluster.now += 10 * MS
     cluster.receive("d", LoadReport(load("d", 2)))
-    assert pending() == (1, 10, 5)
+    assert cluster.pending("d") == (1, 10, 5)
     cluster.now += 100 * MS
     cluster.receive("d", LoadReport(load("d", 3, num_running=1)))
-    assert pending() == (0, 0, 0) and cluster.booked()["d"] == (0, 1)
+    assert cluster.pending("d") == (0, 0, 0) and cluster.booked()["d"] == (0, 1)
 
 
 def test_decode_only_takes_no_prefill() -> None:

@@ -48,6 +48,8 @@ def test_harsher_networks(network: str, seed: int) -> None:
 def test_without_faults_nothing_fails_and_nothing_is_tried_twice() -> None:
     config = msgspec.structs.replace(FAULTY, network=msgspec.structs.replace(FAULTY.network, loss=0, repeat=0, delay=0))
     config = msgspec.structs.replace(config, node=msgspec.structs.replace(config.node, fault=0), engine_fault=0)
-    cluster = run_with_faults(config, 5, 300, 10 * NANOS_PER_S, FaultRates(kills=0, cuts=0, resets=0, slows=0), check=True)
+    cluster = run_with_faults(
+        config, 5, 300, 10 * NANOS_PER_S, FaultRates(kills=0, cuts=0, resets=0, slows=0), check=True
+    )
     assert set(count_outcomes(cluster)) <= {"stop", "length", "cancelled"}
     assert {record.num_attempts for record in cluster.records} == {1}

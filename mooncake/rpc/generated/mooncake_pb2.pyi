@@ -263,20 +263,22 @@ class Prediction(_message.Message):
     def __init__(self, queue_ns: _Optional[int] = ..., load_ns: _Optional[int] = ..., prefill_ns: _Optional[int] = ..., ttft_ns: _Optional[int] = ..., tbt_ns: _Optional[int] = ...) -> None: ...
 
 class Placed(_message.Message):
-    __slots__ = ("key", "prefill", "decode", "source", "prediction", "num_choices")
+    __slots__ = ("key", "prefill", "decode", "source", "prediction", "num_choices", "check_decode")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_FIELD_NUMBER: _ClassVar[int]
     NUM_CHOICES_FIELD_NUMBER: _ClassVar[int]
+    CHECK_DECODE_FIELD_NUMBER: _ClassVar[int]
     key: Key
     prefill: str
     decode: str
     source: KvSource
     prediction: Prediction
     num_choices: int
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., prefill: _Optional[str] = ..., decode: _Optional[str] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., num_choices: _Optional[int] = ...) -> None: ...
+    check_decode: bool
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., prefill: _Optional[str] = ..., decode: _Optional[str] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., prediction: _Optional[_Union[Prediction, _Mapping]] = ..., num_choices: _Optional[int] = ..., check_decode: bool = ...) -> None: ...
 
 class Rejected(_message.Message):
     __slots__ = ("key", "reason", "detail", "retry_after_ns", "prediction")
