@@ -131,7 +131,9 @@ class Config(msgspec.Struct, frozen=True):
     ] = "soft"
     admission_rule: Annotated[
         Literal["placement", "baseline", "early", "early_predicted"],
-        _text("times it goes by: of the chosen instances; TTFT, and decode after prefill; the decode pool's now; or its then"),
+        _text(
+            "times it goes by: of the chosen instances; TTFT, and decode after prefill; the decode pool's now; or its then"
+        ),
     ] = "placement"
 
     block_tokens: Annotated[int, Meta(ge=1, le=4096), _text("tokens of a block, the unit of reuse")] = 128

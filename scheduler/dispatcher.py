@@ -12,8 +12,8 @@ The choices of a request share one *joint* attempt until they have their first t
 under the key of choice 0. At the hand-over they part: from there each runs under its own key at the decode instance that was
 placed, all from the same KV, and what fails is tried again for that choice alone. Each is booked by itself from the start.
 
-Where decode is judged only after the prefill (`Placed.check_decode`), the first token is kept from the client until then, so that
-a refusal still comes before it: the KV is handed over as if the token had been lost, and decode draws it again.
+Where decode is judged only after the prefill (`Placed.check_decode`), the first token is kept from the client until then, so
+that a refusal still comes before it: the KV is handed over as if the token had been lost, and decode draws it again.
 
 Lost messages are repaired by two periodic ones: `LiveAttempts` to the instances (which answer that they do not know an
 attempt) and `BookingSnapshot` to the Conductor.
@@ -210,8 +210,8 @@ class _Request:
     """num_output: tokens of all choices."""
 
     __slots__ = (
-        "cached_told", "cached_tokens", "choices", "deadline", "decode", "num_attempts", "num_output", "prediction", "prefill", "spec",
-        "timeline",
+        "cached_tokens", "cached_told", "choices", "deadline", "decode", "num_attempts", "num_output", "prediction",
+        "prefill", "spec", "timeline",
     )  # fmt: skip
 
     def __init__(self, spec: RequestSpec, now: int) -> None:

@@ -22,7 +22,7 @@ from mooncake.sim.node import NodeConfig
 SSD_BYTES_PER_S = 6e9
 WHOLE_PROMPTS = 1 << 20
 """Tokens of a step that no prompt is chunked for."""
-PAGE_TOKENS = 128
+PAGE_TOKENS = 512
 CHUNK_TOKENS = 8192
 """Of prefill instances: long enough to keep the GPUs busy."""
 
