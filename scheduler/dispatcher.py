@@ -275,8 +275,8 @@ class _Attempt:
     it began. num_failures: of attempts before it, since the last token."""
 
     __slots__ = (
-        "check_decode", "choices", "decode", "exclude", "handover", "key", "num_choices", "num_failures", "placing_since", "prefill",
-        "request", "retry_at", "sent_at", "state",
+        "check_decode", "choices", "decode", "exclude", "handover", "key", "num_choices", "num_failures", "placing_since",
+        "prefill", "request", "retry_at", "sent_at", "state",
     )  # fmt: skip
 
     def __init__(self, key: AttemptKey, choices: list[_Choice], now: int) -> None:
