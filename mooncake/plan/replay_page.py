@@ -35,6 +35,7 @@ _TIER_STYLES = dict(zip(TIERS, ("c1", "c2", "c3"), strict=True))
 _COUNT_MIN = 5
 """Of an axis of counts: its ticks are whole numbers."""
 _LINK_NAMES = {"memory": "memory and host to GPU, share of time", "out": "network out", "in": "network in"}
+_ROLE_STYLES = {"prefill": "c1", "decode": "c3", "colocated": "c4"}
 _ENDINGS = {"effective": "effective", "late": "missed an objective", "rejected": "rejected", "failed": "failed"}
 _ENDING_STYLES = {"effective": "c2", "late": "c4", "rejected": "c5", "failed": "c6"}
 
@@ -284,12 +285,11 @@ def _ending_card(replay: Replay, step: float, bins: int) -> str:
 
 def _queue_card(replay: Replay, step: float, bins: int) -> str:
     roles = list(dict.fromkeys(series.role for series in replay.load))
-    styles = dict(zip(roles, ("c1", "c3", "c4"), strict=False))
     totals = {role: _summed([series.waiting for series in replay.load if series.role == role], bins) for role in roles}
     plot = _time_plot(step, bins, max((max(values) for values in totals.values()), default=0))
     for role, values in totals.items():
-        plot.line([((at + 1) * step, value) for at, value in enumerate(values)], f"{styles[role]} thin")
-    keys = [(styles[role], f"{role} (at most {max(values):,})") for role, values in totals.items()]
+        plot.line([((at + 1) * step, value) for at, value in enumerate(values)], f"{_ROLE_STYLES[role]} thin")
+    keys = [(_ROLE_STYLES[role], f"{role} (at most {max(values):,})") for role, values in totals.items()]
     return _card(
         "Queue", "requests waiting, all instances of a pool together", _key(keys) + plot.render("queue length")
     )
@@ -315,14 +315,13 @@ def _hit_card(replay: Replay, step: float, bins: int) -> str:
 
 def _busy_card(replay: Replay, step: float, bins: int) -> str:
     roles = list(dict.fromkeys(series.role for series in replay.load))
-    styles = dict(zip(roles, ("c1", "c3", "c4"), strict=False))
     plot = _time_plot(step, bins, shares=True)
     keys = []
     for role in roles:
         pool = [series.busy for series in replay.load if series.role == role]
         means = [value / len(pool) for value in _summed(pool, bins)]
-        plot.line([((at + 0.5) * step, value) for at, value in enumerate(means)], f"{styles[role]} thin")
-        keys.append((styles[role], f"{role} {share(sum(means) / bins)}"))
+        plot.line([((at + 0.5) * step, value) for at, value in enumerate(means)], f"{_ROLE_STYLES[role]} thin")
+        keys.append((_ROLE_STYLES[role], f"{role} {share(sum(means) / bins)}"))
     return _card("Load of the pools", "share of time computing, mean of the pool", _key(keys) + plot.render("load"))
 
 
@@ -346,7 +345,7 @@ def _instances(replay: Replay) -> str:
 
 
 def _instance_cells(series: InstanceSeries, bins: int, most_running: int, most_kv: float) -> Iterator[str]:
-    style = {"prefill": "c1", "decode": "c3"}.get(series.role, "c4")
+    style = _ROLE_STYLES[series.role]
     busy, running, kv = series.busy[:bins], series.running[:bins], series.kv[:bins]
     name = f"{series.name}, {series.node}"
     sequences = f"{_mean(running):.1f} sequences on average, {max(running, default=0)} at most"

@@ -16,7 +16,7 @@ from mooncake.sim.instance import SimInstance
 from mooncake.sim.links import Link
 
 STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)
-NUM_MAX = 240
+NUM_MAX = 160
 """Steps over the span of a trace, about; more than a plot can show would only make the report larger."""
 
 
