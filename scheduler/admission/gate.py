@@ -64,7 +64,8 @@ class Gate:
 
     def spend(self, tenant: str, num_tokens: int, now: int) -> None:
         """So many tokens of that tenant were placed, to be computed."""
-        self._shares.spend(tenant, num_tokens, now)
+        if self._mode != "off":
+            self._shares.spend(tenant, num_tokens, now)
 
     def _tolerances(self, request: PlaceRequest, now: int) -> tuple[float, float]:
         if not request.priority and len(self._shares) <= 1:
