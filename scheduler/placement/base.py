@@ -229,13 +229,18 @@ def find_batch(prices: DecodePrices, mask: np.ndarray) -> Batches:
     has room. If none of them has, of all that have; without room anywhere, the shortest line."""
     pool = prices.pool
     load = pool.load_ns if mask is pool.everyone else np.where(mask, pool.load_ns, np.inf)
-    rows = _least_booked(load, _LOOK_AT if prices.links.busy_until > prices.joins_at else 1)
+    if prices.links.busy_until > prices.joins_at and len(load) > _LOOK_AT:
+        rows: list[int] = load.argpartition(_LOOK_AT)[:_LOOK_AT].tolist()
+    else:
+        rows = [int(load.argmin())]
     if prices.node in pool.by_node:
-        worth = load[rows[0]] + (prices.far_ns - prices.near_ns) / prices.tbt_weight
-        rows += [row for row in pool.by_node[prices.node] if load[row] <= worth and row not in rows]
+        worth = load.item(rows[0]) + (prices.far_ns - prices.near_ns) / prices.tbt_weight
+        for row in pool.by_node[prices.node]:
+            if load.item(row) <= worth and row not in rows:
+                rows.append(row)
     priced = [prices.batch(row) for row in rows if mask is pool.everyone or mask[row]]
     chosen = priced[0]
-    for batch in priced:
+    for batch in priced[1:]:
         if batch.cost_ns < chosen.cost_ns or (batch.cost_ns == chosen.cost_ns and load[batch.row] < load[chosen.row]):
             chosen = batch
     if not prices.fits(chosen):
@@ -246,13 +251,6 @@ def find_batch(prices: DecodePrices, mask: np.ndarray) -> Batches:
         else:
             chosen = min(priced, key=lambda batch: (batch.num_seqs, load[batch.row]))
     return Batches(prices, priced, chosen)
-
-
-def _least_booked(load: np.ndarray, count: int) -> list[int]:
-    if count == 1:
-        return [int(load.argmin())]
-    rows: list[int] = (load.argpartition(count)[:count] if len(load) > count else load.argsort()).tolist()
-    return rows
 
 
 # ---------------------------------------------------------------- the decision
