@@ -89,7 +89,7 @@ class ConductorCore:
         self.placer = Placer(config, self.view, self.books, self.index, gate, rng)
         self.records = self.placer.records
         self.counts = self.placer.counts
-        self._due: int | None = None
+        self._now = 0
         self._frontends: dict[str, None] = {}
         self._lost: dict[str, int] = {}
         """Peers whose connection ended, and when they count as gone; earliest first, as the grace is the same for
@@ -112,24 +112,22 @@ class ConductorCore:
     # ------------------------------------------------------------ events
 
     def handle(self, event: Received | PeerGone | Tick, now: int) -> list[Send]:
-        due = self._due
+        self._now = now
+        due = self.deadline()
         commands = self._pass_time(now) if due is not None and due <= now else []
         if isinstance(event, Received):
             handler = self._on_message.get(type(event.message))
             if handler is not None:
-                commands += handler(event.sender, event.message, now)
+                answers = handler(event.sender, event.message, now)
+                return commands + answers if commands else answers
         elif isinstance(event, PeerGone):
             self._on_peer_gone(event.name, now)
-        self._due = self._find_due(now)
         return commands
 
     def deadline(self) -> int | None:
-        return self._due
-
-    def _find_due(self, now: int) -> int | None:
         index = self.index
         if index.sweeps:
-            return now
+            return self._now
         due = index.expiries[0][0] if index.expiries else None
         if self.feeds.asked:
             due = _earliest(due, self.feeds.deadline())
