@@ -124,7 +124,7 @@ class Config(msgspec.Struct, frozen=True):
     policy: Annotated[
         Literal["random", "round_robin", "least_load", "local_cache_aware", "algorithm1", "joint"],
         _text("how instances are chosen"),
-    ] = "joint"
+    ] = "algorithm1"
     admission: Annotated[
         Literal["off", "soft", "hard"],
         _text("refuse requests whose predicted times break their objectives; soft: once predictions have proved right"),
