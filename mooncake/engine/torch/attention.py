@@ -1,9 +1,10 @@
 """Attention over paged KV, behind transformers' attention interface.
 
 The forward is one packed row of tokens: chunks of prompts and single decode tokens of many sequences. Each item attends to
-its own context in pieces: a decode token is one, a chunk has one for every `_PIECE_TOKENS` tokens, so that little is computed
-above the diagonal or before the window. The queries of a group become rows of one query, token by token, so keys are never
-copied for grouped heads, and the CPU kernel gets the tall blocks that it is fastest with.
+its own context in pieces: a decode token is one, a prompt from its first token on is one without a mask, and another chunk has
+one for every `_PIECE_TOKENS` tokens, so that little is computed above the diagonal or before the window. There the queries of
+a group become rows of one query, token by token, so keys are never copied for grouped heads, and the CPU kernel gets the tall
+blocks that it is fastest with.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ KNOWN_KEYWORDS = frozenset(
 
 class Piece(msgspec.Struct, frozen=True):
     """Queries [start, stop) of the packed row, which see tokens [begin, end) of their sequence, but for what `mask` (additive,
-    [queries * group, end - begin]) hides."""
+    [queries * group, end - begin]) hides. causal: they see as many of them as there are, the first query one."""
 
     start: int
     stop: int
     begin: int
     end: int
-    mask: torch.Tensor | None
+    mask: torch.Tensor | None = None
+    causal: bool = False
 
 
 class PackedItem:
@@ -66,6 +68,9 @@ class PackedItem:
 
     def _cut(self, window: int | None, group: int, like: torch.Tensor) -> Iterator[Piece]:
         known = self.length - self.count
+        if known == 0 and self.count > 1 and (window is None or self.count <= window):
+            yield Piece(self.query, self.query + self.count, 0, self.count, causal=True)
+            return
         for at in range(0, self.count, _PIECE_TOKENS):
             stop = min(at + _PIECE_TOKENS, self.count)
             begin = 0 if window is None else max(0, known + at + 1 - window)
@@ -87,16 +92,23 @@ def _causal_mask(first: int, end: int, begin: int, window: int | None, like: tor
 
 
 def attend_piece(
-    piece: Piece, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor, scale: float | None
-) -> None:
-    """query: [kv_heads, group, tokens, dim] and out: [tokens, kv_heads, group, dim] of the packed row; keys, values: [kv_heads,
-    tokens, dim], of the tokens [begin, end) only."""
+    piece: Piece, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """query: [kv_heads, group, tokens, dim] of the packed row; keys, values: [kv_heads, tokens, dim], of the tokens [begin, end)
+    only. Returns [tokens of the piece, kv_heads, group, dim]."""
     num_kv, group, _, dim = query.shape
-    rows = query[:, :, piece.start : piece.stop].transpose(1, 2).reshape(1, num_kv, -1, dim)
+    mine = query[:, :, piece.start : piece.stop]
+    if piece.causal:
+        rows = mine.flatten(0, 1).unsqueeze(0)
+        found = functional.scaled_dot_product_attention(
+            rows, keys.unsqueeze(0), values.unsqueeze(0), is_causal=True, scale=scale, enable_gqa=group > 1
+        )
+        return found.view(num_kv, group, -1, values.shape[-1]).permute(2, 0, 1, 3)
+    rows = mine.transpose(1, 2).reshape(1, num_kv, -1, dim)
     found = functional.scaled_dot_product_attention(
         rows, keys.unsqueeze(0), values.unsqueeze(0), attn_mask=piece.mask, scale=scale
     )
-    out[piece.start : piece.stop].copy_(found.view(num_kv, -1, group, out.shape[-1]).transpose(0, 1))
+    return found.view(num_kv, -1, group, values.shape[-1]).transpose(0, 1)
 
 
 class PackedStep(Protocol):

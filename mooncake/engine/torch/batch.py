@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as functional
 
 from mooncake.engine.base import LayerHook, LayerLoad, StepItem
-from mooncake.engine.torch.attention import PackedItem, attend_piece
+from mooncake.engine.torch.attention import PackedItem, Piece, attend_piece
 from mooncake.engine.torch.pages import PageMemory, slots
 
 _WASTE_MAX = 2.0
@@ -110,22 +110,23 @@ class HeadsBatch:
         _, num_heads, num_tokens, dim = query.shape
         num_kv = key.shape[1]
         grouped = query.view(num_kv, num_heads // num_kv, num_tokens, dim)
+        singles = [
+            attended
+            for item in self._singles
+            for attended in self._attend_single(item, kv, grouped, scaling, window)
+        ]
+        if self._rows is None and len(singles) == 1:  # a prompt alone, a reply alone: nothing to put together
+            return singles[0][1].reshape(1, num_tokens, num_heads, dim)
         out = query.new_empty((num_tokens, num_kv, num_heads // num_kv, dim))
         if self._rows is not None:
             self._rows.attend(kv, grouped, out, scaling, window)
-        for item in self._singles:
-            self._attend_single(item, kv, grouped, out, scaling, window)
+        for piece, found in singles:
+            out[piece.start : piece.stop].copy_(found)
         return out.view(1, num_tokens, num_heads, dim)
 
     def _attend_single(
-        self,
-        item: PackedItem,
-        kv: torch.Tensor,
-        grouped: torch.Tensor,
-        out: torch.Tensor,
-        scaling: float | None,
-        window: int | None,
-    ) -> None:
+        self, item: PackedItem, kv: torch.Tensor, grouped: torch.Tensor, scaling: float | None, window: int | None
+    ) -> list[tuple[Piece, torch.Tensor]]:
         pieces = item.pieces(window, grouped.shape[1], grouped)
         origin = pieces[0].begin
         if item.gather is None:
@@ -135,9 +136,11 @@ class HeadsBatch:
             seen = kv.index_select(0, item.gather[origin:])
             self.gathered_bytes += seen.nbytes
         keys, values = seen[:, 0].transpose(0, 1), seen[:, 1].transpose(0, 1)
+        found: list[tuple[Piece, torch.Tensor]] = []
         for piece in pieces:
-            begin, end = piece.begin - origin, piece.end - origin
-            attend_piece(piece, grouped, keys[:, begin:end], values[:, begin:end], out, scaling)
+            seen_by = slice(piece.begin - origin, piece.end - origin)
+            found.append((piece, attend_piece(piece, grouped, keys[:, seen_by], values[:, seen_by], scaling)))
+        return found
 
 
 class _Rows:
@@ -244,6 +247,7 @@ class LatentBatch:
         for item in self._packed:
             for piece in item.pieces(window, 1, query):
                 seen = slice(first + piece.begin, first + piece.end)
-                attend_piece(piece, grouped, key[0, :, seen], value[0, :, seen], out, scaling)
+                found = attend_piece(piece, grouped, key[0, :, seen], value[0, :, seen], scaling)
+                out[piece.start : piece.stop].copy_(found)
             first += item.length
         return out.view(1, num_tokens, num_heads, value.shape[-1])
