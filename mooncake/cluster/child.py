@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import importlib
 import logging
 import os
@@ -26,6 +27,8 @@ from mooncake.status import Status, StatusHandler
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG = 0, 1, 2
 EXIT_MARGIN_S = 3.0
+_GC_THRESHOLDS = (20_000, 20, 20)
+"""Nearly everything here dies by reference count; with the default of 700 the collector took 7 % of a frontend's time."""
 _PR_SET_PDEATHSIG = 1
 _ROOMS: dict[ServiceRole, str] = {
     "conductor": "scheduler",
@@ -72,6 +75,8 @@ def run_service(config: Config, role: RoleConfig, status: Status) -> int:
 
     def live() -> None:
         service: Service = importlib.import_module(f"mooncake.{_ROOMS[role.role]}.service").run
+        gc.freeze()  # what imports made stays
+        gc.set_threshold(*_GC_THRESHOLDS)
         uvloop.run(_until_told(lambda: service(config, role, status), config.timeouts.drain_s + EXIT_MARGIN_S))
 
     set_engine_environment(config)
