@@ -65,7 +65,7 @@ class _RowLinear(torch.nn.Linear):
     """One row times a matrix through `mv`: the CPU's matrix kernel for bfloat16 lays the weights out anew for every call, which
     takes up to half as long again (torch 2.13, measured)."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 (the name it overrides)
         if input.numel() != self.in_features:
             return super().forward(input)
         row = input.reshape(-1)
