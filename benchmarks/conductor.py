@@ -46,31 +46,33 @@ from mooncake.core.messages import (
     RegisterNode,
 )
 from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S, AttemptKey, CostModel, InstanceInfo, InstanceLoad, Role, Slo
-from mooncake.scheduler.config import ConductorConfig
+from mooncake.scheduler.config import ConductorConfig, Rates
 from mooncake.scheduler.core import ConductorCore, Received, Tick
 from mooncake.scheduler.prefix_index import IN_FAST, PrefixIndex
+from mooncake.trace.files import open_trace
 
 TRACE = ROOT.parent / "shared" / "traces" / "conversation_trace.jsonl"
 TRACE_BLOCK_TOKENS = 512
 KV_TOKEN_BYTES = 327_680
 COST = CostModel((0.0, 116.2, 1.428), (17.75, 0.058, 26.1))
 """Prefill: the paper's 8xA800; decode: 8xA100 (FACTS section 3)."""
+RATES = Rates(dram_bytes_per_s=128e9, ssd_bytes_per_s=20e9, remote_bytes_per_s=87e9, nic_bytes_per_s=87e9)
+"""Of the paper's nodes (FACTS sections 2 and 3)."""
 REPORT_NS = 50 * NANOS_PER_MS
 SLO = Slo(30 * NANOS_PER_S, 100 * NANOS_PER_MS)
 Figures = dict[str, float]
 
 
-def read_trace(quick: bool) -> list[tuple[int, int, int, tuple[bytes, ...]]]:
-    """(arrival ns, input tokens, output tokens, keys of the full blocks) of each request."""
-    if not TRACE.exists():
-        raise SystemExit(f"conductor: the trace {TRACE} is not there, so no placement can be measured")
+Request = tuple[int, int, int, tuple[bytes, ...]]
+"""Arrival, input tokens, output tokens, keys of the full blocks."""
+
+
+def read_trace(quick: bool) -> list[Request]:
     requests = []
-    with TRACE.open() as file:
-        for line in itertools.islice(file, 2_000 if quick else None):
-            row = json.loads(line)
-            full = row["input_length"] // TRACE_BLOCK_TOKENS
-            keys = tuple(number.to_bytes(16, "big") for number in row["hash_ids"][:full])
-            requests.append((row["timestamp"] * NANOS_PER_MS, row["input_length"], row["output_length"], keys))
+    for row in itertools.islice(open_trace(TRACE), 2_000 if quick else None):
+        full = row.input_length // TRACE_BLOCK_TOKENS
+        keys = tuple(number.to_bytes(16, "big") for number in (row.hash_ids or ())[:full])
+        requests.append((row.arrival_ns, row.input_length, row.output_length, keys))
     return requests
 
 
@@ -82,8 +84,15 @@ class World:
 
     def __init__(self, policy: str, num_instances: int) -> None:
         self.num_pairs = num_instances // 2
-        config = ConductorConfig(block_tokens=TRACE_BLOCK_TOKENS, kv_token_bytes=KV_TOKEN_BYTES, policy=policy)  # type: ignore[arg-type]
-        self.core = ConductorCore(config, random.Random(0))
+        self.core = ConductorCore(
+            ConductorConfig(
+                block_tokens=TRACE_BLOCK_TOKENS,
+                kv_token_bytes=KV_TOKEN_BYTES,
+                policy=policy,  # type: ignore[arg-type]
+                rates=RATES,
+            ),
+            random.Random(0),
+        )
         self.timed: dict[str, list[float]] = defaultdict(list)
         self.num_blocks = 0
         self.num_rejected = 0
@@ -124,7 +133,7 @@ class World:
     def at(self, when: int, call: Callable[[int], None]) -> None:
         heapq.heappush(self._heap, (when, next(self._count), call))
 
-    def run(self, requests: list[Any], offset: int, speed: float, timed: bool) -> int:
+    def run(self, requests: list[Request], offset: int, speed: float, timed: bool) -> int:
         """The last moment."""
         self._handle = self._tell_timed if timed else self._tell
         for number, request in enumerate(requests):
@@ -147,7 +156,7 @@ class World:
 
     # ------------------------------------------------------------ a request
 
-    def _arrive(self, number: int, request: Any, now: int) -> None:
+    def _arrive(self, number: int, request: Request, now: int) -> None:
         _, num_tokens, num_output, keys = request
         key = AttemptKey("frontend-0", number + self._epoch * 1_000_000)
         commands = self._handle("frontend-0", PlaceRequest(key, num_tokens, keys, None, slo=SLO), now)
@@ -196,6 +205,9 @@ class World:
 
 
 def place(num_instances: int, policy: str, quick: bool, profile: bool) -> Figures:
+    if not TRACE.exists():
+        emit(measurement="PlaceRequest_us", instances=num_instances, skipped=f"the trace {TRACE} is not there")
+        return {}
     requests = read_trace(quick)
     world = World(policy, num_instances)
     speed = num_instances / 32

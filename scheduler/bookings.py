@@ -9,7 +9,8 @@ off exactly once, whatever comes first: the attempt's end, the loss of the insta
 decode part is *pending* from placement until a load report that must contain it.
 
 The choices of one placement are booked each under its own key, as they end one by one; the first has the prefill part
-of all, and the others are its siblings."""
+of all, and the others are its siblings.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +29,7 @@ class Booking(msgspec.Struct, eq=False):
     """`prefill` and `decode` are None once that part is released (or was never wanted). They are the same when the
     decode instance prefills in place. sequence_ns: what it adds to a decode step, as it was booked. joins_at: when it
     began to decode or is expected to, and bucket, the place of that in `Starts`; submitted_at: when the decode
-    instance could first see it. answer: None after it was rebuilt from a frontend's snapshot.
-    """
+    instance could first see it. answer: None after it was rebuilt from a frontend's snapshot."""
 
     key: AttemptKey
     num_tokens: int
@@ -126,8 +126,7 @@ class Books:
 
     def release_prefill(self, key: AttemptKey, now: int, *, done: bool = False) -> Booking | None:
         """The booking, if its prefill part was still booked. done: its first token is there; what was only
-        computed then tells how fast the instance is.
-        """
+        computed then tells how fast the instance is."""
         booking = self.bookings.get(key)
         if booking is None or booking.prefill is None:
             return None

@@ -89,7 +89,7 @@ class ConductorCore:
         self.placer = Placer(config, self.view, self.books, self.index, gate, rng)
         self.records = self.placer.records
         self.counts = self.placer.counts
-        self._now = 0
+        self._due: int | None = None
         self._frontends: dict[str, None] = {}
         self._lost: dict[str, int] = {}
         """Peers whose connection ended, and when they count as gone; earliest first, as the grace is the same for
@@ -112,22 +112,24 @@ class ConductorCore:
     # ------------------------------------------------------------ events
 
     def handle(self, event: Received | PeerGone | Tick, now: int) -> list[Send]:
-        self._now = now
-        due = self.deadline()
+        due = self._due
         commands = self._pass_time(now) if due is not None and due <= now else []
         if isinstance(event, Received):
             handler = self._on_message.get(type(event.message))
             if handler is not None:
-                answers = handler(event.sender, event.message, now)
-                return commands + answers if commands else answers
+                commands += handler(event.sender, event.message, now)
         elif isinstance(event, PeerGone):
             self._on_peer_gone(event.name, now)
+        self._due = self._find_due(now)
         return commands
 
     def deadline(self) -> int | None:
+        return self._due
+
+    def _find_due(self, now: int) -> int | None:
         index = self.index
         if index.sweeps:
-            return self._now
+            return now
         due = index.expiries[0][0] if index.expiries else None
         if self.feeds.asked:
             due = _earliest(due, self.feeds.deadline())

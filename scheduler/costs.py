@@ -38,8 +38,7 @@ _HOLDERS_MAX = 16
 
 class BlockCosts(msgspec.Struct, frozen=True):
     """Nanoseconds to load one block with the way to itself, by where it lies. Remote comes on top of dram being read
-    there, so it is the slower of both.
-    """
+    there, so it is the slower of both."""
 
     tokens: int
     num_bytes: int
@@ -75,8 +74,7 @@ class Offer(msgspec.Struct, gc=False):
     """What prefill would take at one instance in one way: reuse the leading `blocks`, num_slow of them from an ssd.
 
     own, expected: leading blocks in its pages now, and when the work before this request is done. cost: what is
-    compared. others: ways that cost more there.
-    """
+    compared. others: ways that cost more there."""
 
     row: int
     way: str
@@ -95,8 +93,7 @@ class Offer(msgspec.Struct, gc=False):
 class PrefillPrices(msgspec.Struct, gc=False):
     """Of one request, at every instance of a pool. hidden: whether loads are. work_weight: what work, which is load
     and prefill together, counts beside TTFT. threshold: if given, the source is taken just where it has that many
-    times what is there, as in the paper's Algorithm 1.
-    """
+    times what is there, as in the paper's Algorithm 1."""
 
     pool: Pool
     match: Match
@@ -179,8 +176,7 @@ class PrefillPrices(msgspec.Struct, gc=False):
     def bounds(self, blocks: int) -> tuple[float, float, float]:
         """For instances that have at most so many of the leading blocks, no cost is less than the queue plus the first
         number. The same goes for a pull after the queue plus the second, and after the time when its source is free,
-        the third. All of that grows with the queue, so nobody with a longer queue costs less either.
-        """
+        the third. All of that grows with the queue, so nobody with a longer queue costs less either."""
         source, whole, block_tokens = self.source, self.num_tokens, self.costs.tokens
         a, b, c = self.pool.fastest
         factor = 1.0 + self.work_weight
@@ -208,8 +204,7 @@ def find_source(
     match: Match, node_bits: int, pool: Pool, links: Links, costs: BlockCosts, now: int, *, longest: bool = False
 ) -> Source | None:
     """The store node whose blocks save most, by the time model of the pool's first instance; with `longest` simply the
-    one with the longest match. Of several equal ones that with the least booked on its NIC.
-    """
+    one with the longest match. Of several equal ones that with the least booked on its NIC."""
     best: Source | None = None
     least = 0.0
     num_tried = 0
@@ -246,8 +241,7 @@ def _least_busy(holders: int, links: Links, now: int) -> int:
 
 class Batch(msgspec.Struct, gc=False):
     """One decode instance at the time when a request joins it. num_seqs: without the request; tbt: step time with it.
-    handover: until its KV is there. cost: what is compared.
-    """
+    handover: until its KV is there. cost: what is compared."""
 
     row: int
     num_seqs: float
@@ -260,8 +254,7 @@ class DecodePrices(msgspec.Struct, gc=False):
     """Of one request, at every instance of a pool. num_tokens, num_output: of each choice.
 
     cost = hand-over + tbt_weight * TBT. The hand-over takes near_ns to instances on the node where the KV will be, and
-    far_ns to others when no link is busy; with node 0 it is not looked at.
-    """
+    far_ns to others when no link is busy; with node 0 it is not looked at."""
 
     pool: Pool
     num_tokens: int
@@ -277,8 +270,7 @@ class DecodePrices(msgspec.Struct, gc=False):
 
     def batch(self, row: int) -> Batch:
         """Of what runs now, the share that is likely to have ended by then is gone; of what is booked there, that is
-        added which will have joined.
-        """
+        added which will have joined."""
         member, joins_at = self.pool.members[row], self.joins_at
         num_seqs, batch_ns = member.num_seqs, member.batch_ns
         if batch_ns and joins_at > self.now:
@@ -319,8 +311,7 @@ class DecodePrices(msgspec.Struct, gc=False):
 
 def sibling_pages(num_output: int, page_tokens: int) -> int:
     """What another choice needs beside the prompt's whole pages, which the first one has: its own output, and a copy of
-    the last, partial page.
-    """
+    the last, partial page."""
     return 1 + -(-num_output // page_tokens)
 
 

@@ -2,7 +2,8 @@
 not passed yet.
 
 A link passes its bytes one after the other. So all that is known of it is when the bytes booked so far will have
-passed; what is left drains as time passes."""
+passed; what is left drains as time passes.
+"""
 
 from __future__ import annotations
 

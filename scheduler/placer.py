@@ -133,9 +133,10 @@ class Placer:
             self._foresee(request, decision, now)
             num_computed += num_tokens - decision.offers.chosen.blocks * self.config.block_tokens
         self._gate.spend(request.tenant, num_computed, now)
-        wished = self._replication.used(request.block_keys, decision, now)
-        if wished is not None:
-            self.replicas.append(wished)
+        if self._replication is not None:
+            wished = self._replication.used(request.block_keys, decision, now)
+            if wished is not None:
+                self.replicas.append(wished)
         self.counts["placed"] += 1
         return answer
 

@@ -2,7 +2,8 @@
 the least loaded batch first. Everything else a placement asks of single instances.
 
 A pool is made anew whenever membership changes; between two changes its rows stay. `Instance` objects have the truth,
-and whoever changes one tells its pool. Times are nanoseconds of the Conductor's clock."""
+and whoever changes one tells its pool. Times are nanoseconds of the Conductor's clock.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +106,10 @@ class Instance:
         self.done_at = now
         if not expected_ns:
             return
-        self.ratios.append((taken_ns + _PACE_PRIOR_NS) / (expected_ns / self.pace + _PACE_PRIOR_NS))
+        ratio = (taken_ns + _PACE_PRIOR_NS) / (expected_ns / self.pace + _PACE_PRIOR_NS)
+        self.ratios.append(ratio)
+        if ratio < _PACE_STEP and self.pace == 1.0:
+            return
         least = min(self.ratios) if len(self.ratios) >= _NUM_RATIOS_MIN else 1.0
         pace = _PACE_STEP ** int(math.log(least, _PACE_STEP)) if least >= _PACE_STEP else 1.0
         if pace != self.pace:

@@ -22,7 +22,8 @@ object of its own.
 
 What no count can tell is found by *sweeps* over all keys, in bounded slices: of a removed holder, whose bits are
 hidden at once and whose slot is given out again only when no mask has them any more; and of a snapshot, for entries
-that it does not confirm (at once, if one slice reaches that far)."""
+that it does not confirm (at once, if one slice reaches that far).
+"""
 
 from __future__ import annotations
 
@@ -43,18 +44,18 @@ _CONFIRMED = 1 << ANY
 _PREDICTED = 1 << EXPECTED
 _ALL = 0b1111
 _LEVEL_BITS = 0b0111
-_WITHOUT = {
-    IN_FAST: tuple(IN_SLOW if bits & 0b1000 else bits & ~IN_FAST for bits in range(16)),
-    IN_SLOW: tuple(IN_FAST if bits & 1 else 0 for bits in range(16)),
-}
-"""What is left of an entry's bits when it leaves that tier, in which it was."""
 _MARK = {IN_FAST: 0b0001, IN_SLOW: 0b1000}
 """The bit that says whether an entry is in that tier."""
+_LEAVE = {
+    IN_FAST: tuple(bits if not bits & 0b0001 else IN_SLOW if bits & 0b1000 else 0 for bits in range(16)),
+    IN_SLOW: tuple(bits if not bits & 0b1000 else IN_FAST if bits & 0b0001 else 0 for bits in range(16)),
+}
+"""By tier and by bits of an entry: its bits when it has left that tier."""
+_EXPIRE = tuple(0 if bits == _PREDICTED else bits for bits in range(16))
+_NOTHING = (0,) * 16
 
 SWEEP_BLOCKS = 20_000
 """Blocks looked at per sweep: a few ms."""
-_PLACES_MAX = 1 << 20
-"""Places of bits that are kept: 8 MB."""
 _SHARED_MAX = 8_192
 """Masks that are kept to be shared; more are begun anew, which costs memory only where every block differs."""
 
@@ -63,33 +64,24 @@ class Match:
     """Result of one walk: `steps` are (length, mask of the level bits whose runs are at least that long), lengths
     ascending, each mask a part of the one before. any_slow: whether slow tiers play a part at all."""
 
-    __slots__ = ("_lengths", "_places", "any_slow", "steps")
+    __slots__ = ("any_slow", "steps", "width")
 
-    def __init__(self, steps: list[tuple[int, int]], places: _Places, any_slow: bool) -> None:
+    def __init__(self, steps: list[tuple[int, int]], width: int, any_slow: bool) -> None:
         self.steps = steps
+        self.width = width
         self.any_slow = any_slow
-        self._places = places
-        self._lengths: np.ndarray | None = None
-
-    @property
-    def width(self) -> int:
-        return self._places.width
 
     @property
     def lengths(self) -> np.ndarray:
-        """Match lengths in blocks, float64 of shape (levels, slots). Made on first use; read only."""
-        if self._lengths is None:
-            places = self._places
-            found = np.zeros(LEVELS * places.width)
-            for length, mask in self.steps:
-                found[places.of(mask)] = length
-            self._lengths = found.reshape(LEVELS, places.width)
-        return self._lengths
+        """All match lengths in blocks, int64 of shape (levels, slots); for people and tests."""
+        found = np.zeros(self.width * SLOT_BITS, dtype=np.int64)
+        for length, mask in self.steps:
+            found[bit_numbers(mask)] = length
+        return found.reshape(self.width, SLOT_BITS).T[:LEVELS]
 
     def reach(self, bits: tuple[int, int, int]) -> tuple[int, int, int]:
         """How far each of three bits runs; of an instance and its node (`reach_bits`): leading blocks in its pages now,
-        there when it is asked for them, and at the node in any tier.
-        """
+        there when it is asked for them, and at the node in any tier."""
         first, second, third = bits
         own = expected = stored = 0
         for length, mask in self.steps:
@@ -112,30 +104,6 @@ class Match:
             if mask & bits:
                 return length, mask & bits
         return 0, 0
-
-
-class _Places:
-    """Where the bits of a mask lie in an array of shape (levels, width), flattened. Masks come again and again, so
-    the last ones are kept."""
-
-    __slots__ = ("_known", "_num_known", "width")
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self._known: dict[int, np.ndarray] = {}
-        self._num_known = 0
-
-    def of(self, mask: int) -> np.ndarray:
-        known = self._known.get(mask)
-        if known is None:
-            bits = bit_numbers(mask)
-            known = bits % SLOT_BITS * self.width + bits // SLOT_BITS
-            self._num_known += len(known)
-            if self._num_known > _PLACES_MAX:
-                self._known.clear()
-                self._num_known = len(known)
-            self._known[mask] = known
-        return known
 
 
 def level_bit(slot: int, level: int) -> int:
@@ -176,7 +144,6 @@ class PrefixIndex:
         """Entries in slow tiers, of all holders."""
         self._masks: dict[bytes, int] = {}
         self._shared: dict[int, int] = {}
-        self._places = _Places(1)
         self._live = 0
         self._num_held = [0]
         self._predicted: list[dict[bytes, int]] = [{}]
@@ -208,8 +175,6 @@ class PrefixIndex:
             slot = self.width
             self._num_held.append(0)
             self._predicted.append({})
-        if self._places.width != self.width:
-            self._places = _Places(self.width)
         self.show(slot)
         return slot
 
@@ -257,7 +222,7 @@ class PrefixIndex:
         predicted = self._predicted[slot]
         for key in found:
             predicted.pop(key, None)
-        self._move(slot, found, (0,) * 16)
+        self._move(slot, found, _NOTHING)
         if not self._num_held[slot] and not predicted:
             sweep.todo = []  # nothing is left of it further on
 
@@ -280,7 +245,7 @@ class PrefixIndex:
             length += len(list(run))
         if alive and length:
             steps.append((length, alive))
-        return Match(steps, self._places, self.num_slow > 0)
+        return Match(steps, self.width, self.num_slow > 0)
 
     # ------------------------------------------------------------ confirmed entries
 
@@ -310,8 +275,7 @@ class PrefixIndex:
                 self.num_slow += len(changed)
 
     def discard(self, slot: int, tier: int, keys: Sequence[bytes]) -> None:
-        mark, without = _MARK[tier], _WITHOUT[tier]
-        self._move(slot, keys, tuple(without[bits] if bits & mark else bits for bits in range(16)))
+        self._move(slot, keys, _LEAVE[tier])
 
     def replace(self, slot: int, tier: int, keys: Sequence[bytes]) -> None:
         """A snapshot: the holder has exactly these keys in that tier. What it had before and they do not contain goes
@@ -385,7 +349,7 @@ class PrefixIndex:
         gone = [key for key in keys if predicted.get(key, expires_ns + 1) <= expires_ns]
         for key in gone:
             predicted.pop(key, None)
-        self._move(slot, gone, tuple(0 if bits == _PREDICTED else bits for bits in range(16)))
+        self._move(slot, gone, _EXPIRE)
 
     # ------------------------------------------------------------ room
 

@@ -9,7 +9,6 @@ the least booked on its NIC. It then rests until the copy must have arrived.
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import msgspec
 
@@ -26,24 +25,6 @@ class Replicate(msgspec.Struct, frozen=True):
     block_keys: tuple[bytes, ...]
     source: str
     target: str
-
-
-class Replication(Protocol):
-    def used(self, block_keys: tuple[bytes, ...], decision: Decision, now: int) -> Replicate | None:
-        """A placement was made; a copy that pays."""
-        ...
-
-
-class NoReplication:
-    def used(self, block_keys: tuple[bytes, ...], decision: Decision, now: int) -> Replicate | None:
-        return None
-
-
-def make_replication(config: ConductorConfig, view: View) -> Replication:
-    if not config.replicate:
-        return NoReplication()
-    block_bytes = config.block_tokens * config.kv_token_bytes
-    return HotPrefixes(config.replication, view, block_bytes * NANOS_PER_S / config.rates.nic_bytes_per_s)
 
 
 class _Prefix(msgspec.Struct):
@@ -116,3 +97,11 @@ class HotPrefixes:
                 booked = max(links.in_until[node.slot], links.out_until[node.slot], now)
                 free.append((booked, node.slot, name))
         return min(free)[2] if free else None
+
+
+def make_replication(config: ConductorConfig, view: View) -> HotPrefixes | None:
+    """None if hot prefixes are not to be copied."""
+    if not config.replicate:
+        return None
+    block_bytes = config.block_tokens * config.kv_token_bytes
+    return HotPrefixes(config.replication, view, block_bytes * NANOS_PER_S / config.rates.nic_bytes_per_s)

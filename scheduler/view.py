@@ -24,9 +24,9 @@ class View:
         """By slot; a new tuple with every change, so that records can keep it."""
         self.node_bits = 0
         """Those of the prefix index that say a store node has a block, in any tier."""
-        self.decode_bits = 0
-        """Those that say a ready decode instance has a block in its pages."""
         self.num_stale_reports = 0
+        self.fits_everywhere = 0
+        """Tokens of a prompt that every ready instance can take, if there are any of both kinds, else 0."""
         self._pools: tuple[Pool, Pool] | None = None
         """Of prefill and decode; None after a change of membership, until somebody asks."""
 
@@ -45,7 +45,7 @@ class View:
         ready = [instance for instance in self.instances.values() if instance.placeable]
         prefill = Pool([instance for instance in ready if instance.does_prefill], self.node_slot)
         decode = Pool([instance for instance in ready if not instance.does_prefill], self.node_slot)
-        self.decode_bits = decode.fast_bits
+        self.fits_everywhere = min(prefill.capacity_min, decode.capacity_min - 1)
         return prefill, decode
 
     def node_slot(self, name: str) -> int:

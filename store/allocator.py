@@ -1,38 +1,41 @@
-"""Byte allocator over one segment: best fit, neighbours coalesced at once.
+"""Byte allocator over one segment: best fit, neighbours coalesced.
 
-Extents tile the segment: [used][free][used][used][free]; two free extents never touch.
+Extents tile the segment: [used][free][used][used][free]; two free extents never touch, but for the recent ones. Who has used
+which is the caller's to know; sizes are rounded up to the alignment by the caller too, once for all that happens to an object.
+
 Free extents are found by size through a sorted list of the distinct free sizes (a store has few of them) and by either
-end through two dictionaries, for coalescing. Both operations are O(log n) in the number of distinct free sizes.
+end through two dictionaries, for coalescing. Both operations are O(log n) in the number of distinct free sizes. Mostly neither
+is needed, as a full store frees extents for objects of the same size: what is freed waits by its size, as it is, until it is
+wanted or nothing else is long enough.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+RECENT_MAX = 1024
+"""Extents of one size that wait uncoalesced: bounds the time it takes to coalesce them all at once, about 2 ms."""
 
 
 class BytesAllocator(Protocol):
     """What the store core wants of one; see `Allocator`."""
 
     capacity: int
-    used: int
-
-    @property
-    def free_bytes(self) -> int: ...
+    free_bytes: int
 
     def rounded(self, size: int) -> int: ...
 
-    def allocate(self, size: int) -> int | None: ...
+    def allocate(self, size: int, count: int) -> list[int]: ...
 
-    def free(self, offset: int) -> None: ...
+    def free(self, size: int, offsets: Sequence[int]) -> None: ...
 
-    def extents(self) -> dict[int, int]: ...
-
-    def check_integrity(self) -> None: ...
+    def check_integrity(self, used: Mapping[int, int]) -> None: ...
 
 
 class Allocator:
-    """Offsets and rounded sizes are multiples of `alignment`. Not thread-safe."""
+    """Offsets and sizes are multiples of `alignment`. Not thread-safe."""
 
     def __init__(self, capacity: int, alignment: int = 4096) -> None:
         if alignment < 64 or alignment & (alignment - 1):
@@ -41,42 +44,65 @@ class Allocator:
         self.capacity = capacity // alignment * alignment
         if self.capacity <= 0:
             raise ValueError(f"capacity must be at least one alignment unit of {alignment} bytes, got {capacity}")
-        self.used = 0
-        self._used_at: dict[int, int] = {}
+        self.free_bytes = self.capacity
+        self._recent: dict[int, list[int]] = {}
         self._free_at: dict[int, int] = {}
         self._free_end: dict[int, int] = {}
         self._sizes: list[int] = []
         self._by_size: dict[int, dict[int, None]] = {}
         self._insert(0, self.capacity)
 
-    @property
-    def free_bytes(self) -> int:
-        return self.capacity - self.used
-
     def rounded(self, size: int) -> int:
         """Bytes that an object of `size` bytes takes."""
         return (size + self.alignment - 1) & -self.alignment
 
-    def allocate(self, size: int) -> int | None:
-        """Offset of a new extent of at least `size` bytes, or None if no free extent is long enough."""
-        need = self.rounded(size)
-        at = bisect_left(self._sizes, need)
+    def allocate(self, size: int, count: int) -> list[int]:
+        """Offsets of `count` new extents of `size` bytes, or of as many as there is room for in one piece each."""
+        recent = self._recent.get(size)
+        offsets: list[int] = []
+        if recent:
+            offsets = recent[-count:]
+            del recent[-count:]
+        while len(offsets) < count:
+            cut = self._cut(size, count - len(offsets))
+            if not cut and not self._coalesce():
+                break
+            offsets += cut
+        self.free_bytes -= size * len(offsets)
+        return offsets
+
+    def free(self, size: int, offsets: Sequence[int]) -> None:
+        """Give extents of one size back."""
+        self.free_bytes += size * len(offsets)
+        recent = self._recent.setdefault(size, [])
+        num_waiting = max(0, RECENT_MAX - len(recent))
+        recent += offsets[:num_waiting]
+        for offset in offsets[num_waiting:]:
+            self._merge(offset, size)
+
+    def _cut(self, size: int, count: int) -> range:
+        """Up to `count` extents from the shortest free one that is long enough; what is left of it is the shortest again."""
+        at = bisect_left(self._sizes, size)
         if at == len(self._sizes):
-            return None
+            return range(0)
         length = self._sizes[at]
         # The latest freed of that size: its lines are the likeliest to be in cache. popitem() is O(1), next(iter()) is not.
         offset, _ = self._by_size[length].popitem()
         self._forget(offset, length)
-        if length > need:
-            self._insert(offset + need, length - need)
-        self._used_at[offset] = need
-        self.used += need
-        return offset
+        taken = size * min(count, length // size)
+        if length > taken:
+            self._insert(offset + taken, length - taken)
+        return range(offset, offset + taken, size)
 
-    def free(self, offset: int) -> None:
-        """Raises KeyError if no extent was allocated at that offset."""
-        size = self._used_at.pop(offset)
-        self.used -= size
+    def _coalesce(self) -> bool:
+        """All that wait; False if none do."""
+        recent, self._recent = self._recent, {}
+        for size, offsets in recent.items():
+            for offset in offsets:
+                self._merge(offset, size)
+        return any(recent.values())
+
+    def _merge(self, offset: int, size: int) -> None:
         before = self._free_end.get(offset)
         if before is not None:
             self._remove(before, self._free_at[before])
@@ -109,22 +135,20 @@ class Allocator:
             del self._by_size[size]
             del self._sizes[bisect_left(self._sizes, size)]
 
-    def extents(self) -> dict[int, int]:
-        """Used extents, offset to rounded size (a copy)."""
-        return dict(self._used_at)
-
-    def check_integrity(self) -> None:
-        """Extents tile the segment, free neighbours are coalesced, indexes agree. Raises AssertionError; O(n log n)."""
+    def check_integrity(self, used: Mapping[int, int]) -> None:
+        """used: offsets to sizes. Extents tile the segment, free neighbours are coalesced, indexes agree. Raises
+        AssertionError; O(n log n)."""
+        recent = [(offset, size) for size, offsets in self._recent.items() for offset in offsets]
         at, last_free = 0, False
         for offset, size, free in sorted(
-            [(o, s, False) for o, s in self._used_at.items()] + [(o, s, True) for o, s in self._free_at.items()]
+            [(o, s, False) for o, s in (*used.items(), *recent)] + [(o, s, True) for o, s in self._free_at.items()]
         ):
             _require(offset == at, f"gap or overlap at {at}: next extent begins at {offset}")
             _require(size > 0 and size % self.alignment == 0, f"extent at {offset} has size {size}")
             _require(not (free and last_free), f"free extents touch at {offset}")
             at, last_free = at + size, free
         _require(at == self.capacity, f"extents end at {at}, capacity is {self.capacity}")
-        _require(self.used == sum(self._used_at.values()), "used bytes do not add up")
+        _require(self.free_bytes == self.capacity - sum(used.values()), "free bytes do not add up")
         by_size = {(size, offset) for size, peers in self._by_size.items() for offset in peers}
         _require(by_size == {(s, o) for o, s in self._free_at.items()}, "size index disagrees")
         _require(self._sizes == sorted(self._by_size), "list of sizes disagrees")
@@ -138,34 +162,24 @@ class Budget:
     def __init__(self, capacity: int, alignment: int = 4096) -> None:
         self.alignment = alignment
         self.capacity = capacity // alignment * alignment
-        self.used = 0
-        self._used_at: dict[int, int] = {}
+        self.free_bytes = self.capacity
         self._last = 0
-
-    @property
-    def free_bytes(self) -> int:
-        return self.capacity - self.used
 
     def rounded(self, size: int) -> int:
         return (size + self.alignment - 1) & -self.alignment
 
-    def allocate(self, size: int) -> int | None:
-        need = (size + self.alignment - 1) & -self.alignment
-        if self.used + need > self.capacity:
-            return None
-        self.used += need
-        self._last += 1
-        self._used_at[self._last] = need
-        return self._last
+    def allocate(self, size: int, count: int) -> list[int]:
+        count = min(count, self.free_bytes // size)
+        first = self._last + 1
+        self._last += count
+        self.free_bytes -= size * count
+        return list(range(first, first + count))
 
-    def free(self, offset: int) -> None:
-        self.used -= self._used_at.pop(offset)
+    def free(self, size: int, offsets: Sequence[int]) -> None:
+        self.free_bytes += size * len(offsets)
 
-    def extents(self) -> dict[int, int]:
-        return dict(self._used_at)
-
-    def check_integrity(self) -> None:
-        _require(self.used == sum(self._used_at.values()) <= self.capacity, "used bytes do not add up")
+    def check_integrity(self, used: Mapping[int, int]) -> None:
+        _require(0 <= self.free_bytes == self.capacity - sum(used.values()), "free bytes do not add up")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -3,25 +3,24 @@
 Sans-IO: `handle(event, now)` gives commands, `deadline()` the time of the next Tick. The core never sees a byte of an
 object.
 
-An object is in `_by_number` from reservation to end, and in `_by_key` while it is committed; `_num_writers` counts a
-key's live reservations. In EQUIVALENT mode a key may have several writers, since waiting for each other would let a
-slow or dying one stop the rest: the first commit wins, and those that come later get leases of the winner, under the
-numbers of their own reservations (`aliases`). Every claim has an owner: a reservation is in its client's
-`reservations`, a lease in its client's `leases` (counted, the same client may lease twice) or `aliases`, and an
-object's `refs` is the sum of both.
+In EQUIVALENT mode a key may have several writers, since waiting for each other would let a slow or dying one stop the
+rest: the first commit wins, and those that come later get leases of the winner, under the numbers of their own
+reservations (`Claims.aliases`). Every claim has an owner: a reservation is in its client's `reservations`, a lease in its
+client's claims (counted, the same client may lease twice), and an object's `refs` is the sum of them.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
-
-import msgspec
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, TypeVar
 
 from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S
 from mooncake.store.allocator import Allocator, BytesAllocator
+from mooncake.store.claims import Claims, Reservations
 from mooncake.store.events import (
+    MAX_BATCH,
     Cancel,
     ClientGone,
     Command,
@@ -41,62 +40,22 @@ from mooncake.store.events import (
     SnapshotWanted,
     Tick,
     fault_of,
+    fault_of_reserve,
 )
 from mooncake.store.eviction import EvictionPolicy, Lru
-from mooncake.store.lifecycle import TABLE, State, Trigger, advance
-from mooncake.store.types import MISS, CommitStatus, Location, Put, PutMode, PutStatus
+from mooncake.store.lifecycle import State, Trigger
+from mooncake.store.objects import Objects, pick
+from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
 
+_T = TypeVar("_T")
+_STRICT, _RESERVED, _EXISTS, _COMMITTED = PutMode.STRICT, PutStatus.RESERVED, PutStatus.EXISTS, CommitStatus.COMMITTED
+"""Members of an enum are looked up slowly."""
 RESERVATION_NS = 600 * NANOS_PER_S
 """A reservation's time to live, longer than the longest prefill, whose objects are reserved before it starts. A writer that
 died is seen by its connection long before."""
+_FEW_RESERVED = 64
 REPORT_NS = 20 * NANOS_PER_MS
 """Deltas are gathered this long: a control message costs 100 us, a prediction covers the gap."""
-
-_REFUSED = Put(PutStatus.REFUSED)
-_BUSY = Put(PutStatus.BUSY)
-_TO_MAKE = Put(PutStatus.RESERVED)
-"""Stands for an answer until there is a location."""
-_CONFLICT = Put(PutStatus.CONFLICT)
-_RESERVED = TABLE[State.FREE, Trigger.RESERVE]
-_COMMITTED = TABLE[State.RESERVED, Trigger.COMMIT]
-
-
-class StoredObject(msgspec.Struct, gc=False):
-    """One reservation or object. `number` is its generation; num_bytes are rounded to the allocator's alignment."""
-
-    number: int
-    key: bytes
-    location: Location
-    num_bytes: int
-    state: State
-    writer: int | None
-    ephemeral: bool
-    checksum: int | None
-    batch: _Batch
-    refs: int = 0
-
-
-class _Batch:
-    """Reservations of one call, which run out together. num_open: those that are still reserved."""
-
-    __slots__ = ("expires_at", "num_open", "numbers")
-
-    def __init__(self, expires_at: int) -> None:
-        self.expires_at = expires_at
-        self.num_open = 0
-        self.numbers = range(0)
-
-
-class _Claims:
-    """What one client holds: numbers of its reservations, and how often it leased which number. aliases: numbers of
-    reservations that lost against another writer -> the number of which it has a lease instead, beside `leases`."""
-
-    __slots__ = ("aliases", "leases", "reservations")
-
-    def __init__(self) -> None:
-        self.reservations: dict[int, None] = {}
-        self.leases: dict[int, int] = {}
-        self.aliases: dict[int, int] = {}
 
 
 class StoreCore:
@@ -114,23 +73,18 @@ class StoreCore:
         report_ns: int = REPORT_NS,
     ) -> None:
         self.epoch = epoch
-        self.seq = 0
-        self.counters = dict.fromkeys(
-            ("hits", "misses", "commits", "evictions", "evicted_bytes", "refusals", "conflicts", "expired"), 0
-        )
+        self.counters = dict.fromkeys(("hits", "misses", "commits", "refusals", "conflicts", "expired"), 0)
         self._allocator = allocator or Allocator(capacity, alignment)
-        self._policy: EvictionPolicy = policy or Lru()
+        self._objects = Objects(self._allocator, policy or Lru())
         self._reservation_ns = reservation_ns
         self._report_ns = report_ns
-        self._by_key: dict[bytes, StoredObject] = {}
-        self._num_writers: dict[bytes, int] = {}
-        self._by_number: dict[int, StoredObject] = {}
-        self._clients: dict[int, _Claims] = {}
-        self._batches: deque[_Batch] = deque()  # one time to live, so in the order in which they run out
-        self._idle_bytes = 0  # rounded bytes of committed, unleased objects: what eviction could free
-        self._delta: dict[bytes, bool] = {}  # key -> added (else removed), net since the last report
+        self._clients: dict[int, Claims] = {}
+        self._reserved: deque[Reservations] = deque()  # one time to live, so in the order in which they run out
+        self._num_reserved_max = _FEW_RESERVED
+        """When there are more, those that are closed behind one that stays open are dropped."""
+        self._writers: Counter[bytes] | None = None
+        """Live reservations by key. Only strict writers ask for them, so they are counted from the first strict put on."""
         self._report_at: int | None = None
-        self._last_number = 0
         self._handlers: dict[type[Event], Callable[[Any, int], list[Command]]] = {
             Reserve: self._reserve,
             Commit: self._commit,
@@ -145,234 +99,294 @@ class StoreCore:
         }
 
     def handle(self, event: Event, now: int) -> list[Command]:
-        if isinstance(event, Request):
-            fault = fault_of(event, self._allocator.capacity)
-            if fault is not None:
-                return [Fault(event.client, event.request_id, fault)]
         commands = self._handlers[type(event)](event, now)
-        if self._delta and self._report_at is None:
+        changes = self._objects.changes
+        if self._report_at is None and (changes.gained or changes.lost):
             self._report_at = now + self._report_ns
         if self._report_at is not None and now >= self._report_at:
             commands += self._flush()
         return commands
 
     def deadline(self) -> int | None:
-        batches = self._batches
-        while batches and not batches[0].num_open:
-            batches.popleft()
-        if not batches:
+        reserved = self._reserved
+        while reserved and not reserved[0].num_open:
+            reserved.popleft()
+        if not reserved:
             return self._report_at
-        expires_at = batches[0].expires_at
+        expires_at = reserved[0].expires_at
         return expires_at if self._report_at is None else min(expires_at, self._report_at)
 
     def allows(self, client: int, number: int, offset: int, size: int, write: bool) -> bool:
         """Whether [offset, offset + size) of the segment lies in an object that the client may write (its live
         reservation) or read (its lease)."""
-        obj = self._by_number.get(number)
-        if obj is None:
+        claims = self._clients.get(client)
+        if claims is None:
             return False
-        if write:
-            owned = obj.writer == client and obj.state is State.RESERVED
-        else:
-            owned = client in self._clients and number in self._clients[client].leases
-        return owned and obj.location.offset <= offset and offset + size <= obj.location.offset + obj.location.size
+        row = claims.writable_row(number) if write else claims.leased_row(number)
+        if row is None:
+            return False
+        start = self._objects.offsets[row]
+        return start <= offset and offset + size <= start + self._objects.sizes[row]
 
     def metrics(self) -> dict[str, int]:
         """Bytes are rounded to the alignment. `evictable_bytes`: of committed, unleased objects."""
+        objects, clients = self._objects, self._clients.values()
         return self.counters | {
+            "evictions": objects.num_evictions,
+            "evicted_bytes": objects.evicted_bytes,
             "capacity_bytes": self._allocator.capacity,
-            "used_bytes": self._allocator.used,
-            "evictable_bytes": self._idle_bytes,
-            "objects": len(self._by_key),
-            "reservations": sum(len(claims.reservations) for claims in self._clients.values()),
-            "leases": sum(sum(claims.leases.values()) + len(claims.aliases) for claims in self._clients.values()),
+            "used_bytes": self._allocator.capacity - self._allocator.free_bytes,
+            "evictable_bytes": objects.idle_bytes,
+            "objects": len(objects.by_key),
+            "reservations": sum([claims.num_reservations for claims in clients]),
+            "leases": sum([claims.num_leases + len(claims.aliases) for claims in clients]),
         }
 
-    # ------------------------------------------------------------ requests
+    # ------------------------------------------------------------ reserve and commit
 
     def _reserve(self, event: Reserve, now: int) -> list[Command]:
-        found = [self._by_key.get(key) for key in event.keys]
-        held = [obj for obj in found if obj is not None]
-        self._hold(held)  # so that the batch's new objects do not evict those it found
-        results: list[Put] = [
-            _TO_MAKE if obj is None else _answer_for_known(event, at, obj) for at, obj in enumerate(found)
-        ]
-        new = [at for at, obj in enumerate(found) if obj is None]
-        if event.mode is PutMode.STRICT:
-            self.counters["conflicts"] += sum(result is _CONFLICT for result in results)
-            new = self._without_busy(event, new, results)
-        offsets = self._place([event.sizes[at] for at in new], all_or_nothing=event.all_or_nothing)
-        if offsets is None:
-            self.counters["refusals"] += 1
-            self._unhold(held)
-            return _reply(event, (_REFUSED,) * len(event.keys))
-        self._make(event, new, offsets, results, now)
-        if held:
-            self._settle_existing(self._claims(event.client), held, results)
-        return _reply(event, tuple(results))
+        objects, keys = self._objects, event.keys
+        found = objects.find(keys)
+        num_known = len(found) - found.count(None)
+        known: list[Any] = found[:num_known]
+        if event.mode is _STRICT or None in known:
+            return self._reserve_any(event, found, now)
+        if fault_of_reserve(event, num_known, self._allocator.capacity) is not None:
+            return self._fault(event)
+        claims = self._claims(event.client)
+        objects.hold(known)  # so that the batch's new objects do not evict those it found
+        made = self._make(event, claims, range(num_known, len(found)), now)
+        if made is None:
+            return self._refuse(event, known)
+        there = self._lease_known(event, claims, known)
+        statuses = (_EXISTS,) * num_known + _statuses_of(made.numbers)
+        puts = Puts(there.offsets + made.offsets, there.sizes + made.sizes, there.numbers + made.numbers, statuses)
+        return [Reply(event.client, event.request_id, puts)]
 
-    def _without_busy(self, event: Reserve, new: list[int], results: list[Put]) -> list[int]:
-        for at in new:
-            if event.keys[at] in self._num_writers:
-                results[at] = _BUSY
-        return [at for at in new if results[at] is _TO_MAKE]
-
-    def _settle_existing(self, claims: _Claims, held: list[StoredObject], results: list[Put]) -> None:
-        """The holds of a reserve call become the client's leases where it asked for them, and end elsewhere."""
-        leased = {put.location.generation for put in results if put.location is not None}
-        for obj in held:
-            if obj.number in leased:
-                claims.leases[obj.number] = claims.leases.get(obj.number, 0) + 1
-        self._unhold([obj for obj in held if obj.number not in leased])
-
-    def _place(self, sizes: list[int], *, all_or_nothing: bool) -> list[int | None] | None:
-        """Where to put objects of these sizes; None for one that finds no room, and None alone if all or nothing is wanted."""
-        allocator = self._allocator
-        if all_or_nothing and sum(map(allocator.rounded, sizes)) > allocator.free_bytes + self._idle_bytes:
-            return None
-        offsets: list[int | None] = []
-        for size in sizes:
-            offset = allocator.allocate(size)
-            if offset is None:
-                offset = self._evict_for(size)
-                if offset is None and all_or_nothing:
-                    for given in offsets:
-                        allocator.free(given)  # type: ignore[arg-type]
-                    return None
-            offsets.append(offset)
-        return offsets
-
-    def _make(self, event: Reserve, new: list[int], offsets: list[int | None], results: list[Put], now: int) -> None:
-        """FREE to RESERVED, for each that found room."""
-        claims, rounded, writers = self._claims(event.client), self._allocator.rounded, self._num_writers
-        batch = _Batch(now + self._reservation_ns)
-        last = len(event.keys) - 1
-        number = self._last_number
-        for at, offset in zip(new, offsets, strict=True):
-            if offset is None:
-                self.counters["refusals"] += 1
-                results[at] = _REFUSED
-                continue
-            number += 1
-            key, size = event.keys[at], event.sizes[at]
-            location = Location(offset, size, number)
-            ephemeral = event.ephemeral or (event.ephemeral_last and at == last)
-            checksum = event.checksums[at] if event.checksums else None
-            self._by_number[number] = StoredObject(
-                number, key, location, rounded(size), _RESERVED, event.client, ephemeral, checksum, batch
+    def _reserve_any(self, event: Reserve, found: list[int | None], now: int) -> list[Command]:
+        """What is known is more than a prefix, or contents are compared."""
+        fault = self._fault(event)
+        if fault:
+            return fault
+        objects, claims = self._objects, self._claims(event.client)
+        others = self._judge_strictly(event, found) if event.mode is _STRICT else {}
+        same_at = [at for at, row in enumerate(found) if row is not None and at not in others]
+        new_at = [at for at, row in enumerate(found) if row is None and at not in others]
+        held = [row for row in found if row is not None]
+        objects.hold(held)
+        made = self._make(event, claims, new_at, now)
+        if made is None:
+            return self._refuse(event, held)
+        there = _nowhere(len(same_at))
+        if event.lease_existing and same_at:
+            there = self._lease_to(
+                claims, [row for at, row in enumerate(found) if row is not None and at not in others]
             )
-            writers[key] = writers.get(key, 0) + 1
-            results[at] = Put(PutStatus.RESERVED, location)
-        numbers = batch.numbers = range(self._last_number + 1, number + 1)
-        self._last_number = number
-        claims.reservations.update(dict.fromkeys(numbers))
-        if numbers:
-            batch.num_open = len(numbers)
-            self._batches.append(batch)
+            held = [row for at, row in enumerate(found) if row is not None and at in others]
+        objects.unhold(held)
+        at = [*same_at, *new_at, *others]
+        places = _join((there, made, _nowhere(len(others))), at)
+        statuses = (_EXISTS,) * len(same_at) + _statuses_of(made.numbers) + tuple(others.values())
+        in_order = tuple([status for _, status in sorted(zip(at, statuses, strict=True))])
+        return _reply(event, _with_statuses(places, in_order))
+
+    def _refuse(self, event: Reserve, known: Sequence[int]) -> list[Command]:
+        self.counters["refusals"] += 1
+        self._objects.unhold(known)
+        count = len(event.keys)
+        return _reply(event, _with_statuses(_nowhere(count), (PutStatus.REFUSED,) * count))
+
+    def _lease_known(self, event: Reserve, claims: Claims, rows: Sequence[int]) -> Places:
+        """Where those that exist are, if the client wants a lease of them."""
+        if event.lease_existing and rows:
+            return self._lease_to(claims, rows)
+        self._objects.unhold(rows)
+        return _nowhere(len(rows))
+
+    def _judge_strictly(self, event: Reserve, found: list[int | None]) -> dict[int, PutStatus]:
+        """By index, what becomes of keys that are neither to be made nor the same as what exists."""
+        if self._writers is None:
+            self._writers = self._count_writers()
+        others: dict[int, PutStatus] = {}
+        for at, row in enumerate(found):
+            if row is None:
+                if event.keys[at] in self._writers:
+                    others[at] = PutStatus.BUSY
+            elif self._objects.checksums.get(row) != event.checksums[at]:
+                others[at] = PutStatus.CONFLICT
+                self.counters["conflicts"] += 1
+        return others
+
+    def _make(self, event: Reserve, claims: Claims, new: Sequence[int], now: int) -> Places | None:
+        """Reserve space for these keys; nowhere for one that finds none, and None alone if then nothing is wanted."""
+        if not new:
+            return _nowhere(0)
+        objects = self._objects
+        keys, sizes = _select(event.keys, new), _select(event.sizes, new)
+        created = objects.create(keys, sizes, all_or_nothing=event.all_or_nothing)
+        if created is None:
+            return None
+        numbers, rows, refused = created
+        made = new
+        if refused:
+            self.counters["refusals"] += len(refused)
+            lost = dict.fromkeys(refused)
+            made = [at for index, at in enumerate(new) if index not in lost]
+        if rows:
+            self._enter(Reservations(numbers, rows, now + self._reservation_ns), claims)
+            self._mark(event, rows, made)
+        if not refused:
+            return Places(pick(objects.offsets, rows), tuple(sizes), numbers)
+        there = objects.places(rows) if rows else _nowhere(0)
+        return _join((there, _nowhere(len(refused))), [*made, *[new[index] for index in refused]])
+
+    def _enter(self, reservations: Reservations, claims: Claims) -> None:
+        claims.reserve(reservations)
+        self._reserved.append(reservations)
+        if len(self._reserved) > self._num_reserved_max:
+            self._reserved = deque([reservations for reservations in self._reserved if reservations.num_open])
+            self._num_reserved_max = 2 * len(self._reserved) + _FEW_RESERVED
+
+    def _mark(self, event: Reserve, rows: Sequence[int], made: Sequence[int]) -> None:
+        """What the call says of its new objects. made: their indices."""
+        transient = self._objects.transient
+        if self._writers is not None:
+            self._writers.update(_select(event.keys, made))
+        if event.checksums:
+            self._objects.checksums.update(zip(rows, _select(event.checksums, made), strict=True))
+        if event.ephemeral:
+            transient.update(dict.fromkeys(rows))
+        elif event.ephemeral_last and made[-1] == len(event.keys) - 1:
+            transient[rows[-1]] = None
 
     def _commit(self, event: Commit, now: int) -> list[Command]:
+        objects, numbers = self._objects, event.numbers
+        if event.checksums:
+            fault = self._fault(event)
+            if fault:
+                return fault
         claims = self._claims(event.client)
+        reservations = claims.reserved_with(numbers[0]) if numbers else None
+        rows = None if reservations is None else reservations.live_rows(numbers)
+        if reservations is None or rows is None:
+            return self._commit_singly(event, claims)
+        keys = [objects.keys[row] for row in rows]
+        if not objects.by_key.keys().isdisjoint(keys):
+            return self._commit_singly(event, claims)
+        claims.close(reservations, numbers[0], len(numbers))
+        self._forget_writers(keys)
+        if event.checksums:
+            objects.checksums.update(zip(rows, event.checksums, strict=True))
+        objects.publish(rows, keys)
+        self._keep(event, claims, numbers, rows)
+        return [Reply(event.client, event.request_id, (_COMMITTED,) * len(numbers))]
+
+    def _commit_singly(self, event: Commit, claims: Claims) -> list[Command]:
+        fault = self._fault(event)
+        if fault:
+            return fault
+        objects = self._objects
         results: list[CommitStatus] = []
-        committed: list[StoredObject] = []
+        committed: dict[int, int] = {}
         for at, number in enumerate(event.numbers):
-            if number not in claims.reservations:
+            row = claims.take_reserved(number)
+            if row is None:
                 results.append(CommitStatus.UNKNOWN)
-                continue
-            obj = self._by_number[number]
-            if obj.state is State.FENCED:
-                self._end(obj, Trigger.COMMIT)
+            elif objects.states[row] is State.FENCED:
+                objects.end(row, Trigger.COMMIT)
                 results.append(CommitStatus.EXPIRED)
-            elif (winner := self._by_key.get(obj.key)) is not None:
-                self._yield_to(winner, obj, lease=event.lease)
+            elif (winner := objects.by_key.get(objects.keys[row])) is not None:
+                if event.lease:
+                    objects.hold((winner,))
+                    claims.aliases[number] = winner
+                self._end_reservation(row, Trigger.CANCEL)
                 results.append(CommitStatus.EXISTS)
             else:
+                self._forget_writers((objects.keys[row],))
                 if event.checksums:
-                    obj.checksum = event.checksums[at]
-                self._publish(obj, claims)
-                committed.append(obj)
+                    objects.checksums[row] = event.checksums[at]
+                objects.publish((row,), (objects.keys[row],))
+                committed[number] = row
                 results.append(CommitStatus.COMMITTED)
-        self.counters["commits"] += len(committed)
-        if event.lease:
-            claims.leases.update([(obj.number, 1) for obj in committed])
-        else:
-            self._unhold(committed)
+        if committed:
+            self._keep(event, claims, tuple(committed), list(committed.values()))
         return _reply(event, tuple(results))
 
-    def _yield_to(self, winner: StoredObject, obj: StoredObject, *, lease: bool) -> None:
-        if lease:
-            assert obj.writer is not None
-            self._hold((winner,))
-            self._claims(obj.writer).aliases[obj.number] = winner.number
-        self._end(obj, Trigger.CANCEL)
-
-    def _publish(self, obj: StoredObject, claims: _Claims) -> None:
-        """RESERVED to COMMITTED, held once by whoever commits it."""
-        obj.state = _COMMITTED
-        obj.batch.num_open -= 1
-        del claims.reservations[obj.number]
-        self._forget_writer(obj)
-        obj.writer = None
-        self._by_key[obj.key] = obj
-        obj.refs = 1
-        self._policy.add(obj.number, obj.key, obj.location.size)
-        self._note(obj, added=True)
+    def _keep(self, event: Commit, claims: Claims, numbers: tuple[int, ...], rows: list[int]) -> None:
+        """What was committed is held by the call; now the client has a lease of it, or nobody."""
+        self.counters["commits"] += len(rows)
+        if event.lease:
+            claims.lease(numbers, rows)
+        else:
+            self._objects.unhold(rows)
 
     def _cancel(self, event: Cancel, now: int) -> list[Command]:
-        results = []
-        for number in event.numbers:
-            obj = self._reservation(event.client, number)
-            if obj is not None:
-                self._end(obj, Trigger.CANCEL)
-            results.append(obj is not None)
-        return _reply(event, tuple(results))
+        fault = self._fault(event)
+        if fault:
+            return fault
+        claims = self._claims(event.client)
+        rows = [claims.take_reserved(number) for number in event.numbers]
+        for row in rows:
+            if row is not None:
+                self._end_reservation(row, Trigger.CANCEL)
+        return _reply(event, tuple([row is not None for row in rows]))
+
+    # ------------------------------------------------------------ lease, release, and the rest
 
     def _lease(self, event: Lease, now: int) -> list[Command]:
-        leases = self._claims(event.client).leases
-        found = [self._by_key.get(key) for key in event.keys]
-        hits = [obj for obj in found if obj is not None]
-        self._hold(hits)
-        for obj in hits:
-            leases[obj.number] = leases.get(obj.number, 0) + 1
+        rows = self._objects.find_all(event.keys) if event.keys else None
+        if rows is None or len(rows) > MAX_BATCH:
+            return self._lease_some(event)
+        self.counters["hits"] += len(rows)
+        self._objects.hold(rows)
+        return [Reply(event.client, event.request_id, self._lease_to(self._claims(event.client), rows))]
+
+    def _lease_some(self, event: Lease) -> list[Command]:
+        fault = self._fault(event)
+        if fault:
+            return fault
+        found = self._objects.find(event.keys)
+        hits = [at for at, row in enumerate(found) if row is not None]
+        misses = [at for at, row in enumerate(found) if row is None]
         self.counters["hits"] += len(hits)
-        self.counters["misses"] += len(found) - len(hits)
-        return _reply(event, tuple([MISS if obj is None else obj.location for obj in found]))
+        self.counters["misses"] += len(misses)
+        if not hits:
+            return _reply(event, _nowhere(len(found)))
+        rows = [row for row in found if row is not None]
+        self._objects.hold(rows)
+        there = self._lease_to(self._claims(event.client), rows)
+        return _reply(event, _join((there, _nowhere(len(misses))), hits + misses))
 
     def _release(self, event: Release, now: int) -> list[Command]:
-        claims = self._claims(event.client)
-        leases = claims.leases
-        released: list[StoredObject] = []
-        results = []
-        for named in event.numbers:
-            number = claims.aliases.pop(named, None) if claims.aliases else None
-            if number is None and named in leases:
-                number = named
-                leases[number] -= 1
-                if not leases[number]:
-                    del leases[number]
-            results.append(number is not None)
-            if number is not None:
-                released.append(self._by_number[number])
-        self._unhold(released)
-        return _reply(event, tuple(results))
+        claims, numbers = self._claims(event.client), event.numbers
+        rows = claims.release_whole(numbers) if len(numbers) <= MAX_BATCH else None
+        if rows:
+            self._objects.unhold(rows)
+            return [Reply(event.client, event.request_id, (True,) * len(rows))]
+        fault = self._fault(event)
+        if fault:
+            return fault
+        found = claims.release_singly(numbers)
+        self._objects.unhold([row for row in found if row is not None])
+        return _reply(event, tuple([row is not None for row in found]))
 
     def _exists(self, event: Exists, now: int) -> list[Command]:
-        found = map(self._by_key.get, event.keys)
-        return _reply(event, tuple(obj is not None for obj in found))
+        fault = self._fault(event)
+        if fault:
+            return fault
+        by_key = self._objects.by_key
+        return _reply(event, tuple([key in by_key for key in event.keys]))
 
     def _remove(self, event: Remove, now: int) -> list[Command]:
+        fault = self._fault(event)
+        if fault:
+            return fault
         results = []
         for key in event.keys:
-            obj = self._by_key.get(key)
-            if obj is None:
-                results.append(False)
-                continue
-            if obj.refs:
-                self._move(obj, Trigger.CONDEMN)
-                del self._by_key[key]
-                self._note(obj, added=False)
-            else:
-                self._end(obj, Trigger.REMOVE)
-            results.append(True)
+            row = self._objects.by_key.get(key)
+            if row is not None:
+                self._objects.remove(row)
+            results.append(row is not None)
         return _reply(event, tuple(results))
 
     # ------------------------------------------------------------ other events
@@ -380,167 +394,116 @@ class StoreCore:
     def _client_gone(self, event: ClientGone, now: int) -> list[Command]:
         claims = self._clients.pop(event.client, None)
         if claims is not None:
-            for number in tuple(claims.reservations):
-                self._end(self._by_number[number], Trigger.CANCEL)
-            self._unhold([self._by_number[n] for n, count in claims.leases.items() for _ in range(count)])
-            self._unhold([self._by_number[n] for n in claims.aliases.values()])
+            for number, row in claims.reserved_rows():
+                claims.take_reserved(number)
+                self._end_reservation(row, Trigger.CANCEL)
+            self._objects.unhold(list(claims.leased_rows()))
         return []
 
     def _snapshot(self, event: SnapshotWanted, now: int) -> list[Command]:
-        keys = tuple(obj.key for obj in self._by_key.values() if not obj.ephemeral)
-        return [*self._flush(), Snapshot(self.epoch, self.seq, keys)]
+        objects = self._objects
+        keys = tuple([key for key, row in objects.by_key.items() if row not in objects.transient])
+        return [*self._flush(), Snapshot(self.epoch, objects.changes.seq, keys)]
 
     def _tick(self, event: Tick, now: int) -> list[Command]:
-        while self._batches and self._batches[0].expires_at <= now:
-            for number in self._batches.popleft().numbers:
-                obj = self._by_number.get(number)
-                if obj is not None and obj.state is State.RESERVED:
-                    self._move(obj, Trigger.EXPIRE)
-                    self._forget_writer(obj)
-                    obj.batch.num_open -= 1
-                    self.counters["expired"] += 1
+        objects = self._objects
+        while self._reserved and self._reserved[0].expires_at <= now:
+            reservations = self._reserved.popleft()
+            reservations.is_late = True
+            rows = reservations.open_rows()
+            for row in rows:
+                objects.move(row, Trigger.EXPIRE)
+            self._forget_writers([objects.keys[row] for row in rows])
+            self.counters["expired"] += len(rows)
         return []
 
     def _flush(self) -> list[Command]:
         self._report_at = None
-        if not self._delta:
-            return []
-        self.seq += 1
-        added = tuple(key for key, is_added in self._delta.items() if is_added)
-        removed = tuple(key for key, is_added in self._delta.items() if not is_added)
-        self._delta = {}
-        return [Report(self.epoch, self.seq, added, removed)]
+        changes = self._objects.changes
+        added, removed = changes.take()
+        return [Report(self.epoch, changes.seq, added, removed)] if added or removed else []
 
-    # ------------------------------------------------------------ objects
+    # ------------------------------------------------------------ claims
 
-    def _evict_for(self, size: int) -> int | None:
-        """Space for `size` bytes, evicting as little as it takes; evicts nothing where even all of it would not do."""
-        allocator = self._allocator
-        if allocator.rounded(size) > allocator.free_bytes + self._idle_bytes:
-            return None
-        offset: int | None = None
-        while offset is None:
-            victim = self._policy.victim()
-            if victim is None:
-                return None
-            obj = self._by_number[victim]
-            self._end(obj, Trigger.EVICT)
-            self.counters["evictions"] += 1
-            self.counters["evicted_bytes"] += obj.location.size
-            offset = allocator.allocate(size)
-        return offset
-
-    def _hold(self, objects: Iterable[StoredObject]) -> None:
-        for obj in objects:
-            obj.refs += 1
-            if obj.refs == 1:
-                self._policy.hold(obj.number)
-                self._idle_bytes -= obj.num_bytes
-
-    def _unhold(self, objects: Sequence[StoredObject]) -> None:
-        """The opposite of _hold, in chain order. What nobody holds becomes evictable, or ends if it was waiting to."""
-        idle: list[int] = []
-        ephemeral: list[StoredObject] = []
-        for obj in objects:
-            obj.refs -= 1
-            if obj.refs:
-                continue
-            if obj.state is State.CONDEMNED:
-                self._end(obj, Trigger.LAST_RELEASE)
-                continue
-            idle.append(obj.number)
-            self._idle_bytes += obj.num_bytes
-            if obj.ephemeral:
-                ephemeral.append(obj)
-        if idle:
-            self._policy.idle(idle)
-        for obj in ephemeral:
-            self._end(obj, Trigger.REMOVE)
-
-    def _end(self, obj: StoredObject, trigger: Trigger) -> None:
-        """Free the bytes of an object or reservation that nobody holds any more."""
-        before = obj.state
-        self._move(obj, trigger)
-        if before is State.COMMITTED:
-            self._policy.discard(obj.number)
-            self._idle_bytes -= obj.num_bytes
-            self._note(obj, added=False)
-            del self._by_key[obj.key]
-        elif before is State.CONDEMNED:
-            self._policy.discard(obj.number)
-        else:
-            if before is State.RESERVED:
-                self._forget_writer(obj)
-                obj.batch.num_open -= 1
-            self._forget_reservation(obj)
-        del self._by_number[obj.number]
-        self._allocator.free(obj.location.offset)
-
-    def _forget_writer(self, obj: StoredObject) -> None:
-        left = self._num_writers.pop(obj.key) - 1
-        if left:
-            self._num_writers[obj.key] = left
-
-    def _move(self, obj: StoredObject, trigger: Trigger) -> None:
-        after = advance(obj.state, trigger)
-        if after is None:
-            raise AssertionError(f"object {obj.number}: {trigger.name} is illegal in {obj.state.name}")
-        obj.state = after
-
-    def _forget_reservation(self, obj: StoredObject) -> None:
-        if obj.writer in self._clients:
-            self._clients[obj.writer].reservations.pop(obj.number, None)
-        obj.writer = None
-
-    def _note(self, obj: StoredObject, *, added: bool) -> None:
-        """Remember a change for the next report; a change and its opposite cancel out."""
-        if not obj.ephemeral and self._delta.pop(obj.key, None) is None:
-            self._delta[obj.key] = added
-
-    def _claims(self, client: int) -> _Claims:
+    def _claims(self, client: int) -> Claims:
         claims = self._clients.get(client)
         if claims is None:
-            claims = self._clients[client] = _Claims()
+            claims = self._clients[client] = Claims()
         return claims
 
-    def _reservation(self, client: int, number: int) -> StoredObject | None:
-        obj = self._by_number.get(number)
-        return obj if obj is not None and obj.writer == client else None
+    def _fault(self, event: Request) -> list[Command]:
+        fault = fault_of(event, self._allocator.capacity)
+        return [] if fault is None else [Fault(event.client, event.request_id, fault)]
+
+    def _lease_to(self, claims: Claims, rows: Sequence[int]) -> Places:
+        """What the call holds already becomes a lease of the client."""
+        places = self._objects.places(rows)
+        claims.lease(places.numbers, rows)  # type: ignore[arg-type]  # none is nowhere
+        return places
+
+    def _end_reservation(self, row: int, trigger: Trigger) -> None:
+        if self._objects.states[row] is State.RESERVED:
+            self._forget_writers((self._objects.keys[row],))
+        self._objects.end(row, trigger)
+
+    def _count_writers(self) -> Counter[bytes]:
+        objects, clients = self._objects, self._clients.values()
+        rows = [row for claims in clients for _, row in claims.reserved_rows()]
+        return Counter([objects.keys[row] for row in rows if objects.states[row] is State.RESERVED])
+
+    def _forget_writers(self, keys: Sequence[bytes]) -> None:
+        if self._writers is not None:
+            for key in keys:
+                left = self._writers.pop(key) - 1
+                if left:
+                    self._writers[key] = left
 
     # ------------------------------------------------------------ conservation
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a law is broken. O(objects)."""
-        self._allocator.check_integrity()
-        objects = self._by_number
-        extents = {o.location.offset: o.num_bytes for o in objects.values()}
-        _require(len(extents) == len(objects) and extents == self._allocator.extents(), "index and allocator disagree")
-        committed = [o for o in objects.values() if o.state is State.COMMITTED]
-        _require(len({o.key for o in committed}) == len(committed), "a key is committed twice")
-        _require(self._by_key == {o.key: o for o in committed}, "key index disagrees")
-        live = Counter(o.key for o in objects.values() if o.state is State.RESERVED)
-        _require(self._num_writers == live, "a key's writers are miscounted")
-        reserved = {(c, n) for c, claims in self._clients.items() for n in claims.reservations}
-        writers = {(o.writer, o.number) for o in objects.values() if o.state in (State.RESERVED, State.FENCED)}
-        _require(reserved == writers, "a reservation has no owner, or an owner no reservation")
-        waiting = Counter(o.batch for o in objects.values() if o.state is State.RESERVED)
-        _require(waiting == {batch: batch.num_open for batch in self._batches if batch.num_open}, "expiry disagrees")
-        refs = dict.fromkeys(objects, 0)
-        for claims in self._clients.values():
-            for number, count in (*claims.leases.items(), *((n, 1) for n in claims.aliases.values())):
-                _require(number in refs and count > 0, f"lease of {number}, which is not there")
-                refs[number] += count
-        _require(refs == {n: o.refs for n, o in objects.items()}, "leases do not add up to reference counts")
-        _require(all(o.refs for o in objects.values() if o.state is State.CONDEMNED), "a condemned object nobody holds")
-        idle = [extents[o.location.offset] for o in committed if not o.refs]
-        _require(sum(idle) == self._idle_bytes, "evictable bytes do not add up")
-        _require((self._policy.victim() is None) == (not idle), "the policy has no victim, or one it should not have")
+        objects, clients = self._objects, self._clients.values()
+        objects.check_integrity()
+        states = objects.states
+        reserved = Counter([row for claims in clients for _, row in claims.reserved_rows()])
+        owned = Counter([row for row in objects.used_rows() if states[row] in (State.RESERVED, State.FENCED)])
+        _require(reserved == owned, "a reservation has no owner, or an owner no reservation")
+        _require(sum([claims.num_reservations for claims in clients]) == len(owned), "reservations are miscounted")
+        _require(self._writers in (None, self._count_writers()), "a key's writers are miscounted")
+        waiting = Counter([row for reservations in self._reserved for row in reservations.open_rows()])
+        live = Counter([row for row in owned if states[row] is State.RESERVED])
+        _require(waiting == live, "a reservation runs out never, or twice")
+        leased = Counter([row for claims in clients for row in claims.leased_rows()])
+        _require(leased == {row: count for row, count in enumerate(objects.refs) if count}, "leases do not add up")
+        numbers = sum([claims.num_leases + len(claims.aliases) for claims in clients])
+        _require(numbers == sum(objects.refs), "leases are miscounted")
 
 
-def _answer_for_known(event: Reserve, at: int, obj: StoredObject) -> Put:
-    if event.mode is PutMode.STRICT and obj.checksum != event.checksums[at]:
-        return _CONFLICT
-    return Put(PutStatus.EXISTS, obj.location if event.lease_existing else None)
+def _nowhere(count: int) -> Places:
+    return Places(*[(None,) * count] * 3)
+
+
+def _with_statuses(places: Places, statuses: tuple[PutStatus, ...]) -> Puts:
+    return Puts(places.offsets, places.sizes, places.numbers, statuses)
+
+
+def _join(parts: Sequence[Places], at: Sequence[int]) -> Places:
+    """One after the other; the i-th of them goes to at[i]."""
+    order = sorted(range(len(at)), key=at.__getitem__)
+    columns = zip(*[(part.offsets, part.sizes, part.numbers) for part in parts], strict=True)
+    return Places(*[pick(tuple(chain(*column)), order) for column in columns])
+
+
+def _statuses_of(numbers: tuple[int | None, ...]) -> tuple[PutStatus, ...]:
+    if None in numbers:
+        return tuple([PutStatus.REFUSED if number is None else _RESERVED for number in numbers])
+    return (_RESERVED,) * len(numbers)
+
+
+def _select(values: Sequence[_T], positions: Sequence[int]) -> Sequence[_T]:
+    if isinstance(positions, range):
+        return values[positions.start : positions.stop]
+    return [values[at] for at in positions]
 
 
 def _reply(event: Request, results: Results) -> list[Command]:

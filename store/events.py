@@ -6,10 +6,13 @@ the answer. A reservation and a lease are both named by the object's generation,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import msgspec
 
 from mooncake.core.keys import OBJECT_KEY_BYTES
-from mooncake.store.types import CommitStatus, Location, Miss, Put, PutMode
+from mooncake.store.types import CommitStatus, Places, PutMode, Puts
 
 _KEY_LENGTHS = {OBJECT_KEY_BYTES}
 MAX_BATCH = 16_384
@@ -28,7 +31,7 @@ class Request(Event, frozen=True):
 
 
 class Reserve(Request, frozen=True):
-    """Ask for space for objects to be written. Answered by a Put per key.
+    """Ask for space for objects to be written. Answered by Puts.
 
     lease_existing: lease those that EXIST to the client. all_or_nothing: if one key gets no room, none is reserved or
     leased and all are REFUSED. ephemeral: the objects are freed as soon as their last lease goes and are not reported
@@ -61,7 +64,7 @@ class Cancel(Request, frozen=True):
 
 
 class Lease(Request, frozen=True):
-    """Answered by Location or Miss per key. A key leased twice must be released twice."""
+    """Answered by Places. A key leased twice must be released twice."""
 
     keys: tuple[bytes, ...]
 
@@ -99,7 +102,7 @@ class Tick(Event, frozen=True):
     """The deadline passed."""
 
 
-Results = tuple[Put, ...] | tuple[Location | Miss, ...] | tuple[CommitStatus, ...] | tuple[bool, ...]
+Results = Puts | Places | tuple[CommitStatus, ...] | tuple[bool, ...]
 
 
 class Command(msgspec.Struct, frozen=True, tag=True):
@@ -139,16 +142,51 @@ class Snapshot(Command, frozen=True):
 
 def fault_of(event: Request, capacity: int) -> str | None:
     """What is wrong with a request, naming the argument, or None."""
-    match event:
-        case Reserve():
-            return _fault_of_keys(event.keys) or _fault_of_reserve(event, capacity)
-        case Lease() | Exists() | Remove():
-            return _fault_of_keys(event.keys)
-        case Commit() | Cancel() | Release():
-            if not 0 < len(event.numbers) <= MAX_BATCH:
-                return f"numbers: a batch has 1 to {MAX_BATCH}, got {len(event.numbers)}"
-            return _fault_of_checksums(event.checksums, len(event.numbers)) if isinstance(event, Commit) else None
-    return None
+    return _CHECKS[type(event)](event, capacity)
+
+
+def _check_keys(event: Lease | Exists | Remove, capacity: int) -> str | None:
+    return _fault_of_keys(event.keys)
+
+
+def _check_numbers(event: Cancel | Release, capacity: int) -> str | None:
+    return _fault_of_numbers(event.numbers)
+
+
+def _check_commit(event: Commit, capacity: int) -> str | None:
+    return _fault_of_numbers(event.numbers) or _fault_of_checksums(event.checksums, len(event.numbers))
+
+
+def _check_reserve(event: Reserve, capacity: int) -> str | None:
+    return fault_of_reserve(event, 0, capacity)
+
+
+def fault_of_reserve(event: Reserve, num_found: int, capacity: int) -> str | None:
+    """As `fault_of`. num_found: so many leading keys are known to be sound, as a store has them."""
+    keys, sizes = event.keys[num_found:], event.sizes[num_found:]
+    if not 0 < len(event.keys) <= MAX_BATCH or (keys and set(map(len, keys)) != _KEY_LENGTHS):
+        return _fault_of_keys(event.keys)
+    if len(event.sizes) != len(event.keys):
+        return f"sizes: {len(event.sizes)} for {len(event.keys)} keys"
+    if len(set(keys)) != len(keys):
+        return "keys: a key is in the batch twice"
+    if sizes and not 0 < min(sizes) <= max(sizes) <= capacity:
+        at, size = next((at, size) for at, size in enumerate(event.sizes) if not 0 < size <= capacity)
+        return f"sizes[{at}]: must be between 1 and the segment's {capacity} bytes, got {size}"
+    if event.mode is PutMode.STRICT and not event.checksums:
+        return "checksums: a strict put needs them"
+    return _fault_of_checksums(event.checksums, len(event.keys)) if event.checksums else None
+
+
+_CHECKS: dict[type[Request], Callable[[Any, int], str | None]] = {
+    Reserve: _check_reserve,
+    Commit: _check_commit,
+    Cancel: _check_numbers,
+    Lease: _check_keys,
+    Release: _check_numbers,
+    Exists: _check_keys,
+    Remove: _check_keys,
+}
 
 
 def _fault_of_keys(keys: tuple[bytes, ...]) -> str | None:
@@ -160,17 +198,10 @@ def _fault_of_keys(keys: tuple[bytes, ...]) -> str | None:
     return f"keys[{at}]: must have {OBJECT_KEY_BYTES} bytes, got {size}"
 
 
-def _fault_of_reserve(event: Reserve, capacity: int) -> str | None:
-    if len(event.sizes) != len(event.keys):
-        return f"sizes: {len(event.sizes)} for {len(event.keys)} keys"
-    if len(set(event.keys)) != len(event.keys):
-        return "keys: a key is in the batch twice"
-    if not 0 < min(event.sizes) <= max(event.sizes) <= capacity:
-        at, size = next((at, size) for at, size in enumerate(event.sizes) if not 0 < size <= capacity)
-        return f"sizes[{at}]: must be between 1 and the segment's {capacity} bytes, got {size}"
-    if event.mode is PutMode.STRICT and not event.checksums:
-        return "checksums: a strict put needs them"
-    return _fault_of_checksums(event.checksums, len(event.keys))
+def _fault_of_numbers(numbers: tuple[int, ...]) -> str | None:
+    if 0 < len(numbers) <= MAX_BATCH:
+        return None
+    return f"numbers: a batch has 1 to {MAX_BATCH}, got {len(numbers)}"
 
 
 def _fault_of_checksums(checksums: tuple[int, ...], count: int) -> str | None:

@@ -20,7 +20,7 @@ import msgspec
 
 from mooncake.core.errors import AuthError, BadArgument, ProtocolError, SegmentError, StoreError, StoreUnavailable
 from mooncake.core.event_log import EventLogWriter
-from mooncake.core.keys import KEY_BYTES
+from mooncake.core.keys import block_keys_of
 from mooncake.core.messages import CacheDelta, CacheSnapshot, NodeInfo
 from mooncake.core.types import NANOS_PER_S, Tier
 from mooncake.store import wire
@@ -51,11 +51,6 @@ class NodeConfig(msgspec.Struct, frozen=True):
     alignment: int = 4096
     shm_dir: str = SHM_DIR
     compat: str = ""
-
-
-def _block_keys(object_keys: tuple[bytes, ...]) -> tuple[bytes, ...]:
-    """The directory speaks of blocks: one node holds one shard of each, so the rest of the object key says nothing."""
-    return tuple(key[:KEY_BYTES] for key in object_keys)
 
 
 class StoreNode:
@@ -198,11 +193,11 @@ class StoreNode:
             case Fault():
                 self.count("faults")
                 self._clients[command.client].reply(wire.encode_error(BadArgument(command.detail), command.request_id))
-            case Report():
-                added, removed = _block_keys(command.added), _block_keys(command.removed)
+            case Report():  # the directory speaks of blocks: one node holds one shard of each
+                added, removed = block_keys_of(command.added), block_keys_of(command.removed)
                 self._on_report(CacheDelta(self.config.node, command.epoch, command.seq, Tier.DRAM, added, removed))
             case Snapshot():
-                keys = _block_keys(command.keys)
+                keys = block_keys_of(command.keys)
                 self._on_report(CacheSnapshot(self.config.node, command.epoch, command.seq, Tier.DRAM, keys))
 
     def _arm(self, deadline: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from mooncake.core.errors import BadArgument, DeadlineExceeded
 from mooncake.store.events import Cancel, Commit, Exists, Lease, Release, Remove, Request, Reserve, Results
 from mooncake.store.handles import Hold, LeasedObjects, Link, Reservation
-from mooncake.store.types import CommitStatus, Location, PutMode, PutStatus
+from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
 
 DEADLINE_S = 5.0
 _POLL_S = 0.0005
@@ -58,8 +58,8 @@ class StoreOperations(ABC):
             tuple(checksums),
             ephemeral_last,
         )
-        puts = await self._call(request, deadline_s)
-        return Reservation(link, [put.location for put in puts], [put.status for put in puts])
+        puts: Puts = await self._call(request, deadline_s)
+        return Reservation(link, puts.locations(), puts.statuses)
 
     async def commit(
         self,
@@ -93,8 +93,8 @@ class StoreOperations(ABC):
     async def lease(self, keys: Sequence[bytes], *, deadline_s: float = DEADLINE_S) -> LeasedObjects:
         """Claim objects for reading: they stay where they are until released."""
         link = self._link_or_raise()
-        results = await self._call(Lease(0, 0, tuple(keys)), deadline_s)
-        locations = [result if isinstance(result, Location) else None for result in results]
+        places: Places = await self._call(Lease(0, 0, tuple(keys)), deadline_s)
+        locations = places.locations()
         return LeasedObjects(link, locations, [Hold.LEASED if location else Hold.NOTHING for location in locations])
 
     async def release(
@@ -158,21 +158,21 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def undo(request: Request, results: Results) -> list[Request]:
     """What takes back a call whose caller did not wait for its results."""
-    numbers: Any
-    match request:
-        case Reserve():
-            puts: Any = results
-            reserved = tuple(put.location.generation for put in puts if put.status is PutStatus.RESERVED)
-            leased = tuple(put.location.generation for put in puts if put.location and put.status is PutStatus.EXISTS)
-            both: list[Request] = [Cancel(0, 0, reserved)] if reserved else []
-            return both + ([Release(0, 0, leased)] if leased else [])
-        case Commit(lease=True):
-            paired = zip(request.numbers, results, strict=True)
-            numbers = tuple(
-                number for number, status in paired if status in (CommitStatus.COMMITTED, CommitStatus.EXISTS)
-            )
-        case Lease():
-            numbers = tuple(result.generation for result in results if isinstance(result, Location))
-        case _:
-            return []
-    return [Release(0, 0, numbers)] if numbers else []
+    reserved: tuple[int, ...] = ()
+    leased: tuple[int, ...] = ()
+    match results:
+        case Puts():
+            pairs = list(zip(results.numbers, results.statuses, strict=True))
+            reserved = tuple([number for number, status in pairs if number and status is PutStatus.RESERVED])
+            leased = tuple([number for number, status in pairs if number and status is PutStatus.EXISTS])
+        case Places():
+            leased = tuple([number for number in results.numbers if number])
+        case _ if isinstance(request, Commit) and request.lease:
+            there = (CommitStatus.COMMITTED, CommitStatus.EXISTS)
+            leased = tuple([number for number, status in zip(request.numbers, results, strict=True) if status in there])
+    undone: list[Request] = []
+    if reserved:
+        undone.append(Cancel(0, 0, reserved))
+    if leased:
+        undone.append(Release(0, 0, leased))
+    return undone

@@ -44,7 +44,7 @@ class CommitStatus(enum.IntEnum):
     """Another writer's commit was first. This one's space is free again, and a lease that was asked for is of the other's."""
 
 
-class Location(msgspec.Struct, frozen=True):
+class Location(msgspec.Struct, frozen=True, gc=False):
     """Where an object lies: offset in the segment of its node. `generation` changes whenever the space is reused."""
 
     offset: int
@@ -52,15 +52,24 @@ class Location(msgspec.Struct, frozen=True):
     generation: int
 
 
-class Miss(msgspec.Struct, frozen=True):
-    """The node does not have the object."""
+class Places(msgspec.Struct, frozen=True):
+    """Locations column by column, by key; numbers are generations. None in all three: there is none, as for a miss."""
+
+    offsets: tuple[int | None, ...]
+    sizes: tuple[int | None, ...]
+    numbers: tuple[int | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def locations(self) -> list[Location | None]:
+        return [
+            None if offset is None or size is None or number is None else Location(offset, size, number)
+            for offset, size, number in zip(self.offsets, self.sizes, self.numbers, strict=True)
+        ]
 
 
-MISS = Miss()
+class Puts(Places, frozen=True):
+    """Answer to a reserve call. A place is there for those RESERVED, and for those that EXIST and were leased."""
 
-
-class Put(msgspec.Struct, frozen=True):
-    """Answer to one key of a reserve call. `location` is set when RESERVED, and when EXISTS with a lease."""
-
-    status: PutStatus
-    location: Location | None = None
+    statuses: tuple[PutStatus, ...]

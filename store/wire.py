@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -28,15 +28,13 @@ from mooncake.store.events import (
     Reserve,
     Results,
 )
-from mooncake.store.types import MISS, CommitStatus, Location, Miss, Put, PutMode, PutStatus
+from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
 from mooncake.transport.frames import ErrorCode, Frame, Kind, pack, pack_error
 
 _T = TypeVar("_T")
-VERSION = 1
+VERSION = 2
 MAX_CONTROL_BYTES = MAX_BATCH * (OBJECT_KEY_BYTES + 16) + 4096
 MAX_HELLO_BYTES = 4096
-_LOCATION = struct.Struct("<QQQ")
-_NOWHERE = _LOCATION.pack(0, 0, 0)
 
 
 class Op(enum.IntEnum):
@@ -208,14 +206,12 @@ _DECODERS: dict[int, Callable[[int, Frame], Request]] = {
 
 
 def encode_reply(request_id: int, results: Results) -> bytes:
-    first = results[0]
-    if isinstance(first, Put):
-        puts: Any = results
-        payload = bytes([put.status for put in puts]) + b"".join([_pack_location(put.location) for put in puts])
-    elif isinstance(first, Location | Miss):
-        payload = b"".join([_pack_location(location) for location in results])
+    if isinstance(results, Places):
+        payload = _encode_places(results)
+        if isinstance(results, Puts):
+            payload = bytes(results.statuses) + payload
     else:
-        payload = bytes(results)  # type: ignore[arg-type]  # statuses and bools are small integers
+        payload = bytes(results)  # statuses and bools are small integers
     return pack(Op.REPLY, payload, count=len(results), request=request_id)
 
 
@@ -227,10 +223,10 @@ def decode_reply(event: Request, frame: Frame) -> Results:
             raise ValueError(f"{n} results")
         match event:
             case Reserve():
-                locations = [_unpack_location(*values) for values in _LOCATION.iter_unpack(payload[n:])]
-                return tuple(Put(PutStatus(status), at) for status, at in zip(payload[:n], locations, strict=True))
+                offsets, sizes, numbers = _decode_places(n, payload[n:])
+                return Puts(offsets, sizes, numbers, tuple(map(PutStatus, payload[:n])))
             case Lease():
-                return tuple(_unpack_location(*values) or MISS for values in _LOCATION.iter_unpack(payload))
+                return Places(*_decode_places(n, payload))
             case Commit():
                 return tuple(map(CommitStatus, payload))
             case _:
@@ -239,14 +235,21 @@ def decode_reply(event: Request, frame: Frame) -> Results:
         raise ProtocolError(f"reply of {len(payload)} bytes does not answer {type(event).__name__}: {error}") from error
 
 
-def _pack_location(location: object) -> bytes:
-    if isinstance(location, Location):
-        return _LOCATION.pack(location.offset, location.size, location.generation)
-    return _NOWHERE
+def _encode_places(places: Places) -> bytes:
+    """Number 0: nowhere."""
+    values = (*places.offsets, *places.sizes, *places.numbers)
+    return _u64s(values if None not in values else tuple([value or 0 for value in values]))  # type: ignore[arg-type]
 
 
-def _unpack_location(offset: int, size: int, generation: int) -> Location | None:
-    return Location(offset, size, generation) if size else None
+def _decode_places(n: int, data: bytes) -> list[tuple[int | None, ...]]:
+    values = struct.unpack(f"<{3 * n}Q", data)
+    columns: list[tuple[int | None, ...]] = [values[:n], values[n : 2 * n], values[2 * n :]]
+    if 0 not in columns[2]:
+        return columns
+    return [
+        tuple([value if number else None for value, number in zip(column, columns[2], strict=True)])
+        for column in columns
+    ]
 
 
 # ---------------------------------------------------------------- errors

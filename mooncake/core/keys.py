@@ -7,7 +7,9 @@ The hash is a cryptographic one because a tenant who could craft a collision wou
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,3 +62,18 @@ def shard_id(
 
 def object_key(block_key: bytes, shard: bytes) -> bytes:
     return block_key + shard
+
+
+def object_keys(block_keys: Sequence[bytes], shard: bytes) -> tuple[bytes, ...]:
+    """`object_key` of each. A long prompt has hundreds, which are cut from one piece in half the time."""
+    return _cutter(f"{OBJECT_KEY_BYTES}s", len(block_keys)).unpack(shard.join((*block_keys, b"")))
+
+
+def block_keys_of(object_keys: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The other way round, whatever their shards are."""
+    return _cutter(f"{KEY_BYTES}s{SHARD_BYTES}x", len(object_keys)).unpack(b"".join(object_keys))
+
+
+@functools.lru_cache(maxsize=1024)
+def _cutter(piece: str, count: int) -> struct.Struct:
+    return struct.Struct(piece * count)

@@ -57,46 +57,44 @@ class PrefixCache:
     def __init__(self, policy: EvictionPolicy, capacity: int | None) -> None:
         self._policy = policy
         self._capacity = capacity
-        self._numbers: dict[int, int] = {}  # of the blocks that are here
-        self._hash_ids: dict[int, int] = {}  # the other way round
-        self._last_number = 0
+        self._rows: dict[int, int] = {}  # of the blocks that are here
+        self._hash_ids: list[int] = []  # by row
+        self._sizes: list[int] = []
+        self._free: list[int] = []
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._rows)
 
     def serve(self, hash_ids: Sequence[int]) -> int:
         """How many leading blocks are reused; afterwards all have been here, and what fits still is."""
-        known, hold = self._numbers.get, self._policy.hold
-        numbers: list[int] = []
-        num_matched: int | None = None
-        for at, hash_id in enumerate(hash_ids):
-            number = known(hash_id)
-            if number is not None:
-                hold(number)
-            else:
-                num_matched = at if num_matched is None else num_matched
-                number = self._add(hash_id)
-            numbers.append(number)
-        self._policy.idle(numbers)
+        rows = self._rows
+        num_matched = next((at for at, hash_id in enumerate(hash_ids) if hash_id not in rows), len(hash_ids))
+        new = [hash_id for hash_id in hash_ids[num_matched:] if hash_id not in rows]
+        self._policy.hold([rows[hash_id] for hash_id in hash_ids if hash_id in rows])
+        if new:
+            self._add(new)
+        self._policy.idle([rows[hash_id] for hash_id in hash_ids])
         self._shrink()
-        return len(hash_ids) if num_matched is None else num_matched
+        return num_matched
 
-    def _add(self, hash_id: int) -> int:
-        self._last_number += 1
-        number = self._last_number
-        self._numbers[hash_id] = number
-        self._hash_ids[number] = hash_id
-        self._policy.add(number, hash_id.to_bytes(KEY_BYTES, "little", signed=True), BLOCK_SIZE)
-        return number
+    def _add(self, hash_ids: Sequence[int]) -> None:
+        first, missing = len(self._hash_ids), max(0, len(hash_ids) - len(self._free))
+        self._free += range(first, first + missing)
+        self._hash_ids += [0] * missing
+        self._sizes += [BLOCK_SIZE] * missing
+        added = [self._free.pop() for _ in hash_ids]
+        for row, hash_id in zip(added, hash_ids, strict=True):
+            self._hash_ids[row] = hash_id
+            self._rows[hash_id] = row
+        keys = [hash_id.to_bytes(KEY_BYTES, "little", signed=True) for hash_id in hash_ids]
+        self._policy.add(added, keys, self._sizes)
 
     def _shrink(self) -> None:
-        if self._capacity is None:
-            return
-        while len(self._numbers) > self._capacity:
-            victim = self._policy.victim()
-            assert victim is not None  # all are idle
-            self._policy.discard(victim)
-            del self._numbers[self._hash_ids.pop(victim)]
+        if self._capacity is not None and len(self._rows) > self._capacity:
+            victims = self._policy.take((len(self._rows) - self._capacity) * BLOCK_SIZE, self._sizes)
+            for row in victims:
+                del self._rows[self._hash_ids[row]]
+            self._free += victims
 
 
 def hit_rate(

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from mooncake.core.keys import SHARD_BYTES, object_key
+from mooncake.core.keys import SHARD_BYTES, block_keys_of, object_keys
 from mooncake.core.messages import (
     CONDUCTOR,
     AnyMessage,
@@ -43,10 +43,10 @@ from mooncake.store.events import (
     SnapshotWanted,
     Tick,
 )
-from mooncake.store.types import CommitStatus, Location, Put, PutStatus
+from mooncake.store.types import CommitStatus, Location, Places, Puts, PutStatus
 
 _SHARD = bytes(SHARD_BYTES)
-_THERE = (CommitStatus.COMMITTED, CommitStatus.EXISTS)
+_RESERVED, _COMMITTED, _EXISTS = PutStatus.RESERVED, CommitStatus.COMMITTED, CommitStatus.EXISTS
 
 OnReply = Callable[[Any], None]
 """Gets the results, or None if the call failed."""
@@ -94,7 +94,7 @@ class SimNode:
         self._clients: dict[int, NodeClient] = {}
         self._numbers = itertools.count(1)
         self._written: dict[int, int] = {}
-        """Bytes that arrived of each object that is not committed yet."""
+        """Bytes that arrived of each object that is not committed yet, if that is checked."""
         actions: dict[type, Callable[[Any], None]] = {
             Reply: self._reply,
             Fault: self._fault,
@@ -136,8 +136,8 @@ class SimNode:
         if self._clients.pop(client.number, None) is not None:
             self.loop.after(self.config.call_ns, self.handle, ClientGone(client.number))
 
-    def note_written(self, location: Location, num_bytes: int) -> None:
-        self._written[location.generation] = self._written.get(location.generation, 0) + num_bytes
+    def note_written(self, number: int, num_bytes: int) -> None:
+        self._written[number] = self._written.get(number, 0) + num_bytes
 
     def take_written(self, location: Location) -> None:
         """It is committed now: nobody may commit what has not arrived."""
@@ -155,19 +155,14 @@ class SimNode:
         raise AssertionError(f"{self.name} calls a request invalid: {command.detail}")
 
     def _report(self, command: Report) -> None:
-        added, removed = _blocks(command.added), _blocks(command.removed)
+        added, removed = block_keys_of(command.added), block_keys_of(command.removed)
         self._tell(CacheDelta(self.name, command.epoch, command.seq, Tier.DRAM, added, removed))
 
     def _snapshot(self, command: Snapshot) -> None:
-        self._tell(CacheSnapshot(self.name, command.epoch, command.seq, Tier.DRAM, _blocks(command.keys)))
+        self._tell(CacheSnapshot(self.name, command.epoch, command.seq, Tier.DRAM, block_keys_of(command.keys)))
 
     def _tell(self, message: AnyMessage) -> None:
         self._network.send(self.name, CONDUCTOR, message)
-
-
-def _blocks(keys: tuple[bytes, ...]) -> tuple[bytes, ...]:
-    """The directory knows blocks; which shard of them this is follows from the instances' compatibility."""
-    return tuple([key[:-SHARD_BYTES] for key in keys])
 
 
 class NodeClient:
@@ -223,7 +218,7 @@ class NodeClient:
             on_reply(results)
 
     def copy(self, locations: Sequence[Location], num_bytes: int, write: bool, done: Callable[[bool], None]) -> None:
-        """Move bytes between these objects and the instance. done(ok) when the last one has arrived."""
+        """Move bytes between the instance and objects, given if claims are checked. done(ok) when the last have arrived."""
         node, request_id = self.node, next(self._ids)
         self._pending[request_id] = lambda ok: done(bool(ok))
         arrives = transfer(self._path_in if write else self._path_out, num_bytes, node.loop.now)
@@ -231,9 +226,8 @@ class NodeClient:
 
     def _copied(self, request_id: int, locations: Sequence[Location], write: bool) -> None:
         """It went well if no fault was injected, and the claims lasted to its end."""
-        node = self.node
-        held = not node.config.checked or self._may(locations, write)
-        self.replied(request_id, held and not self.lost and not node.chance(node.config.fault))
+        held = not locations or self._may(locations, write)
+        self.replied(request_id, held and not self.lost and not self.node.chance(self.node.config.fault))
 
     def _may(self, locations: Sequence[Location], write: bool) -> bool:
         allows = self.node.core.allows
@@ -250,16 +244,18 @@ class SimSource:
         self.num_tokens = 0
         self._client = client
         self._source = source
-        self._locations: list[Location] = []
-        self._held: list[int] = []
+        self._locations: list[Location | None] = []
+        """If claims are checked."""
+        self._held: tuple[int, ...] = ()
         self._on_opened = on_opened
-        keys = tuple([object_key(key, _SHARD) for key in _keys(source)])
+        keys = _object_keys(source)
         client.call(lambda number, request: Lease(number, request, keys), self._leased)
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
         config = self._client.node.config
         first, last = start // config.block_tokens, -(-end // config.block_tokens)
-        self._client.copy(self._locations[first:last], (end - start) * config.token_bytes, False, done)
+        locations = [location for location in self._locations[first:last] if location is not None]
+        self._client.copy(locations, (end - start) * config.token_bytes, False, done)
 
     @property
     def is_local(self) -> bool:
@@ -268,19 +264,18 @@ class SimSource:
 
     def close(self) -> None:
         if self._held:
-            numbers = tuple(self._held)
+            numbers = self._held
             self._client.call(lambda number, request: Release(number, request, numbers), None)
 
-    def _leased(self, results: Any) -> None:
-        for result in results or ():
-            if not isinstance(result, Location):
-                break
-            self._locations.append(result)
-        whole = len(self._locations) == len(results or ())
-        found = self._locations if whole else [result for result in results if isinstance(result, Location)]
-        self._held = [location.generation for location in found]
-        block_tokens = self._client.node.config.block_tokens
-        self.num_tokens = self._source.num_tokens if whole and results else len(self._locations) * block_tokens
+    def _leased(self, results: Places | None) -> None:
+        config, numbers = self._client.node.config, () if results is None else results.numbers
+        self._held = tuple([number for number in numbers if number is not None])
+        if config.checked and results is not None:
+            self._locations = results.locations()
+        if len(self._held) < len(numbers):
+            self.num_tokens = numbers.index(None) * config.block_tokens
+        else:
+            self.num_tokens = self._source.num_tokens if numbers else 0
         if not self.num_tokens:
             self.close()
         self._on_opened(self.num_tokens)
@@ -294,11 +289,13 @@ class SimTarget:
         self._client = client
         self._config = config = client.node.config
         self._on_reserved = on_reserved
-        self._locations: list[Location] = []
-        self._open: dict[int, Location] = {}
-        """By index: what is reserved and not committed."""
+        self._numbers: tuple[int | None, ...] = ()
+        self._open: list[int | None] = []
+        """By index, the number of what is reserved and not committed."""
+        self._locations: list[Location | None] = []
+        """If claims are checked."""
         num_blocks = len(target.block_keys)
-        keys = tuple([object_key(key, _SHARD) for key in _keys(target)])
+        keys = _object_keys(target)
         sizes = (config.block_tokens * config.token_bytes,) * num_blocks
         partial = bool(target.partial_key)
         if partial:
@@ -312,61 +309,76 @@ class SimTarget:
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
         """Write what is not there yet of tokens [start, end)."""
-        tokens, size = self._config.block_tokens, self._config.token_bytes
+        tokens, token_bytes = self._config.block_tokens, self._config.token_bytes
         end = min(end, self.num_tokens)
-        pieces: list[tuple[Location, int]] = []
-        for at in range(start // tokens, -(-end // tokens)):
-            if at in self._open:
-                count = min(end, (at + 1) * tokens) - max(start, at * tokens)
-                pieces.append((self._open[at], count * size))
+        first, last = start // tokens, -(-end // tokens)
         if self._config.checked:
-            done = self._noting(pieces, done)
-        self._client.copy([location for location, _ in pieces], sum([size for _, size in pieces]), True, done)
+            done = self._noting(start, end, done)
+        num_tokens = end - start
+        for at in range(first, last) if None in self._open[first:last] else ():
+            if self._open[at] is None:
+                num_tokens -= min(end, (at + 1) * tokens) - max(start, at * tokens)
+        self._client.copy(self._open_locations(first, last), num_tokens * token_bytes, True, done)
 
-    def _noting(self, pieces: list[tuple[Location, int]], done: Callable[[bool], None]) -> Callable[[bool], None]:
+    def _noting(self, start: int, end: int, done: Callable[[bool], None]) -> Callable[[bool], None]:
+        """Which bytes of which objects arrive."""
+        tokens, token_bytes = self._config.block_tokens, self._config.token_bytes
+        open_at = [(at, number) for at, number in enumerate(self._open) if number is not None]
+
         def arrived(ok: bool) -> None:
-            for location, num_bytes in pieces if ok else ():
-                self._client.node.note_written(location, num_bytes)
+            for at, number in open_at if ok else ():
+                count = min(end, (at + 1) * tokens) - max(start, at * tokens)
+                if count > 0:
+                    self._client.node.note_written(number, count * token_bytes)
             done(ok)
 
         return arrived
 
+    def _open_locations(self, first: int, last: int) -> list[Location]:
+        pairs = zip(self._open[first:last], self._locations[first:last], strict=False)
+        return [location for number, location in pairs if number is not None and location is not None]
+
     def commit(self, first: int, last: int, done: Callable[[bool], None]) -> None:
-        locations = [self._open.pop(at) for at in range(first, last) if at in self._open]
-        if not locations:
+        for location in self._open_locations(first, last):
+            self._client.node.take_written(location)
+        numbers = tuple([number for number in self._open[first:last] if number is not None])
+        if not numbers:
             self._client.node.loop.after(0, lambda: done(not self._client.lost))
             return
-        if self._config.checked:
-            for location in locations:
-                self._client.node.take_written(location)
-        numbers = tuple([location.generation for location in locations])
+        self._open[first:last] = [None] * len(self._open[first:last])
         self._client.call(
             lambda number, request: Commit(number, request, numbers, lease=True),
-            lambda results: done(results is not None and all(status in _THERE for status in results)),
+            lambda results: done(results is not None and _all_there(results)),
         )
 
     def close(self) -> None:
         """Cancel what is not committed, release the rest."""
-        reserved = tuple([location.generation for location in self._open.values()])
-        leased = tuple([at.generation for index, at in enumerate(self._locations) if index not in self._open])
+        reserved = tuple([number for number in self._open if number is not None])
+        leased = tuple([number for number in self._numbers if number is not None])
         if reserved:
+            open_numbers = dict.fromkeys(reserved)
+            leased = tuple([number for number in leased if number not in open_numbers])
             self._client.call(lambda number, request: Cancel(number, request, reserved), None)
         if leased:
             self._client.call(lambda number, request: Release(number, request, leased), None)
 
-    def _answered(self, results: tuple[Put, ...] | None) -> None:
-        granted = results is not None
-        for index, put in enumerate(results or ()):
-            if put.location is None:
-                granted = False
-                continue
-            self._locations.append(put.location)
-            if put.status is PutStatus.RESERVED:
-                self._open[index] = put.location
+    def _answered(self, results: Puts | None) -> None:
+        if results is not None:
+            self._numbers = results.numbers
+            pairs = zip(results.numbers, results.statuses, strict=True)
+            self._open = [number if status is _RESERVED else None for number, status in pairs]
+            if self._config.checked:
+                self._locations = results.locations()
+        granted = results is not None and None not in results.numbers
         if not granted:
             self.close()
         self._on_reserved(granted)
 
 
-def _keys(source: KvSource) -> tuple[bytes, ...]:
-    return (*source.block_keys, source.partial_key) if source.partial_key else source.block_keys
+def _all_there(statuses: tuple[CommitStatus, ...]) -> bool:
+    return statuses.count(_COMMITTED) == len(statuses) or all(status in (_COMMITTED, _EXISTS) for status in statuses)
+
+
+def _object_keys(source: KvSource) -> tuple[bytes, ...]:
+    keys = (*source.block_keys, source.partial_key) if source.partial_key else source.block_keys
+    return object_keys(keys, _SHARD)

@@ -50,7 +50,9 @@ class Gate:
         if slo.ttft_ns is None and slo.tbt_ns is None:
             return _NO_BREACH
         times = self._rule.times(question)
-        by_class, by_share = self._tolerances(question.request, question.now)
+        by_class = by_share = 1.0
+        if question.request.priority or len(self._shares) > 1:
+            by_class, by_share = self._tolerances(question.request, question.now)
         tolerance = by_class * by_share
         if slo.ttft_ns is not None and times.ttft_ns is not None and times.ttft_ns > slo.ttft_ns * tolerance:
             retry_ns = times.ttft_ns - int(slo.ttft_ns * tolerance)
@@ -64,13 +66,12 @@ class Gate:
 
     def spend(self, tenant: str, num_tokens: int, now: int) -> None:
         """So many tokens of that tenant were placed, to be computed."""
-        self._shares.spend(tenant, num_tokens, now)
+        if self._mode != "off":
+            self._shares.spend(tenant, num_tokens, now)
 
     def _tolerances(self, request: PlaceRequest, now: int) -> tuple[float, float]:
-        if not request.priority and len(self._shares) <= 1:
-            return 1.0, 1.0
         by_class = 1.0 + self._fairness.class_step * request.priority
-        ratio = self._shares.ratio(request.tenant)
+        ratio = self._shares.ratio(request.tenant, now)
         by_share = max(self._fairness.share_floor, 1.0 / ratio) if ratio > 1.0 else 1.0
         return min(max(by_class, _TOLERANCE_MIN), _TOLERANCE_MAX), by_share
 

@@ -12,6 +12,8 @@ from mooncake.scheduler.config import Fairness
 
 _NOTHING = 1.0
 """Tokens: less than this is no use."""
+_PARTS = 64
+"""Of a half-life: within one, uses of the same tenant in a row count as one."""
 _HALF_LIVES_MAX = 500
 """After so many the numbers are begun anew, before they leave the range of floats."""
 
@@ -26,11 +28,28 @@ class Shares:
         """Weighted tokens, least lately used first."""
         self._total = 0.0
         self._began_at = 0
+        self._last = ""
+        """The tenant of the last use, which is booked with those that follow it: tokens, until when."""
+        self._last_tokens = 0
+        self._last_until = 0
 
     def __len__(self) -> int:
         return len(self._uses)
 
     def spend(self, tenant: str, num_tokens: int, now: int) -> None:
+        if tenant == self._last and now < self._last_until:
+            self._last_tokens += num_tokens
+            return
+        self._book_last(now)
+        self._last, self._last_until = tenant, now + self._half_life_ns // _PARTS
+        self._book(tenant, num_tokens, now)
+
+    def _book_last(self, now: int) -> None:
+        if self._last_tokens:
+            self._book(self._last, self._last_tokens, now)
+            self._last_tokens = 0
+
+    def _book(self, tenant: str, num_tokens: int, now: int) -> None:
         weight = self._weight(now)
         use, uses = num_tokens * weight, self._uses
         self._total += use
@@ -45,8 +64,9 @@ class Shares:
                 break
             self._total = max(0.0, self._total - uses.pop(oldest))
 
-    def ratio(self, tenant: str) -> float:
+    def ratio(self, tenant: str, now: int) -> float:
         """The tenant's use by its fair share; 1 if it is alone."""
+        self._book_last(now)
         if len(self._uses) <= 1:
             return 0.0 if self._uses and tenant not in self._uses else 1.0
         return self._uses.get(tenant, 0.0) * len(self._uses) / self._total

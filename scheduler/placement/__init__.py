@@ -1,5 +1,6 @@
 """Placement policies: sibling files of one shape. `choose(ask, now, rng)` has no side effects but drawing from `rng`,
-and whose turn it is in round_robin."""
+and whose turn it is in round_robin.
+"""
 
 from mooncake.scheduler.config import ConductorConfig
 from mooncake.scheduler.placement.algorithm1 import Algorithm1

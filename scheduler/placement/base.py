@@ -1,5 +1,6 @@
 """What all policies share: the question, the answer, who may be asked, the search for a prefill instance, the choice
-of a decode instance, and how ties are broken."""
+of a decode instance, and how ties are broken.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +82,7 @@ class Decision(msgspec.Struct, gc=False):
     not in the instance's pages, and num_slow come from an ssd.
 
     others: prefill of the other kind, if it was considered: in place beside the prefill pool, or in the pool beside in
-    place.
-    """
+    place."""
 
     prefill: Instance | None
     decode: Instance
@@ -120,6 +120,8 @@ class Candidates(msgspec.Struct):
 def find_candidates(view: View, ask: Ask) -> Candidates | None:
     """Colocated instances prefill in place only if there is no ready prefill instance that could take the request."""
     prefill, decode = view.pools
+    if ask.num_tokens <= view.fits_everywhere and not ask.exclude and not ask.decode_only:
+        return Candidates(prefill, prefill.everyone, decode, decode.everyone)
     # Decode needs room for the next token, prefill does not.
     targets = _narrow(decode, decode.everyone, ask.num_tokens + 1, ask.exclude)
     if targets is None:
@@ -153,15 +155,26 @@ def _narrow(pool: Pool, mask: np.ndarray, num_tokens: int, exclude: tuple[str, .
 # ---------------------------------------------------------------- prefill
 
 
+def find_free_holder(prices: PrefillPrices, match: Match, mask: np.ndarray) -> Offers | None:
+    """An instance that has the longest run, is free, and loads no longer than it computes, if all compute alike: nobody can
+    cost less. The short way of `find_cheapest`, which needs no source."""
+    pool = prices.pool
+    rows = pool.rows_of(match.steps[-1][1]) if match.steps and pool.is_uniform else None
+    for row in rows or ():
+        member = pool.members[row]
+        if member.busy_until <= prices.now and not member.num_prefills and (mask is pool.everyone or mask[row]):
+            offer = prices.offer(row)
+            if offer.blocks == match.steps[-1][0] and offer.load_ns <= offer.prefill_ns:
+                return Offers(prices, [offer], offer, offer.cost_ns)
+    return None
+
+
 def find_cheapest(prices: PrefillPrices, match: Match, mask: np.ndarray) -> Offers:
-    """First those that have more of the prefix than most, then the others in the order of their queues, until no more
-    of them can cost less.
-    """
+    """First those that have more of the prefix than most, then the others in the order of their queues, until no more of
+    them can cost less."""
     pool, now = prices.pool, prices.now
     priced, num_blocks = _price_holders(prices, match, mask)
     least = min([offer.cost_ns for offer in priced]) if priced else math.inf
-    if priced and _is_least(prices, match, priced[0], least):
-        return Offers(prices, priced, priced[0], least)
     local, pull, free = prices.bounds(num_blocks)
     seen = [offer.row for offer in priced]
     at_least = 0.0
@@ -195,18 +208,6 @@ def _price_holders(prices: PrefillPrices, match: Match, mask: np.ndarray) -> tup
     return priced, 0
 
 
-def _is_least(prices: PrefillPrices, match: Match, offer: Offer, least: float) -> bool:
-    """Whether nobody can cost less: it is free, loads no longer than it computes, and nobody has a longer run."""
-    return (
-        not offer.queue_ns
-        and prices.hidden
-        and prices.pool.is_uniform
-        and offer.load_ns <= offer.prefill_ns
-        and offer.blocks == match.steps[-1][0]
-        and offer.cost_ns == least
-    )
-
-
 def pick(offers: list[Offer], least: float, pool: Pool) -> Offer:
     """Of those that cost next to the least, the one with the least booked; of these the one not chosen for longest."""
     near = [offer for offer in offers if offer.cost_ns <= least + TIE_NS] if len(offers) > 1 else offers
@@ -225,16 +226,21 @@ def _num_booked(member: Instance) -> int:
 
 def find_batch(prices: DecodePrices, mask: np.ndarray) -> Batches:
     """Of the instances with the least booked, and those on the node where the KV will be, the one that costs least and
-    has room. If none of them has, of all that have; without room anywhere, the shortest line.
-    """
+    has room. If none of them has, of all that have; without room anywhere, the shortest line."""
     pool = prices.pool
     load = pool.load_ns if mask is pool.everyone else np.where(mask, pool.load_ns, np.inf)
-    rows = _least_booked(load, _LOOK_AT if prices.links.busy_until > prices.joins_at else 1)
+    if prices.links.busy_until > prices.joins_at and len(load) > _LOOK_AT:
+        rows: list[int] = load.argpartition(_LOOK_AT)[:_LOOK_AT].tolist()
+    else:
+        rows = [int(load.argmin())]
     if prices.node in pool.by_node:
-        rows += [row for row in pool.by_node[prices.node] if row not in rows]
+        worth = load.item(rows[0]) + (prices.far_ns - prices.near_ns) / prices.tbt_weight
+        for row in pool.by_node[prices.node]:
+            if load.item(row) <= worth and row not in rows:
+                rows.append(row)
     priced = [prices.batch(row) for row in rows if mask is pool.everyone or mask[row]]
     chosen = priced[0]
-    for batch in priced:
+    for batch in priced[1:]:
         if batch.cost_ns < chosen.cost_ns or (batch.cost_ns == chosen.cost_ns and load[batch.row] < load[chosen.row]):
             chosen = batch
     if not prices.fits(chosen):
@@ -245,13 +251,6 @@ def find_batch(prices: DecodePrices, mask: np.ndarray) -> Batches:
         else:
             chosen = min(priced, key=lambda batch: (batch.num_seqs, load[batch.row]))
     return Batches(prices, priced, chosen)
-
-
-def _least_booked(load: np.ndarray, count: int) -> list[int]:
-    if count == 1:
-        return [int(load.argmin())]
-    rows: list[int] = (load.argpartition(count)[:count] if len(load) > count else load.argsort()).tolist()
-    return rows
 
 
 # ---------------------------------------------------------------- the decision

@@ -37,6 +37,7 @@ from mooncake.scheduler.placement.base import (
     find_batch,
     find_candidates,
     find_cheapest,
+    find_free_holder,
     pick,
 )
 
@@ -76,8 +77,11 @@ class Joint:
     def _choose_prefill(self, ask: Ask, candidates: Candidates, now: int) -> Offers:
         pool, match, mask = candidates.prefill, ask.match, candidates.prefill_mask
         links, costs, weight = self._links, self._costs, self._config.work_weight
-        source = find_source(match, self._view.node_bits, pool, links, costs, now)
-        prices = PrefillPrices(pool, match, ask.num_tokens, source, links, costs, now, True, weight)
+        prices = PrefillPrices(pool, match, ask.num_tokens, None, links, costs, now, True, weight)
+        offers = find_free_holder(prices, match, mask)
+        if offers is not None:
+            return offers
+        prices.source = find_source(match, self._view.node_bits, pool, links, costs, now)
         offers = find_cheapest(prices, match, mask)
         limit = ask.slo.ttft_ns
         if limit is not None and offers.chosen.ttft_ns > limit and weight:

@@ -1,5 +1,6 @@
 """Local cache-aware: every prefill instance reuses what it or its own node has; the one with the least predicted TTFT
-is taken. Nothing is fetched from another node. A baseline, and a strong one (FACTS section 2, Honesty)."""
+is taken. Nothing is fetched from another node. A baseline, and a strong one (FACTS section 2, Honesty).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Random: any prefill instance, as in the paper's Figure 5. The decode instance is the one with the shortest step, so
 that comparisons show what the choice of the prefill instance does. It reuses what that one happens to have; a
-baseline."""
+baseline.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Round robin: the prefill instances in turn, by name, so that a joining or leaving one does not begin a new round.
 The decode instance is the one with the shortest step. It reuses what the prefill instance happens to have; a
-baseline."""
+baseline.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,14 @@
 """The shape that all policies share.
 
-An object's number is its generation. The core tells a policy of every object from its commit to its end:
+An object is named by its row, a small number that another object gets when this one is gone. The core tells a policy of every
+object from its commit to its end:
 
-    add ──▶ leased ──idle──▶ candidate ──hold──▶ leased ──idle──▶ candidate ──discard──▶ (gone)
+    add ──▶ leased ──idle──▶ candidate ──hold──▶ leased ──discard──▶ (gone)
+                                │
+                                └──take──▶ (gone)
 
-so that leased objects are never looked at and choosing needs no scan. Batches come in chain order, prefix first.
+so that leased objects are never looked at and choosing needs no scan. Everything comes in batches, which are in chain order,
+prefix first. `sizes` is a column: the bytes of an object by its row.
 """
 
 from __future__ import annotations
@@ -14,22 +18,26 @@ from typing import Protocol
 
 
 class EvictionPolicy(Protocol):
-    def add(self, number: int, key: bytes, size: int) -> None:
-        """A new object was committed; it is leased until `idle` says otherwise."""
+    def __len__(self) -> int:
+        """How many candidates there are."""
         ...
 
-    def hold(self, number: int) -> None:
-        """A candidate was leased: a use."""
+    def add(self, rows: Sequence[int], keys: Sequence[bytes], sizes: Sequence[int]) -> None:
+        """New objects were committed; they are leased until `idle` says otherwise."""
         ...
 
-    def idle(self, numbers: Sequence[int]) -> None:
-        """The last leases of these went, in chain order; they are candidates."""
+    def hold(self, rows: Sequence[int]) -> None:
+        """Candidates were leased: a use."""
         ...
 
-    def discard(self, number: int) -> None:
-        """The object is gone, whether it was a candidate or leased."""
+    def idle(self, rows: Sequence[int]) -> None:
+        """The last leases of these went; they are candidates."""
         ...
 
-    def victim(self) -> int | None:
-        """The candidate to evict next, or None if there is none. Choosing changes nothing."""
+    def discard(self, rows: Sequence[int]) -> None:
+        """Leased objects are gone, or need not be thought of any more."""
+        ...
+
+    def take(self, num_bytes: int, sizes: Sequence[int]) -> list[int]:
+        """The candidates to evict next, no more than make up so many bytes, or all. They are gone with it."""
         ...

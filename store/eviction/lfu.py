@@ -14,35 +14,45 @@ class Lfu:
         self._candidates: dict[int, OrderedDict[int, None]] = {}  # by number of uses, least recent first; none is empty
         self._counts: list[int] = []  # keys of _candidates, ascending
 
-    def add(self, number: int, key: bytes, size: int) -> None:
-        self._num_uses[number] = 1
+    def __len__(self) -> int:
+        return sum(map(len, self._candidates.values()))
 
-    def hold(self, number: int) -> None:
-        self._remove(number)
-        self._num_uses[number] += 1
+    def add(self, rows: Sequence[int], keys: Sequence[bytes], sizes: Sequence[int]) -> None:
+        self._num_uses.update(dict.fromkeys(rows, 1))
 
-    def idle(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            count = self._num_uses[number]
+    def hold(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._remove(row)
+            self._num_uses[row] += 1
+
+    def idle(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            count = self._num_uses[row]
             group = self._candidates.get(count)
             if group is None:
                 group = self._candidates[count] = OrderedDict()
                 insort(self._counts, count)
-            group[number] = None
+            group[row] = None
 
-    def discard(self, number: int) -> None:
-        self._remove(number)
-        del self._num_uses[number]
+    def discard(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            del self._num_uses[row]
 
-    def victim(self) -> int | None:
-        return next(iter(self._candidates[self._counts[0]])) if self._counts else None
+    def take(self, num_bytes: int, sizes: Sequence[int]) -> list[int]:
+        taken: list[int] = []
+        while num_bytes > 0 and self._counts:
+            row = next(iter(self._candidates[self._counts[0]]))
+            self._remove(row)
+            del self._num_uses[row]
+            taken.append(row)
+            num_bytes -= sizes[row]
+        return taken
 
-    def _remove(self, number: int) -> None:
-        count = self._num_uses[number]
-        group = self._candidates.get(count)
-        if group is None or number not in group:
-            return
-        del group[number]
+    def _remove(self, row: int) -> None:
+        """It is a candidate."""
+        count = self._num_uses[row]
+        group = self._candidates[count]
+        del group[row]
         if not group:
             del self._candidates[count]
             del self._counts[bisect_left(self._counts, count)]

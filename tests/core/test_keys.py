@@ -5,7 +5,16 @@ import sys
 
 import pytest
 
-from mooncake.core.keys import KEY_BYTES, block_keys, object_key, partial_key, root_key, shard_id
+from mooncake.core.keys import (
+    KEY_BYTES,
+    block_keys,
+    block_keys_of,
+    object_key,
+    object_keys,
+    partial_key,
+    root_key,
+    shard_id,
+)
 
 VECTORS = {
     "root": "3409e744904f0904de7e2ca9754c1202",
@@ -81,3 +90,10 @@ def test_shards_are_told_apart() -> None:
 def test_a_bad_block_size_is_named() -> None:
     with pytest.raises(ValueError, match="block_tokens must be positive, got 0"):
         block_keys(b"", [1], 0)
+
+
+def test_keys_of_many_objects_are_those_of_each() -> None:
+    blocks, shard = block_keys(root_key("model"), range(10), 2), shard_id("bfloat16", "kv.3x64")
+    assert object_keys(blocks, shard) == tuple(object_key(block, shard) for block in blocks)
+    assert block_keys_of(object_keys(blocks, shard)) == blocks
+    assert object_keys((), shard) == block_keys_of(()) == ()

@@ -187,17 +187,17 @@ def test_a_tenant_above_its_share_is_refused_before_one_below() -> None:
 
 def test_shares_decay_and_are_bounded() -> None:
     shares = Shares(Fairness(half_life_ns=10 * S, num_tenants_max=3))
-    assert shares.ratio("a") == 1.0
+    assert shares.ratio("a", 0) == 1.0
     shares.spend("a", 300, 0)
-    assert (shares.ratio("a"), shares.ratio("b")) == (1.0, 0.0)
+    assert (shares.ratio("a", 0), shares.ratio("b", 0)) == (1.0, 0.0)
     shares.spend("b", 100, 0)
-    assert (shares.ratio("a"), shares.ratio("b"), shares.ratio("c")) == (1.5, 0.5, 0.0)
+    assert (shares.ratio("a", 0), shares.ratio("b", 0), shares.ratio("c", 0)) == (1.5, 0.5, 0.0)
     shares.spend("b", 200, 10 * S)  # a has 150 left of 300, b 50 + 200
-    assert shares.ratio("a") == 2 * 150 / 400
+    assert shares.ratio("a", 10 * S) == 2 * 150 / 400
     for tenant in ("c", "d", "e"):
         shares.spend(tenant, 10, 10 * S)
-    assert len(shares) == 3 and shares.ratio("a") == 0.0
+    assert len(shares) == 3 and shares.ratio("a", 10 * S) == 0.0
     shares.spend("f", 10, 1_000_000 * S)
-    assert len(shares) == 1 and shares.ratio("f") == 1.0
+    assert len(shares) == 1 and shares.ratio("f", 1_000_000 * S) == 1.0
     shares.spend("g", 30, 1_000_000 * S)
-    assert shares.ratio("g") == 1.5
+    assert shares.ratio("g", 1_000_000 * S) == 1.5

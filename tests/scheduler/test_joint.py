@@ -8,7 +8,7 @@ from mooncake.scheduler.config import JointConfig, Rates
 from mooncake.scheduler.costs import BlockCosts, PrefillPrices, find_source
 from mooncake.scheduler.lengths import Lengths
 from mooncake.scheduler.links import Links
-from mooncake.scheduler.placement.base import TIE_NS, find_cheapest
+from mooncake.scheduler.placement.base import TIE_NS, find_cheapest, find_free_holder
 from mooncake.scheduler.prefix_index import IN_FAST, IN_SLOW, PrefixIndex
 from mooncake.scheduler.view import View
 from tests.scheduler.cluster import COST, MS, Cluster, S, blocks, info, load
@@ -352,6 +352,8 @@ def test_the_search_finds_what_pricing_everybody_finds(seed: int) -> None:
         offers = find_cheapest(prices, match, mask)
         everyone = {row: prices.offer(row).cost_ns for row in range(width) if mask[row]}
         assert mask[offers.chosen.row] and offers.chosen.cost_ns <= min(everyone.values()) + TIE_NS
+        free = find_free_holder(prices, match, mask) if prices.hidden else None
+        assert free is None or free.chosen.cost_ns <= min(everyone.values()) + TIE_NS
         for offer in offers.priced:
             del everyone[offer.row]
         assert offers.at_least_ns is not None

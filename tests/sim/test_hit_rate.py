@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from mooncake.sim.hit_rate import Future, HitRate, PrefixCache, hit_rate
 from mooncake.store.core import StoreCore
-from mooncake.store.events import Commit, Lease, Release, Reserve
+from mooncake.store.events import Commit, Lease, Release, Reply, Reserve
 from mooncake.store.eviction import POLICIES, EvictionPolicy, Lfu, Lru
 from mooncake.trace.files import open_trace
 from mooncake.trace.types import TraceRequest
@@ -63,19 +64,35 @@ def test_lfu_keeps_what_is_used_often() -> None:
 
 
 def test_lfu_forgets_uses_with_the_object() -> None:
-    policy = Lfu()
-    policy.add(1, b"a", 1)
-    policy.idle([1])
-    policy.hold(1)
-    policy.idle([1])
-    policy.add(2, b"b", 1)
-    assert policy.victim() == 1  # 2 is still leased
-    policy.idle([2])
-    assert policy.victim() == policy.victim() == 2
-    policy.discard(2)
-    policy.hold(1)
-    policy.discard(1)
-    assert policy.victim() is None
+    policy, sizes = Lfu(), [1, 1, 1]
+    policy.add((1,), (b"a",), sizes)
+    policy.idle((1,))
+    policy.hold((1,))
+    policy.idle((1,))
+    policy.add((2,), (b"b",), sizes)
+    assert len(policy) == 1  # 2 is still leased
+    policy.idle((2,))
+    assert len(policy) == 2 and policy.take(1, sizes) == [2]
+    policy.add((2,), (b"c",), sizes)
+    policy.idle((2,))
+    assert policy.take(2, sizes) == [2, 1] and policy.take(1, sizes) == [] and len(policy) == 0
+    policy.add((1, 2), (b"a", b"b"), sizes)
+    policy.discard((1,))
+    policy.idle((2,))
+    assert policy.take(9, sizes) == [2]
+
+
+def test_lru_takes_no_more_than_it_must_and_nothing_that_is_held() -> None:
+    policy, sizes = Lru(), [5, 5, 3, 5, 5, 5]
+    rows = range(6)
+    policy.add(rows, [b""] * 6, sizes)
+    policy.idle(rows)  # 5 goes first
+    assert policy.take(1, sizes) == [5] and policy.take(6, sizes) == [4, 3]
+    policy.hold((1, 2))
+    assert len(policy) == 1
+    policy.idle((2, 1))
+    assert policy.take(4, sizes) == [0] and policy.take(4, sizes) == [1] and policy.take(4, sizes) == [2]
+    assert policy.take(4, sizes) == [] and len(policy) == 0
 
 
 def test_what_does_not_fit_is_evicted_when_the_request_ends() -> None:
@@ -97,24 +114,37 @@ class NaiveLfu:
         self.idle_since: dict[int, int] = {}
         self.clock = 0
 
-    def add(self, number: int, key: bytes, size: int) -> None:
-        self.uses[number] = 1
+    def __len__(self) -> int:
+        return len(self.idle_since)
 
-    def hold(self, number: int) -> None:
-        self.uses[number] += 1
-        del self.idle_since[number]
+    def add(self, rows: Sequence[int], keys: Sequence[bytes], sizes: Sequence[int]) -> None:
+        for row in rows:
+            self.uses[row] = 1
 
-    def idle(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
+    def hold(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self.uses[row] += 1
+            del self.idle_since[row]
+
+    def idle(self, rows: Sequence[int]) -> None:
+        for row in rows:
             self.clock += 1
-            self.idle_since[number] = self.clock
+            self.idle_since[row] = self.clock
 
-    def discard(self, number: int) -> None:
-        del self.uses[number]
-        self.idle_since.pop(number, None)
+    def discard(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            del self.uses[row]
 
-    def victim(self) -> int | None:
-        return min(self.idle_since, key=lambda number: (self.uses[number], self.idle_since[number]), default=None)
+    def take(self, num_bytes: int, sizes: Sequence[int]) -> list[int]:
+        order = sorted(self.idle_since, key=lambda row: (self.uses[row], self.idle_since[row]))
+        taken = order[
+            : next(
+                (at + 1 for at in range(len(order)) if sum(sizes[row] for row in order[: at + 1]) >= num_bytes), None
+            )
+        ]
+        for row in taken:
+            del self.uses[row], self.idle_since[row]
+        return taken
 
 
 @given(PROMPTS, st.integers(1, 8))
@@ -174,21 +204,22 @@ def test_policies_order_the_objects_of_a_store(name: str) -> None:
     core = StoreCore(4 * 4096, epoch=1, policy=POLICIES[name]())
     request_id = 0
 
-    def ask(make: type, *args: object, **fields: object) -> tuple[object, ...]:
+    def ask(make: type, *args: object, **fields: object) -> Any:
         nonlocal request_id
         request_id += 1
-        [reply] = [
-            each for each in core.handle(make(1, request_id, *args, **fields), request_id) if hasattr(each, "results")
+        [results] = [
+            each.results
+            for each in core.handle(make(1, request_id, *args, **fields), request_id)
+            if isinstance(each, Reply)
         ]
         core.check_integrity()
-        return tuple(reply.results)
+        return results
 
     for key in b"abcdabea":
-        [location] = ask(Lease, (bytes([key]) * 24,))
-        if hasattr(location, "generation"):
-            ask(Release, (location.generation,))
+        leased = ask(Lease, (bytes([key]) * 24,)).numbers
+        if leased != (None,):
+            ask(Release, leased)
             continue
-        [put] = ask(Reserve, (bytes([key]) * 24,), (100,))
-        ask(Commit, (put.location.generation,), lease=False)
-    held = [chr(key) for key in b"abcde" if hasattr(ask(Lease, (bytes([key]) * 24,))[0], "generation")]
+        ask(Commit, ask(Reserve, (bytes([key]) * 24,), (100,)).numbers, lease=False)
+    held = [chr(key) for key in b"abcde" if ask(Lease, (bytes([key]) * 24,)).numbers != (None,)]
     assert held == ["a", "b", "d", "e"]  # c was the oldest, and is one of those used once

@@ -208,12 +208,12 @@ def test_the_first_differing_command_is_named_down_to_the_field(tmp_path: Path) 
     path = store_log(tmp_path / "log")
     header, entries = frames(path)
     [answer] = msgspec.msgpack.decode(entries[0].commands)
-    answer[1]["results"][1]["location"]["offset"] += 1
+    answer[1]["results"]["offsets"][1] += 1
     entries[0] = msgspec.structs.replace(entries[0], commands=msgspec.msgpack.encode([answer]))
     write(path, header, entries)
     difference = differs(path)
     assert difference.startswith("event 0, Reserve(client=1, request_id=1, keys=(")
-    assert difference.endswith(": command 0, Reply.results[1].location.offset: 4097 in the log, 4096 now")
+    assert difference.endswith(": command 0, Reply.results.offsets[1]: 4097 in the log, 4096 now")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from mooncake.core.messages import CacheDelta, CacheSnapshot
 from mooncake.store.client import StoreClient
@@ -17,6 +17,7 @@ from mooncake.store.events import Event, Reply
 from mooncake.store.memory import MemoryNode, MemoryStore
 from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.store.operations import StoreOperations
+from mooncake.store.types import Location, Places, Puts, PutStatus
 
 UNIT = 64
 MAPPED = ("memory", "shm")
@@ -38,6 +39,20 @@ def ten_objects(**options: Any) -> StoreCore:
     return StoreCore(10 * UNIT, epoch=7, alignment=UNIT, **({"report_ns": 0} | options))
 
 
+class Put(NamedTuple):
+    """One key's part of `Puts`."""
+
+    status: PutStatus
+    location: Location | None
+
+
+def by_key(results: Any) -> Any:
+    """Results one by one: a Put per key of a reserve call, a Location or None (a miss) of a lease call."""
+    if isinstance(results, Puts):
+        return tuple(Put(*pair) for pair in zip(results.statuses, results.locations(), strict=True))
+    return tuple(results.locations()) if isinstance(results, Places) else results
+
+
 class Driver:
     """Feeds a core, checks its conservation laws after every event, keeps what is not an answer."""
 
@@ -50,7 +65,7 @@ class Driver:
         answer = None
         for command in self.core.handle(event, self.now):
             if isinstance(command, Reply):
-                answer = command.results
+                answer = by_key(command.results)
             elif hasattr(command, "client"):
                 answer = command
             else:

@@ -13,7 +13,7 @@ import pytest
 from mooncake.core.errors import BadArgument, DeadlineExceeded, HandleLost, StoreUnavailable, TransferTimeout
 from mooncake.store.events import Lease, Release
 from mooncake.store.handles import Hold
-from mooncake.store.types import MISS, CommitStatus, PutMode, PutStatus
+from mooncake.store.types import CommitStatus, PutMode, PutStatus
 from mooncake.transport.base import DONE
 from tests.store.helpers import KINDS, MAPPED, Store, eventually, keys, run, running_store
 
@@ -388,7 +388,7 @@ def test_the_core_under_the_client_sees_the_same_claims(kind: str) -> None:
             objects = await client.lease(keys(1, 2))
             assert objects.locations[1] is None and objects.hits == 1 and len(objects) == 2
             [answer] = store.core.handle(Lease(99, 0, keys(1, 2)), time.monotonic_ns())[:1]
-            assert answer.results == (objects.locations[0], MISS)  # type: ignore[attr-defined]
+            assert answer.results.locations() == [objects.locations[0], None]  # type: ignore[attr-defined]
             store.core.handle(Release(99, 0, objects.numbers([0])), time.monotonic_ns())
 
     run(main())

@@ -22,7 +22,7 @@ from mooncake.store.events import (
     Tick,
 )
 from mooncake.store.lifecycle import TABLE, State, Trigger, advance
-from mooncake.store.types import MISS, CommitStatus, Location, PutMode, PutStatus
+from mooncake.store.types import CommitStatus, Location, PutMode, PutStatus
 from tests.store.helpers import UNIT, Driver, key, keys, ten_objects
 
 A, B = 1, 2
@@ -60,9 +60,9 @@ def test_an_object_is_visible_only_after_commit() -> None:
     drive = Driver(ten_objects())
     [answer] = drive(Reserve(A, 0, keys(1), (50,)))
     assert answer.status is RESERVED and answer.location == Location(answer.location.offset, 50, 1)
-    assert present(drive, 1) == [] and drive(Lease(B, 0, keys(1))) == (MISS,)
+    assert present(drive, 1) == [] and drive(Lease(B, 0, keys(1))) == (None,)
     assert drive(Commit(A, 0, (1,))) == (CommitStatus.COMMITTED,)
-    assert present(drive, 1) == [1] and drive(Lease(B, 0, keys(1, 2))) == (answer.location, MISS)
+    assert present(drive, 1) == [1] and drive(Lease(B, 0, keys(1, 2))) == (answer.location, None)
     assert drive.core.metrics()["hits"] == 1 and drive.core.metrics()["misses"] == 2
 
 

@@ -28,7 +28,7 @@ from mooncake.store.events import (
     SnapshotWanted,
     Tick,
 )
-from mooncake.store.types import MISS, CommitStatus, Location, PutMode, PutStatus
+from mooncake.store.types import CommitStatus, Location, PutMode, PutStatus
 from mooncake.transport.frames import Frame, FrameReader
 from tests.store.helpers import UNIT, Driver, key
 
@@ -36,25 +36,29 @@ CLIENTS = (1, 2, 3)
 KEYS = st.lists(st.integers(0, 9).map(key), min_size=1, max_size=5, unique=True).map(tuple)
 
 
-@given(st.lists(st.one_of(st.integers(1, 700), st.integers(-20, 0)), max_size=120))
+def longest_gap(used: dict[int, int]) -> int:
+    edges = sorted([(0, 0), *((offset, offset + size) for offset, size in used.items()), (40 * UNIT, 0)])
+    return max(start - end for (_, end), (start, _) in itertools.pairwise(edges))
+
+
+@given(st.lists(st.one_of(st.integers(1, 1700), st.integers(-20, 0)), max_size=120))
 @settings(max_examples=60, deadline=None)
 def test_allocator_never_overlaps_and_gives_everything_back(steps: list[int]) -> None:
     allocator = Allocator(40 * UNIT, UNIT)
-    used: list[tuple[int, int]] = []
+    used: dict[int, int] = {}
     for step in steps:
         if step > 0:
-            longest = max(allocator._sizes, default=0)
-            offset = allocator.allocate(step)
-            assert (offset is None) == (allocator.rounded(step) > longest)
-            if offset is not None:
-                assert all(offset + step <= o or o + s <= offset for o, s in used)
-                used.append((offset, step))
+            size, count = allocator.rounded(step % 500 + 1), step // 500 + 1
+            offsets = allocator.allocate(size, count)
+            used.update(dict.fromkeys(offsets, size))
+            assert len(offsets) == count or longest_gap(used) < size
         elif used:
-            allocator.free(used.pop(step % len(used))[0])
-        allocator.check_integrity()
-    for offset, _ in used:
-        allocator.free(offset)
-    assert allocator.allocate(40 * UNIT) == 0
+            offset = list(used)[step % len(used)]
+            allocator.free(used.pop(offset), (offset,))
+        allocator.check_integrity(used)
+    for offset, size in used.items():
+        allocator.free(size, (offset,))
+    assert allocator.allocate(40 * UNIT, 1) == [0]
 
 
 class StoreHistory(RuleBasedStateMachine):
@@ -144,7 +148,7 @@ class StoreHistory(RuleBasedStateMachine):
     @rule(client=st.sampled_from(CLIENTS), keys=KEYS)
     def lease(self, client: int, keys: tuple[bytes, ...]) -> None:
         for name, result in zip(keys, self.ask(Lease(client, 0, keys)), strict=True):
-            if result is not MISS:
+            if result is not None:
                 self.leased[client].append(result)
                 self.read(result, name)
 

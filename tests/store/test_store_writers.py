@@ -7,8 +7,8 @@ import pytest
 from mooncake.core.types import NANOS_PER_S
 from mooncake.store.core import RESERVATION_NS
 from mooncake.store.events import Cancel, ClientGone, Commit, Exists, Lease, Release, Remove, Report, Reserve, Tick
-from mooncake.store.types import MISS, CommitStatus, Put, PutMode, PutStatus
-from tests.store.helpers import UNIT, Driver, key, keys, ten_objects
+from mooncake.store.types import CommitStatus, PutMode, PutStatus
+from tests.store.helpers import UNIT, Driver, Put, key, keys, ten_objects
 
 A, B, C = 1, 2, 3
 COMMITTED, EXPIRED, UNKNOWN, EXISTS = CommitStatus
@@ -212,7 +212,7 @@ def test_two_expired_writers_leave_the_key_free() -> None:
     assert drive.core.metrics()["expired"] == 2 and measured(drive) == (2, 0, 2, 0)
     assert reserve(drive, C, mode=PutMode.STRICT, checksums=(5,)).status is PutStatus.RESERVED
     assert drive(Commit(A, 0, (first,))) == drive(Commit(B, 0, (second,))) == (EXPIRED,)
-    assert drive(Lease(A, 0, (key(1),))) == (MISS,) and measured(drive) == (1, 0, 1, 0)
+    assert drive(Lease(A, 0, (key(1),))) == (None,) and measured(drive) == (1, 0, 1, 0)
 
 
 def test_the_winner_outlives_the_expiry_of_the_loser() -> None:

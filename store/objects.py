@@ -1,0 +1,326 @@
+"""The objects of a node as columns: `keys[row]`, `offsets[row]` and so on belong to one reservation or object.
+
+A Python object per block, written a dozen times in its life, costs more than all there is to decide about it. So what is
+done, is done for a batch, in as few steps as the life cycle allows; the states that they write are those of its table. A row
+is given to another object when its own is gone; a number, which is what clients know it by, never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+from mooncake.store.allocator import BytesAllocator
+from mooncake.store.eviction import EvictionPolicy
+from mooncake.store.lifecycle import TABLE, State, Trigger, advance
+from mooncake.store.reports import Changes
+from mooncake.store.types import Places
+
+_RESERVED = TABLE[State.FREE, Trigger.RESERVE]
+_COMMITTED = TABLE[State.RESERVED, Trigger.COMMIT]
+_CONDEMNED = TABLE[State.COMMITTED, Trigger.CONDEMN]
+_EVICTED = TABLE[State.COMMITTED, Trigger.EVICT]
+_RECYCLED = TABLE[_EVICTED, Trigger.RESERVE]
+
+
+class Objects:
+    """Columns by row: keys; numbers; offsets in the segment; sizes in bytes; extents, the bytes taken of the segment; refs,
+    how often it is leased; states.
+
+    by_key: rows of committed objects. transient: rows that end with their last lease, being ephemeral or removed; the
+    directory does not hear of them. checksums: of those that have one. changes: for the directory. idle_bytes: extents of
+    committed objects that nobody leases: what eviction could free."""
+
+    def __init__(self, allocator: BytesAllocator, policy: EvictionPolicy) -> None:
+        self.keys: list[bytes] = []
+        self.numbers: list[int] = []
+        self.offsets: list[int] = []
+        self.sizes: list[int] = []
+        self.extents: list[int] = []
+        self.refs: list[int] = []
+        self.states: list[State] = []
+        self.by_key: dict[bytes, int] = {}
+        self.transient: dict[int, None] = {}
+        self.checksums: dict[int, int] = {}
+        self.changes = Changes()
+        self.idle_bytes = 0
+        self.num_evictions = 0
+        self.evicted_bytes = 0
+        self._allocator = allocator
+        self._policy = policy
+        self._free: list[int] = []
+        self._last_number = 0
+
+    def find(self, keys: Sequence[bytes]) -> list[int | None]:
+        return list(map(self.by_key.get, keys))
+
+    def find_all(self, keys: Sequence[bytes]) -> Sequence[int] | None:
+        """None if one of them is not there."""
+        try:
+            rows: Sequence[int] = pick(self.by_key, keys)
+        except KeyError:
+            return None
+        return rows
+
+    def places(self, rows: Sequence[int]) -> Places:
+        """Not empty."""
+        return Places(pick(self.offsets, rows), pick(self.sizes, rows), pick(self.numbers, rows))
+
+    # ------------------------------------------------------------ leases
+
+    def hold(self, rows: Sequence[int]) -> None:
+        """One lease of each, as often as it is named."""
+        refs = self.refs
+        woken: list[int] = []
+        for row in rows:
+            if refs[row]:
+                refs[row] += 1
+            else:
+                refs[row] = 1
+                woken.append(row)
+        if woken:
+            self._policy.hold(woken)
+            self.idle_bytes -= sum(pick(self.extents, woken))
+
+    def unhold(self, rows: Sequence[int]) -> None:
+        """The opposite of hold, in chain order. What nobody holds can be evicted, or ends if it was waiting to."""
+        refs = self.refs
+        released: list[int] = []
+        for row in rows:
+            left = refs[row] = refs[row] - 1
+            if not left:
+                released.append(row)
+        idle = self._lasting(released) if self.transient else released
+        if len(idle) < len(released):
+            self._end_transient(released)
+        if idle:
+            self._policy.idle(idle)
+            self.idle_bytes += sum(pick(self.extents, idle))
+
+    def _lasting(self, rows: Sequence[int]) -> Sequence[int]:
+        """Those that are not transient. It is the last one if any."""
+        transient = self.transient
+        if transient.keys().isdisjoint(rows):
+            return rows
+        if transient.keys().isdisjoint(rows[:-1]):
+            return rows[:-1]
+        return [row for row in rows if row not in transient]
+
+    def _end_transient(self, rows: Sequence[int]) -> None:
+        for row in [row for row in rows if row in self.transient]:
+            self.end(row, Trigger.LAST_RELEASE if self.states[row] is _CONDEMNED else Trigger.REMOVE)
+
+    # ------------------------------------------------------------ life
+
+    def publish(self, rows: Sequence[int], keys: Sequence[bytes]) -> None:
+        """RESERVED to COMMITTED, held once by whoever commits them."""
+        by_key, refs, states = self.by_key, self.refs, self.states
+        for row, key in zip(rows, keys, strict=True):
+            by_key[key] = row
+            states[row] = _COMMITTED
+            refs[row] = 1
+        if self.transient:
+            lasting = self._lasting(rows)
+            if len(lasting) < len(rows):
+                rows, keys = lasting, [self.keys[row] for row in lasting]
+        if rows:
+            self._policy.add(rows, keys, self.extents)
+            self.changes.gained.append(keys)
+
+    def move(self, row: int, trigger: Trigger) -> None:
+        before = self.states[row]
+        after = advance(before, trigger)
+        if after is None:
+            raise AssertionError(f"object {self.numbers[row]}: {trigger.name} is illegal in {before.name}")
+        self.states[row] = after
+
+    def remove(self, row: int) -> None:
+        """COMMITTED: nobody finds it any more; it is gone when nobody holds it."""
+        if row not in self.transient and not self.refs[row]:
+            self._policy.hold((row,))
+            self.idle_bytes -= self.extents[row]
+        if self.refs[row]:
+            self.move(row, Trigger.CONDEMN)
+            self._hide(row)
+            self.transient[row] = None
+        else:
+            self.end(row, Trigger.REMOVE)
+
+    def end(self, row: int, trigger: Trigger) -> None:
+        """Free the bytes of an object or reservation that nobody holds any more."""
+        if self.states[row] is State.COMMITTED:
+            self._hide(row)
+        self.move(row, trigger)
+        self.transient.pop(row, None)
+        self.checksums.pop(row, None)
+        self._allocator.free(self.extents[row], (self.offsets[row],))
+        self._free.append(row)
+
+    def _hide(self, row: int) -> None:
+        """It is no candidate."""
+        key = self.keys[row]
+        del self.by_key[key]
+        if row not in self.transient:
+            self._policy.discard((row,))
+            self.changes.lost.append((key,))
+
+    # ------------------------------------------------------------ room
+
+    def create(
+        self, keys: Sequence[bytes], sizes: Sequence[int], *, all_or_nothing: bool
+    ) -> tuple[tuple[int, ...], list[int], list[int]] | None:
+        """Reserve space, evicting as little as it takes: numbers, rows, and indices of those that found no room. None if all or
+        nothing is wanted and it is not all."""
+        allocator, first = self._allocator, self._last_number + 1
+        numbers = tuple(range(first, first + len(keys)))
+        runs = [(size, allocator.rounded(size), count) for size, count in _runs(sizes)]
+        if all_or_nothing:
+            wanted = sum([extent * count for _, extent, count in runs])
+            if wanted > allocator.free_bytes + self.idle_bytes:
+                return None
+        rows: list[int] = []
+        refused: list[int] = []
+        at = 0
+        for size, extent, count in runs:
+            made = self._create_equal(keys[at : at + count], size, extent, numbers[len(rows) : len(rows) + count])
+            rows += made
+            refused += range(at + len(made), at + count)
+            at += count
+        self._last_number += len(rows)
+        if refused and all_or_nothing:  # there is room, but in pieces
+            for row in rows:
+                self.end(row, Trigger.CANCEL)
+            return None
+        return numbers[: len(rows)], rows, refused
+
+    def _create_equal(self, keys: Sequence[bytes], size: int, extent: int, numbers: Sequence[int]) -> list[int]:
+        """Rows of as many as find room. A full store evicts as many objects of that extent, and each new one gets the place of
+        an old one; otherwise space goes through the allocator."""
+        allocator, count = self._allocator, len(keys)
+        rows: list[int] = []
+        while True:
+            if allocator.free_bytes >= extent:
+                offsets = allocator.allocate(extent, count - len(rows))
+                rows += self._fill(offsets, keys[len(rows) :], size, extent, numbers[len(rows) :])
+            num_more = min(count - len(rows), (allocator.free_bytes + self.idle_bytes) // extent)
+            if not num_more:
+                return rows
+            victims = self._policy.take(max(1, num_more * extent - allocator.free_bytes), self.extents)
+            if not victims:
+                return rows
+            extents = pick(self.extents, victims)
+            if extents.count(extent) == len(victims):
+                self._recycle(victims, keys[len(rows) :], size, numbers[len(rows) :])
+                rows += victims
+            else:
+                self._evict(victims, extents)
+
+    def _fill(
+        self, offsets: Sequence[int], keys: Sequence[bytes], size: int, extent: int, numbers: Sequence[int]
+    ) -> list[int]:
+        """FREE to RESERVED: the first keys, as many as there are offsets."""
+        count = len(offsets)
+        if not count:
+            return []
+        if len(self._free) < count:
+            self._add_rows(count - len(self._free))
+        rows = self._free[-count:]
+        del self._free[-count:]
+        for row, key, number, offset in zip(rows, keys, numbers, offsets, strict=False):
+            self.keys[row] = key
+            self.numbers[row] = number
+            self.offsets[row] = offset
+            self.sizes[row] = size
+            self.extents[row] = extent
+            self.states[row] = _RESERVED
+        return rows
+
+    def _recycle(self, rows: Sequence[int], keys: Sequence[bytes], size: int, numbers: Sequence[int]) -> None:
+        """COMMITTED to FREE and at once, for the first keys, to RESERVED, where they are."""
+        by_key, key_at, number_at, size_at, state_at = self.by_key, self.keys, self.numbers, self.sizes, self.states
+        old = self._note_evicted(rows, self.extents[rows[0]] * len(rows))
+        for row, gone, key, number in zip(rows, old, keys, numbers, strict=False):
+            del by_key[gone]
+            key_at[row] = key
+            number_at[row] = number
+            size_at[row] = size
+            state_at[row] = _RECYCLED
+
+    def _evict(self, rows: Sequence[int], extents: Sequence[int]) -> None:
+        """COMMITTED to FREE."""
+        keys = self._note_evicted(rows, sum(extents))
+        for row, key, extent in zip(rows, keys, extents, strict=True):
+            del self.by_key[key]
+            self.states[row] = _EVICTED
+            self._allocator.free(extent, (self.offsets[row],))
+        self._free += rows
+
+    def _note_evicted(self, rows: Sequence[int], num_bytes: int) -> Sequence[bytes]:
+        """The keys of those that the policy has let go."""
+        keys: Sequence[bytes] = pick(self.keys, rows)
+        if self.checksums:
+            for row in rows:
+                self.checksums.pop(row, None)
+        self.idle_bytes -= num_bytes
+        self.evicted_bytes += num_bytes
+        self.num_evictions += len(rows)
+        self.changes.lost.append(keys)
+        return keys
+
+    def _add_rows(self, count: int) -> None:
+        first = len(self.keys)
+        self.keys += [b""] * count
+        for column in (self.numbers, self.offsets, self.sizes, self.extents, self.refs):
+            column += [0] * count
+        self.states += [State.FREE] * count
+        self._free += range(first + count - 1, first - 1, -1)
+
+    # ------------------------------------------------------------ conservation
+
+    def used_rows(self) -> list[int]:
+        return [row for row, state in enumerate(self.states) if state is not State.FREE]
+
+    def check_integrity(self) -> None:
+        rows, states = self.used_rows(), self.states
+        _require(
+            sorted(self._free) == [row for row, state in enumerate(states) if state is State.FREE], "rows are lost"
+        )
+        _require(not any(self.refs[row] for row in self._free), "a free row is leased")
+        extents = {self.offsets[row]: self.extents[row] for row in rows}
+        _require(len(extents) == len(rows), "two objects are at one place")
+        _require(all(self.sizes[row] <= self.extents[row] for row in rows), "an object is larger than its extent")
+        _require(len({self.numbers[row] for row in rows}) == len(rows), "a number is given twice")
+        self._allocator.check_integrity(extents)
+        committed = {self.keys[row]: row for row in rows if states[row] is State.COMMITTED}
+        _require(self.by_key == committed, "key index disagrees")
+        condemned = [row for row in rows if states[row] is State.CONDEMNED]
+        _require(all(self.refs[row] and row in self.transient for row in condemned), "a condemned object nobody holds")
+        _require(all(states[row] is not State.FREE for row in self.transient), "a free row is transient")
+        _require(all(states[row] is not State.FREE for row in self.checksums), "a free row has a checksum")
+        idle = [row for row in committed.values() if not self.refs[row]]
+        _require(not any(row in self.transient for row in idle), "an ephemeral object nobody holds")
+        _require(sum([self.extents[row] for row in idle]) == self.idle_bytes, "evictable bytes do not add up")
+        _require(len(self._policy) == len(idle), "the policy has other candidates than those that nobody leases")
+
+
+def pick(column: Any, at: Sequence[Any]) -> Any:
+    """column[i] for each i: the quickest way there is."""
+    return itemgetter(*at)(column) if len(at) > 1 else tuple([column[i] for i in at])
+
+
+def _runs(values: Sequence[int]) -> list[tuple[int, int]]:
+    """Equal neighbours: value and count."""
+    first, count = values[0], len(values)
+    num_equal = values.count(first)
+    if num_equal == count:
+        return [(first, count)]
+    if num_equal == count - 1 and values[-1] != first:  # full blocks and a partial one
+        return [(first, num_equal), (values[-1], 1)]
+    return [(value, len(list(group))) for value, group in groupby(values)]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise AssertionError(f"store: {message}")
