@@ -94,8 +94,8 @@ def _causal_mask(first: int, end: int, begin: int, window: int | None, like: tor
 def attend_piece(
     piece: Piece, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float | None
 ) -> torch.Tensor:
-    """query: [kv_heads, group, tokens, dim] of the packed row; keys, values: [kv_heads, tokens, dim], of the tokens [begin, end).
-    Returns [tokens of the piece, kv_heads, group, dim]."""
+    """query: [kv_heads, group, tokens, dim] of the packed row; keys, values: [kv_heads, tokens, dim] of [begin, end). Returns
+    [tokens of the piece, kv_heads, group, dim]."""
     num_kv, group, _, dim = query.shape
     mine = query[:, :, piece.start : piece.stop]
     if piece.causal:
