@@ -111,9 +111,7 @@ class HeadsBatch:
         num_kv = key.shape[1]
         grouped = query.view(num_kv, num_heads // num_kv, num_tokens, dim)
         singles = [
-            attended
-            for item in self._singles
-            for attended in self._attend_single(item, kv, grouped, scaling, window)
+            attended for item in self._singles for attended in self._attend_single(item, kv, grouped, scaling, window)
         ]
         if self._rows is None and len(singles) == 1:  # a prompt alone, a reply alone: nothing to put together
             return singles[0][1].reshape(1, num_tokens, num_heads, dim)
