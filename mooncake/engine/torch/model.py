@@ -69,7 +69,8 @@ class _RowLinear(torch.nn.Linear):
         if input.numel() != self.in_features:
             return super().forward(input)
         row = input.reshape(-1)
-        found = torch.mv(self.weight, row) if self.bias is None else torch.addmv(self.bias, self.weight, row)
+        bias: torch.Tensor | None = self._parameters["bias"]
+        found = torch.mv(self.weight, row) if bias is None else torch.addmv(bias, self.weight, row)
         return found.view(*input.shape[:-1], self.out_features)
 
 
