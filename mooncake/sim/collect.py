@@ -179,9 +179,12 @@ class Collector:
         self.num_retries += max(0, record.num_attempts - 1)
         self.num_wasted += not record.completed and _stage(record, Stage.PREFILL_START) is not None
         self.outcomes[record.outcome] += 1
-        measured = _measure(record, times)
+        gaps = np.diff(times)
+        measured = _measure(record, times, gaps)
         effective = record.completed and _meets(self._slo, measured)
         self._append(record, times, measured, effective)
+        if len(gaps):
+            self.gaps.add(gaps)
         reused = self._take_reused(record)
         self._count(record, reused if len(times) else None, effective)
         if self._write is not None:
@@ -210,8 +213,6 @@ class Collector:
         self.predicted.append(record.prediction.ttft_ns if predicted else NONE)
         self.placed.append(times[0] - placed if placed is not None and predicted else NONE)
         self.prefill.append(self._cost.prefill_ns(request.num_tokens - cached, cached) if len(times) else NONE)
-        if len(times) > 1:
-            self.gaps.add(np.diff(times))
 
     def _take_reused(self, record: RequestRecord) -> Reused:
         """What was loaded is known; the rest of what was reused lay in the instance's own pages."""
@@ -244,8 +245,8 @@ class Measured(NamedTuple):
     later_tbt: float = NONE
 
 
-def _measure(record: RequestRecord, times: np.ndarray) -> Measured:
-    """The definitions of `mooncake.core.stats`, for arrays."""
+def _measure(record: RequestRecord, times: np.ndarray, gaps: np.ndarray) -> Measured:
+    """The definitions of `mooncake.core.stats`, for arrays. gaps: between the times."""
     number, arrival = len(times), record.request.arrival_ns
     if not number:
         return Measured()
@@ -253,19 +254,27 @@ def _measure(record: RequestRecord, times: np.ndarray) -> Measured:
     network = record.choices[0].first_way
     if number == 1:
         return Measured(first - arrival, network, latency=last - arrival)
-    gaps = np.diff(times)
-    tbt, itl = _tbt(gaps), (last - first) / (number - 1)
+    in_order = np.sort(gaps)
+    tbt, itl = _tbt(in_order), (last - first) / (number - 1)
     if not record.prefill or record.prefill == record.decode:
         return Measured(first - arrival, network, tbt, itl, last - arrival, NONE, tbt)
-    later_tbt = _tbt(gaps[1:]) if number > 2 else NONE
-    return Measured(first - arrival, network, tbt, itl, last - arrival, int(gaps[0]), later_tbt)
+    handover = int(gaps[0])
+    later_tbt = _tbt_without(in_order, handover) if number > 2 else NONE
+    return Measured(first - arrival, network, tbt, itl, last - arrival, handover, later_tbt)
 
 
-def _tbt(gaps: np.ndarray) -> float:
-    """Of at least one."""
-    num_longest = math.ceil(TBT_SHARE * len(gaps))
-    at = len(gaps) - num_longest
-    return int(np.partition(gaps, at)[at:].sum()) / num_longest
+def _tbt(in_order: np.ndarray) -> float:
+    """Of at least one gap, the shortest first."""
+    num_longest = math.ceil(TBT_SHARE * len(in_order))
+    return int(in_order[-num_longest:].sum()) / num_longest
+
+
+def _tbt_without(in_order: np.ndarray, gap: int) -> float:
+    """Of at least two, if one of that length is left out."""
+    num_longest = math.ceil(TBT_SHARE * (len(in_order) - 1))
+    if gap < in_order[-num_longest]:
+        return int(in_order[-num_longest:].sum()) / num_longest
+    return (int(in_order[-num_longest - 1 :].sum()) - gap) / num_longest
 
 
 def _meets(slo: Slo, measured: Measured) -> bool:

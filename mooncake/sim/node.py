@@ -335,6 +335,8 @@ class SimTarget:
         return arrived
 
     def _open_locations(self, first: int, last: int) -> list[Location]:
+        if not self._config.checked:
+            return []
         pairs = zip(self._open[first:last], self._locations[first:last], strict=False)
         return [location for number, location in pairs if number is not None and location is not None]
 
