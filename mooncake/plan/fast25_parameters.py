@@ -28,6 +28,8 @@ class Parameters(msgspec.Struct, frozen=True):
     fig5_speeds: tuple[float, ...] = (0.8, 1.0, 1.2)
     fig10_prefill: int = 10
     fig13_gbps: tuple[float, ...] = (10.0, 25.0, 50.0, 100.0, 200.0, 400.0, 800.0)
+    fig13_assumed_gbps: float = 87 * 8.0
+    """The paper's network, for a Conductor that is not told of a slower one."""
     fig15_prefill: tuple[int, ...] = (5, 6, 7, 8, 9, 10, 11)
     fig15_ttft_slo_s: float = 10.0
     fig15_tbt_slo_s: float = 0.1

@@ -46,6 +46,9 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     nic_gbps: Annotated[
         Annotated[float, Meta(gt=0, le=1e6)] | None, _text("a node's network, gigabits per second; the hardware's")
     ] = None
+    assumed_nic_gbps: Annotated[
+        Annotated[float, Meta(gt=0, le=1e6)] | None, _text("what the Conductor takes that network for; what it is")
+    ] = None
     max_batch: Annotated[_Count | None, _text("sequences in a decode step; 256")] = None
     max_step_tokens: Annotated[
         _Count | None, _text("prefill tokens in a step; with colocated it chunks prompts; 8192 else")

@@ -35,7 +35,7 @@ _FILE_KEYS = (
     "max_step_tokens",
 )  # fmt: skip
 """Options that are also keys of the configuration file, which they override."""
-_MACHINE_KEYS = ("hardware", "model", "colocated", "nic_gbps")
+_MACHINE_KEYS = ("hardware", "model", "colocated", "nic_gbps", "assumed_nic_gbps")
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -115,7 +115,8 @@ def _from_machines(options: ReplayOptions) -> Target:
         colocated=colocated,
         kv_tokens=options.kv_tokens,
         store_bytes=options.store_memory,
-        nic_bytes_per_s=options.nic_gbps * 1e9 / 8 if options.nic_gbps else None,
+        nic_bytes_per_s=_bytes_per_s(options.nic_gbps),
+        assumed_nic_bytes_per_s=_bytes_per_s(options.assumed_nic_gbps),
         max_step_tokens=options.max_step_tokens,
         conductor={
             "policy": options.policy or "joint",
@@ -133,6 +134,10 @@ def _from_machines(options: ReplayOptions) -> Target:
         raise ConfigError(f"{name} = {machines.conductor.get(name)!r} ({flag(name)}): {reason}") from None
     note = "the length of a context is bounded by KV room alone"
     return Target(config, hardware.name, model.name, hardware.num_gpus, hardware.usd_per_gpu_hour, note)
+
+
+def _bytes_per_s(gbps: float | None) -> float | None:
+    return gbps * 1e9 / 8 if gbps is not None else None
 
 
 def _known(name: str, value: str, known: dict[str, Any]) -> Any:

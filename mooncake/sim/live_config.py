@@ -67,7 +67,8 @@ def cluster_config(config: Config) -> ClusterConfig:
 
 class Machines(msgspec.Struct, frozen=True):
     """Equal nodes with one instance each. None: what the hardware has; of max_step_tokens, chunks on prefill instances and
-    whole prompts on colocated ones. conductor: settings of the Conductor that are not the default."""
+    whole prompts on colocated ones. assumed_nic_bytes_per_s: what the Conductor takes the network for, if not for what it is.
+    conductor: settings of the Conductor that are not the default."""
 
     hardware: Hardware
     model: ModelShape
@@ -78,6 +79,7 @@ class Machines(msgspec.Struct, frozen=True):
     kv_tokens: int | None = None
     store_bytes: int | None = None
     nic_bytes_per_s: float | None = None
+    assumed_nic_bytes_per_s: float | None = None
     max_batch: int = 256
     max_step_tokens: int | None = None
     conductor: dict[str, Any] = {}
@@ -93,7 +95,8 @@ def machines_config(machines: Machines) -> ClusterConfig:
     tokens = machines.kv_tokens or kv_tokens(hardware, model)
     nic = machines.nic_bytes_per_s or hardware.nic_bytes_per_s
     host = hardware.host_bytes_per_s
-    rates = Rates(host, SSD_BYTES_PER_S, min(nic, host), nic)
+    assumed = machines.assumed_nic_bytes_per_s or nic
+    rates = Rates(host, SSD_BYTES_PER_S, min(assumed, host), assumed)
     block_tokens = machines.block_tokens
     own = {"block_tokens": block_tokens, "kv_token_bytes": model.kv_token_bytes, "rates": msgspec.to_builtins(rates)}
     step = machines.max_step_tokens or (WHOLE_PROMPTS if machines.colocated else CHUNK_TOKENS)
