@@ -275,7 +275,7 @@ class SimCluster:
         found = self.nodes.get(node)
         if found is None or not self.network.reachable(node, instance):
             return None
-        return found.attach(instance, self._node_of[instance] == node)
+        return found.attach(instance, self.nodes.get(self._node_of[instance]))
 
     def _flush(self) -> None:
         """What instances have said by now, though the simulation has kept it back."""

@@ -126,9 +126,10 @@ class SimNode:
 
     # ------------------------------------------------------------------ clients
 
-    def attach(self, instance: str, is_local: bool) -> NodeClient:
+    def attach(self, instance: str, home: SimNode | None) -> NodeClient:
+        """home: the node of the instance's own machine, if it is alive; its NIC is the other end of a transfer."""
         number = next(self._numbers)
-        client = self._clients[number] = NodeClient(self, number, instance, is_local)
+        client = self._clients[number] = NodeClient(self, number, instance, home)
         return client
 
     def detach(self, client: NodeClient) -> None:
@@ -168,16 +169,18 @@ class SimNode:
 class NodeClient:
     """Calls and transfers of one instance at one node. All of them end, `lost` ones with None or False."""
 
-    def __init__(self, node: SimNode, number: int, instance: str, is_local: bool) -> None:
+    def __init__(self, node: SimNode, number: int, instance: str, home: SimNode | None) -> None:
         self.node = node
         self.number = number
         self.instance = instance
         self.lost = False
-        self.is_local = is_local
+        self.is_local = home is node
         self._ids = itertools.count(1)
         self._pending: dict[int, OnReply] = {}
-        self._path_in = [node.memory] if is_local else [node.memory, node.nic_in]
-        self._path_out = [node.memory] if is_local else [node.memory, node.nic_out]
+        self._path_in, self._path_out = [node.memory], [node.memory]
+        if not self.is_local:
+            self._path_in += [node.nic_in, *([home.nic_out] if home is not None else [])]
+            self._path_out += [node.nic_out, *([home.nic_in] if home is not None else [])]
 
     def close(self) -> None:
         """The instance is no more: nobody waits for anything."""

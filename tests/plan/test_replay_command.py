@@ -156,9 +156,10 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert "prefers-color-scheme:dark" in page
     for plot in ("TTFT", "TBT", "ITL", "Hit rate by tier", "Queue", "Requests and rejections", "Instances", "Links"):
         assert f">{plot}</h" in page
-    assert (
-        page.count('<svg class="strip"') == 4 * 3 + 2
-    )  # instances; memory and outgoing network of the only node in use
+    num_strips = (
+        4 * 3 + 3 * 3
+    )  # instances; memory and both ways of the network, of the three nodes that sent or received
+    assert page.count('<svg class="strip"') == num_strips
     assert "NaN" not in page and "nan" not in re.sub(r"[a-z]*nan[a-z]+|[a-z]+nan[a-z]*", "", page)
 
 

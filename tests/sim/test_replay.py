@@ -128,7 +128,8 @@ def test_instances_and_links_are_looked_at() -> None:
     assert sum(decode.busy) == pytest.approx(0.3)
     assert prefill.running[:2] == [1, 0]
     moved = {link.name: link.num_bytes for link in replay.links if link.num_bytes}
-    assert moved == {"node-0.memory": (2 * 1900 + 10) * 1024, "node-0.out": 1900 * 1024}
+    handed_over = 1900 * 1024
+    assert moved == {"node-0.memory": (2 * 1900 + 10) * 1024, "node-0.out": handed_over, "node-1.in": handed_over}
     assert replay.duration_ns == 3010 * MS
 
 
