@@ -72,9 +72,24 @@ def _build_parser() -> argparse.ArgumentParser:
     replay.add_argument(
         "files", metavar="FILE", nargs="+", help="an event log, as written to the folder of --event-log"
     )
+    explain = commands.add_parser(
+        "explain", help="why requests were placed where they were, or refused", allow_abbrev=False
+    )
+    explain.set_defaults(run=_explain)
+    explain.add_argument("file", metavar="FILE", help="the Conductor's event log")
+    explain.add_argument(
+        "--request", metavar="FRONTEND/NUMBER", default="", help="only this one, such as frontend-0/12"
+    )
+    explain.add_argument("--last", metavar="N", type=_positive, default=10, help="placements from the end; 10")
     _add_trace_commands(commands)
     _add_plan_commands(commands)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+    return int(text)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -219,6 +234,23 @@ def _replay_log(arguments: argparse.Namespace) -> int:
             outcome = f"{replayed.num_events} events gave the same commands"
             print(f"{file}: {replayed.kind}: {outcome}; still held: {held or 'nothing'}")
     return code
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    """As `_replay_log`; 1 also if there is no such placement."""
+    from mooncake.sim.replay_log import explain_log
+
+    try:
+        records = explain_log(Path(arguments.file), arguments.request, arguments.last)
+    except ReplayMismatch as error:
+        print(error)
+        return 1
+    except EventLogError as error:
+        print(f"mooncake: {error}", file=sys.stderr)
+        return 2
+    wanted = f" of {arguments.request}" if arguments.request else ""
+    print("\n\n".join(records) or f"{arguments.file}: no placement{wanted}")
+    return 0 if records else 1
 
 
 def _trace_stats(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import msgspec
 
 from mooncake.core.errors import EventLogError, ReplayMismatch
 from mooncake.core.event_log import LogEntry, LogHeader, encode_commands, read_log
+from mooncake.core.messages import Placed, Rejected, Send
 from mooncake.core.types import InstanceInfo, Job
 from mooncake.decode.core import DecodeCore, DecodeEvent
 from mooncake.decode.service import DecodeSettings
@@ -147,9 +149,13 @@ class Replayed:
         return {what: count for what, count in held.items() if count}
 
 
-def replay_log(path: Path, until_ns: int | None = None) -> Replayed:
-    """The core as it was at that time of its own clock, or at the end. Raises EventLogError for a file that is no log,
-    ReplayMismatch where the core does not answer as it did."""
+OnTold = Callable[[Replayed, list[Any]], None]
+"""Gets the commands of an event."""
+
+
+def replay_log(path: Path, until_ns: int | None = None, on_told: OnTold | None = None) -> Replayed:
+    """The core as it was at that time of its own clock, or at the end. on_told: called after every event. Raises EventLogError
+    for a file that is no log, ReplayMismatch where the core does not answer as it did."""
     with _readable(str(path)):
         file = path.open("rb")
     with file:
@@ -159,12 +165,34 @@ def replay_log(path: Path, until_ns: int | None = None) -> Replayed:
         for entry, event in _events(str(path), entries, _KINDS[header.core].events):
             if until_ns is not None and entry.now > until_ns:
                 break
-            _compare(f"{path}: event {replayed.num_events}, {_brief(event)}", replayed, entry, event)
+            commands = _compare(f"{path}: event {replayed.num_events}, {_brief(event)}", replayed, entry, event)
+            if on_told is not None:
+                on_told(replayed, commands)
     try:
         replayed.core.check_integrity()
     except AssertionError as error:
         raise ReplayMismatch(f"{path}: after {replayed.num_events} events: {error}") from error
     return replayed
+
+
+def explain_log(path: Path, request: str, num_last: int) -> list[str]:
+    """The decision records behind the last placements in a Conductor's log, of one request (frontend/number) or, if that is
+    empty, of any. Raises as `replay_log`, and EventLogError for another core's log."""
+    explained: deque[str] = deque(maxlen=num_last)
+
+    def told(replayed: Replayed, commands: list[Any]) -> None:
+        for command in commands:
+            if not isinstance(command, Send) or not isinstance(command.message, Placed | Rejected):
+                continue
+            key = command.message.key
+            text = replayed.core.explain(key) if request in ("", f"{key.frontend}/{key.request}") else None
+            if text is not None:  # it has none if nobody could be chosen from
+                explained.append(text)
+
+    replayed = replay_log(path, on_told=told)
+    if replayed.kind != "conductor":
+        raise EventLogError(f"{path}: the log of a {replayed.kind}; the Conductor's has the placements")
+    return list(explained)
 
 
 @contextmanager
@@ -188,15 +216,18 @@ def _events(path: str, entries: Iterator[LogEntry], events: Any) -> Iterator[tup
         yield entry, event
 
 
-def _compare(where: str, replayed: Replayed, entry: LogEntry, event: Any) -> None:
+def _compare(where: str, replayed: Replayed, entry: LogEntry, event: Any) -> list[Any]:
+    """Tells it the event; its commands, which must be those of the log."""
     try:
-        commands = encode_commands(replayed.tell(event, entry.now))
+        told = replayed.tell(event, entry.now)
+        commands = encode_commands(told)
     except Exception as error:  # an event that is in a log was handled when it was written
         raise ReplayMismatch(f"{where}: {type(error).__name__}: {error}") from error
     if commands != entry.commands:
         with _readable(where):
             difference = _first_difference(entry.commands, commands)
         raise ReplayMismatch(f"{where}: {difference}")
+    return told
 
 
 # ---------------------------------------------------------------- what differs

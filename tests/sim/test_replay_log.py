@@ -34,7 +34,7 @@ from mooncake.prefill.service import PrefillSettings, attempt_partial_key
 from mooncake.scheduler import dispatcher
 from mooncake.scheduler.dispatcher import Dispatcher, DispatcherLimits, DispatcherSettings, hashed_keys
 from mooncake.sim.cluster import ClusterConfig, SimCluster
-from mooncake.sim.replay_log import replay_log
+from mooncake.sim.replay_log import explain_log, replay_log
 from mooncake.store.core import StoreCore
 from mooncake.store.events import ClientGone, Commit, Lease, Reserve
 from mooncake.store.service import StoreSettings
@@ -129,6 +129,18 @@ def test_a_simulated_core_does_the_same_again_and_holds_nothing_at_the_end(
     replayed = replay_log(simulated[name])
     assert replayed.num_events == len(frames(simulated[name])[1]) > 200
     assert replayed.leftovers() == {}
+
+
+def test_placements_of_a_log_can_be_explained(simulated: dict[str, Path]) -> None:
+    found = explain_log(simulated["conductor"], "", 1000)
+    assert len(found) >= 80
+    assert all(" placed by " in text and "-> prefill " in text and "-> decode " in text for text in found)
+    assert explain_log(simulated["conductor"], "", 3) == found[-3:]
+    first = found[0].split("/0/0 ")[0]
+    assert [text for text in found if text.startswith(f"{first}/")] == explain_log(simulated["conductor"], first, 1000)
+    assert explain_log(simulated["conductor"], "frontend-9/1", 10) == []
+    with pytest.raises(EventLogError, match="the log of a decode; the Conductor's has the placements"):
+        explain_log(simulated["decode-0"], "", 10)
 
 
 @pytest.mark.parametrize(("name", "what"), [("conductor", "bookings"), ("decode-0", "pages")])
