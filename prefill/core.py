@@ -195,8 +195,8 @@ class PrefillCore:
         }
         self._messages: dict[type, Callable[[Any, int], None]] = {
             Submit: self._submit,
-            Abort: self._abort,
-            HandoverDone: self._handover_done,
+            Abort: self._let_go,
+            HandoverDone: self._let_go,
             LiveAttempts: self._live_attempts,
             Drain: self._drain,
         }
@@ -280,13 +280,12 @@ class PrefillCore:
         num_tokens = job.num_tokens if partial else num_blocks * self._block_tokens
         return KvSource(self._node, num_tokens, keys, partial, self._node_addresses)
 
-    def _abort(self, message: Abort, now: int) -> None:
+    def _let_go(self, message: Abort | HandoverDone, now: int) -> None:
+        """What is not wanted any more, or was handed over."""
         for key in message.keys:
             attempt = self._table.by_key(key)
             if attempt is not None:
                 self._leave(attempt)
-
-    _handover_done = _abort  # a hand-over that is done or not wanted any more is let go in the same way
 
     def _live_attempts(self, message: LiveAttempts, now: int) -> None:
         for key in message.keys:

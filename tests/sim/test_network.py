@@ -136,7 +136,7 @@ class AlarmCore:
 def test_a_deadline_that_moves_is_met_once() -> None:
     loop = Loop()
     core = AlarmCore()
-    runner = CoreRunner(loop, "core", core, lambda command: None, "tick", lambda *event: None)
+    runner = CoreRunner(loop, "core", core, {}, "tick", lambda *event: None)
     for time in (50, 30, 70):
         runner.handle(time)
     loop.run(40)
