@@ -104,7 +104,7 @@ class ConductorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fairness: Fairness = Fairness()
     calibration: Calibration = Calibration()
     replicate: bool = False
-    """Whether hot prefixes are copied ahead; to carry it out needs store nodes that can."""
+    """Whether hot prefixes are copied to more store nodes ahead of use."""
     replication: ReplicationConfig = ReplicationConfig()
     rates: Rates = Rates()
 

@@ -46,7 +46,6 @@ from mooncake.scheduler.links import Links
 from mooncake.scheduler.membership import Membership
 from mooncake.scheduler.placer import NO_INSTANCE, Placer, choice_keys
 from mooncake.scheduler.prefix_index import PrefixIndex
-from mooncake.scheduler.replication import Replicate
 from mooncake.scheduler.view import View
 
 
@@ -120,6 +119,9 @@ class ConductorCore:
                 commands += handler(event.sender, event.message, now)
         elif isinstance(event, PeerGone):
             self._on_peer_gone(event.name, now)
+        if self.placer.copies:
+            commands += self.placer.copies
+            self.placer.copies = []
         self._due = self._find_due(now)
         return commands
 
@@ -321,14 +323,6 @@ class ConductorCore:
         before = self.membership.members()
         self.membership.forget(name, now)
         return self._after_change(before, now)
-
-    # ------------------------------------------------------------ wishes
-
-    def take_replicas(self) -> list[Replicate]:
-        """Copies of hot prefixes that would pay, since the last call. The bounded list waits for whoever can make them."""
-        taken = list(self.placer.replicas)
-        self.placer.replicas.clear()
-        return taken
 
     # ------------------------------------------------------------ for people and tests
 

@@ -8,9 +8,9 @@ Choosing and judging have no side effects; the booking is made in one place, bef
 from __future__ import annotations
 
 import random
-from collections import Counter, deque
+from collections import Counter
 
-from mooncake.core.messages import Placed, PlaceRequest, Prediction, Rejected
+from mooncake.core.messages import CopyBlocks, Placed, PlaceRequest, Prediction, Rejected, Send
 from mooncake.core.types import AttemptKey, KvSource
 from mooncake.scheduler.admission import RETRY_NS_MIN, Gate, Question
 from mooncake.scheduler.answers import Answers
@@ -26,8 +26,6 @@ from mooncake.scheduler.view import View
 NO_INSTANCE = "no_instance"
 TOO_LONG = "too_long"
 _NO_PREDICTION = Prediction()
-_NUM_REPLICAS_MAX = 64
-"""Later wishes are worth more than old ones that nobody took."""
 _EXPIRY_STEP_NS = 1_000_000_000
 """Predictions expire together at whole multiples of this, so that they wake nobody one by one."""
 
@@ -46,7 +44,7 @@ class Placer:
         self.records = Records(config.num_records_max, config.policy, config.block_tokens)
         self.answers = Answers(config.num_answers_max)
         self.counts: Counter[str] = Counter()
-        """placed, waited, soft_REASON, rejected_REASON: for metrics."""
+        """placed, waited, replicated, soft_REASON, rejected_REASON: for metrics."""
         self._view = view
         self._books = books
         self._index = index
@@ -55,8 +53,8 @@ class Placer:
         self._policy = make_policy(config, Known(view, books, self._costs))
         self._gate = gate
         self._replication = make_replication(config, view)
-        self.replicas: deque[Replicate] = deque(maxlen=_NUM_REPLICAS_MAX)
-        """Copies that would pay, oldest first, until somebody takes them."""
+        self.copies: list[Send] = []
+        """Copies of hot prefixes that the last placements asked store nodes for; the core sends them with its answers."""
 
     # ------------------------------------------------------------ the answer
 
@@ -136,7 +134,7 @@ class Placer:
         if self._replication is not None:
             wished = self._replication.used(request.block_keys, decision, now)
             if wished is not None:
-                self.replicas.append(wished)
+                self._replicate(wished, decision, now)
         self.counts["placed"] += 1
         return answer
 
@@ -156,6 +154,18 @@ class Placer:
             expires_ns = now + decision.prediction.ttft_ns + self.config.prediction_grace_ns
             expires_ns += -expires_ns % _EXPIRY_STEP_NS
             self._index.predict(prefill.slot, request.block_keys, expires_ns)
+
+    def _replicate(self, wished: Replicate, decision: Decision, now: int) -> None:
+        """The copy passes both NICs like any other transfer."""
+        view, num_blocks = self._view, len(wished.block_keys)
+        assert decision.prefill is not None
+        node = view.nodes[wished.source].info
+        num_bytes = num_blocks * self._costs.num_bytes
+        view.links.book_transfer(view.node_slot(wished.source), view.node_slot(wished.target), num_bytes, now)
+        num_tokens = num_blocks * self.config.block_tokens
+        source = KvSource(node.name, num_tokens, wished.block_keys, addresses=node.addresses)
+        self.copies.append(Send(wished.target, CopyBlocks(source, decision.prefill.info.shard)))
+        self.counts["replicated"] += 1
 
     def hand_over(self, prefill: str, decode: str, num_tokens: int, now: int) -> None:
         """A prefill is done, so its KV goes over the network."""

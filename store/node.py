@@ -35,6 +35,7 @@ MAX_CONNECTIONS = 1024
 MAX_DATA_CONNECTIONS = 16
 """Of one client."""
 _MAX_UNIX_PATH = 107
+_COUNTERS = ("faults", "auth_errors", "protocol_errors", "bytes_read", "bytes_written", "blocks_copied")
 
 
 class NodeConfig(msgspec.Struct, frozen=True):
@@ -73,7 +74,7 @@ class StoreNode:
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0
-        self._counters = dict.fromkeys(("faults", "auth_errors", "protocol_errors", "bytes_read", "bytes_written"), 0)
+        self._counters = dict.fromkeys(_COUNTERS, 0)
 
     async def start(self) -> None:
         """Make the segment and listen. Raises StoreError; then nothing is left behind."""

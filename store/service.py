@@ -8,10 +8,11 @@ import msgspec
 
 from mooncake.config import Config, RoleConfig
 from mooncake.core.errors import ConfigError, MooncakeError, StoreError
-from mooncake.core.messages import AnyMessage, CacheDelta, CacheSnapshot, RegisterNode, SnapshotRequest
+from mooncake.core.messages import AnyMessage, CacheDelta, CacheSnapshot, CopyBlocks, RegisterNode, SnapshotRequest
 from mooncake.rpc.driver import open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcClient
 from mooncake.status import Status
+from mooncake.store.copier import Copier
 from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.transport.tcp import parse_address
 
@@ -36,6 +37,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     except StoreError as error:  # no room or no place to listen: a restart cannot mend it
         raise ConfigError(str(error)) from None
     reporter.node = node
+    reporter.copier = Copier(node)
     hello = Hello(peer=role.name, kind=role.role, token=config.token, compat="")
     client = RpcClient(
         role.conductor,
@@ -51,6 +53,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
         await asyncio.Event().wait()
     finally:
         await client.close()
+        await reporter.copier.close()
         await node.close()
         if node.event_log is not None:
             node.event_log.close()
@@ -60,6 +63,7 @@ class _Reporter:
     """Passes the node's reports on while there is a connection; a new connection starts with a snapshot."""
 
     node: StoreNode
+    copier: Copier
 
     def __init__(self) -> None:
         self._link: Link | None = None
@@ -76,6 +80,9 @@ class _Reporter:
     def received(self, link: Link, messages: list[AnyMessage]) -> None:
         if any(isinstance(message, SnapshotRequest) for message in messages):
             self.node.snapshot()
+        for message in messages:
+            if isinstance(message, CopyBlocks):
+                self.copier.wish(message)
 
     def closed(self, link: Link) -> None:
         if self._link is link:

@@ -18,6 +18,7 @@ from mooncake.core.types import (
     InstanceState,
     Job,
     KvSource,
+    Role,
     Slo,
     TokenLogprobs,
 )
@@ -257,6 +258,23 @@ class Drain(Message, frozen=True):
     name: str
 
 
+class ChangeRole(Message, frozen=True):
+    """Take no new work, finish what runs, then register again in that role, under a new epoch. epoch: of the life that is
+    meant; another one ignores it."""
+
+    name: str
+    epoch: int
+    role: Role
+
+
+class CopyBlocks(Message, frozen=True):
+    """To a store node: copy the objects of these blocks from the node of `source`, as far as they are there and there is room
+    here. The usual reports tell what came of it. shard: with a block's key it makes the object's key."""
+
+    source: KvSource
+    shard: bytes
+
+
 class NodeInfo(msgspec.Struct, frozen=True):
     """A store node at registration."""
 
@@ -295,6 +313,8 @@ AnyMessage = (
     | StateChange
     | Drain
     | RegisterNode
+    | ChangeRole
+    | CopyBlocks
 )
 """All messages, for typed decoding of event logs."""
 

@@ -130,6 +130,7 @@ class Job(msgspec.Struct, frozen=True):
     source: KV that can be loaded instead of computed. Where it covers all but the last token, one token is computed.
     hand_over: whether the KV must go to the store for a decode instance (prefill role).
     deadline_ns: time left for this attempt, counted from when the message is received.
+    role: of the instances that are to run it, as far as it matters; who has changed its role in the meantime refuses.
     num_choices: more than 1 makes it a joint job: it ends with the first tokens of that many choices from key.choice on, all
     drawn from the same logits. Outputs carry the choice that they are of.
     """
@@ -148,6 +149,7 @@ class Job(msgspec.Struct, frozen=True):
     allow_in_place: bool = False
     """Whether a decode instance whose source cannot be loaded may compute the tokens itself rather than refuse."""
     num_choices: int = 1
+    role: Role | None = None
 
     @property
     def joint(self) -> bool:
@@ -197,6 +199,8 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     max_step_tokens: int
     cost: CostModel = CostModel()
     state: InstanceState = InstanceState.READY
+    shard: bytes = b""
+    """What its objects' keys have beside the block key."""
 
 
 class InstanceLoad(msgspec.Struct, frozen=True):

@@ -21,6 +21,8 @@ from mooncake.core.messages import (
     BookingSnapshot,
     CacheDelta,
     CacheSnapshot,
+    ChangeRole,
+    CopyBlocks,
     Drain,
     HandoverDone,
     KvReady,
@@ -221,6 +223,7 @@ def _info(info: InstanceInfo, out: pb.InstanceInfo) -> None:
     out.max_batch = info.max_batch
     out.max_step_tokens = info.max_step_tokens
     out.state = info.state
+    out.shard = info.shard
     _cost(info.cost, out.cost)
 
 
@@ -239,6 +242,7 @@ def _to_info(info: pb.InstanceInfo) -> InstanceInfo:
         max_step_tokens=info.max_step_tokens,
         cost=_to_cost(info.cost),
         state=InstanceState(info.state),
+        shard=info.shard,
     )
 
 
@@ -376,6 +380,8 @@ def _submit(message: Submit, item: pb.Item) -> None:
     out.deadline_ns = job.deadline_ns
     out.allow_in_place = job.allow_in_place
     out.num_choices = job.num_choices
+    if job.role is not None:
+        out.role = job.role
 
 
 def _to_submit(job: pb.Job) -> Submit:
@@ -396,6 +402,7 @@ def _to_submit(job: pb.Job) -> Submit:
             deadline_ns=job.deadline_ns,
             allow_in_place=job.allow_in_place,
             num_choices=_num_choices(job.num_choices),
+            role=Role(job.role) if job.role else None,
         )
     )
 
@@ -568,6 +575,16 @@ def _to_register_node(info: pb.NodeInfo) -> RegisterNode:
     return RegisterNode(NodeInfo(info.name, info.epoch, tuple(info.addresses), info.capacity_bytes, info.compat))
 
 
+def _change_role(message: ChangeRole, item: pb.Item) -> None:
+    out = item.change_role
+    out.name, out.epoch, out.role = message.name, message.epoch, message.role
+
+
+def _copy_blocks(message: CopyBlocks, item: pb.Item) -> None:
+    _source(message.source, item.copy_blocks.source)
+    item.copy_blocks.shard = message.shard
+
+
 # ---------------------------------------------------------------- the table
 
 _TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], AnyMessage]], ...] = (
@@ -609,6 +626,8 @@ _TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], A
     (StateChange, "state_change", _state_change, _to_state_change),
     (Drain, "drain", _drain, Drain),
     (RegisterNode, "register_node", _register_node, _to_register_node),
+    (ChangeRole, "change_role", _change_role, lambda m: ChangeRole(m.name, m.epoch, Role(m.role))),
+    (CopyBlocks, "copy_blocks", _copy_blocks, lambda m: CopyBlocks(_to_source(m.source), m.shard)),
 )
 _ENCODERS = {kind: encode for kind, _, encode, _ in _TABLE}
 _DECODERS = {field: decode for _, field, _, decode in _TABLE}

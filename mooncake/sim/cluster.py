@@ -17,12 +17,13 @@ from mooncake.engine.base import EngineLimits
 from mooncake.scheduler.config import ConductorConfig
 from mooncake.scheduler.core import ConductorCore, PeerGone, Received, Tick
 from mooncake.scheduler.dispatcher import DispatcherLimits
+from mooncake.sim.copier import SimCopier
 from mooncake.sim.engine import EngineConfig
 from mooncake.sim.frontend import FRONTEND_LOST, Model, RequestRecord, SimFrontend, SimRequest
 from mooncake.sim.instance import InstanceConfig, SimInstance
 from mooncake.sim.loop import CoreRunner, Loop, Observer
 from mooncake.sim.network import Network, NetworkConfig, Peer
-from mooncake.sim.node import NodeClient, NodeConfig, SimNode
+from mooncake.sim.node import SHARD, NodeClient, NodeConfig, SimNode
 
 _COMPAT = "simulated"
 
@@ -237,7 +238,9 @@ class SimCluster:
         )
 
     def _new_node(self, name: str, epoch: int) -> SimNode:
-        return SimNode(name, epoch, self.config.node, self.loop, self.network, self._observer, self._chance)
+        node = SimNode(name, epoch, self.config.node, self.loop, self.network, self._observer, self._chance)
+        node.copier = SimCopier(node, self._connect)
+        return node
 
     def _new_instance(self, name: str, role: Role, number: int, epoch: int) -> SimInstance:
         config = self.config
@@ -258,6 +261,7 @@ class SimCluster:
             max_batch=max_batch,
             max_step_tokens=limits.max_step_tokens,
             cost=config.cost,
+            shard=SHARD,
         )
         engine = EngineConfig(config.cost, config.host_ns, config.one_step, config.engine_fault)
         return SimInstance(
@@ -271,11 +275,12 @@ class SimCluster:
             self._chance,
         )
 
-    def _connect(self, node: str, instance: str) -> NodeClient | None:
+    def _connect(self, node: str, client: str) -> NodeClient | None:
+        """client: an instance, or another node."""
         found = self.nodes.get(node)
-        if found is None or not self.network.reachable(node, instance):
+        if found is None or not self.network.reachable(node, client):
             return None
-        return found.attach(instance, self.nodes.get(self._node_of[instance]))
+        return found.attach(client, self.nodes.get(self._node_of.get(client, client)))
 
     def _flush(self) -> None:
         """What instances have said by now, though the simulation has kept it back."""
@@ -300,9 +305,11 @@ class SimCluster:
             self.loop.after(duration, instance.engine.set_speed, 1.0)
 
     def _cut(self, one: str, other: str) -> None:
-        for instance, node in ((one, other), (other, one)):
-            if instance in self.instances and node in self.nodes:
-                self.instances[instance].lose_node(node)
+        for name, node in ((one, other), (other, one)):
+            if node in self.nodes and name in self.instances:
+                self.instances[name].lose_node(node)
+            elif node in self.nodes and name in self.nodes:
+                self.nodes[name].copier.lose_node(node)
 
     def _chance(self, share: float) -> bool:
         return share > 0 and self.rng.random() < share

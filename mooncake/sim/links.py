@@ -14,6 +14,8 @@ class Link:
         self.name = name
         self.bytes_per_s = bytes_per_s
         self.busy_ns = 0
+        self.waited_ns = 0
+        """What transfers waited for those before them, all together."""
         self.num_bytes = 0
         self._ns_per_byte = NANOS_PER_S / bytes_per_s
         self._free_at = 0
@@ -23,7 +25,10 @@ class Link:
         duration = int(num_bytes * self._ns_per_byte)
         self.busy_ns += duration
         self.num_bytes += num_bytes
-        self._free_at = max(self._free_at, now) + duration
+        if self._free_at > now:
+            self.waited_ns += self._free_at - now
+            now = self._free_at
+        self._free_at = now + duration
         return self._free_at
 
 

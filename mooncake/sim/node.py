@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -18,6 +18,7 @@ from mooncake.core.messages import (
     AnyMessage,
     CacheDelta,
     CacheSnapshot,
+    CopyBlocks,
     NodeInfo,
     RegisterNode,
     SnapshotRequest,
@@ -45,7 +46,8 @@ from mooncake.store.events import (
 )
 from mooncake.store.types import CommitStatus, Location, Places, Puts, PutStatus
 
-_SHARD = bytes(SHARD_BYTES)
+SHARD = bytes(SHARD_BYTES)
+"""Of all objects: an engine whose KV has no bytes has one layout."""
 _RESERVED, _COMMITTED, _EXISTS = PutStatus.RESERVED, CommitStatus.COMMITTED, CommitStatus.EXISTS
 
 OnReply = Callable[[Any], None]
@@ -69,7 +71,23 @@ class NodeConfig(msgspec.Struct, frozen=True):
     """Whether every byte's claim and arrival is checked, as memory protection does it live; it takes time for each object."""
 
 
+class Copier(Protocol):
+    """What a node copies from others (`mooncake.sim.copier`)."""
+
+    def wish(self, message: CopyBlocks) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def lose_node(self, node: str) -> None:
+        """The network to that node was cut."""
+        ...
+
+
 class SimNode:
+    """copier is set by the cluster before the first event, as it needs this object to exist."""
+
+    copier: Copier
+
     def __init__(
         self,
         name: str,
@@ -108,6 +126,7 @@ class SimNode:
 
     def kill(self) -> None:
         self.runner.stop()
+        self.copier.kill()
         for client in list(self._clients.values()):
             self.loop.after(self.config.call_ns, client.lose)
 
@@ -123,11 +142,13 @@ class SimNode:
         for message in messages:
             if isinstance(message, SnapshotRequest):
                 self.runner.handle(SnapshotWanted())
+            elif isinstance(message, CopyBlocks):
+                self.copier.wish(message)
 
     # ------------------------------------------------------------------ clients
 
     def attach(self, instance: str, home: SimNode | None) -> NodeClient:
-        """home: the node of the instance's own machine, if it is alive; its NIC is the other end of a transfer."""
+        """home: the node of the client's own machine, if it is alive; its NIC is the other end of a transfer."""
         number = next(self._numbers)
         client = self._clients[number] = NodeClient(self, number, instance, home)
         return client
@@ -343,6 +364,11 @@ class SimTarget:
         pairs = zip(self._open[first:last], self._locations[first:last], strict=False)
         return [location for number, location in pairs if number is not None and location is not None]
 
+    def open_blocks(self) -> list[tuple[int, int]]:
+        """Token ranges of the blocks that are to be written."""
+        tokens = self._config.block_tokens
+        return [(at * tokens, (at + 1) * tokens) for at, number in enumerate(self._open) if number is not None]
+
     def commit(self, first: int, last: int, done: Callable[[bool], None]) -> None:
         for location in self._open_locations(first, last):
             self._client.node.take_written(location)
@@ -386,4 +412,4 @@ def _all_there(statuses: tuple[CommitStatus, ...]) -> bool:
 
 def _object_keys(source: KvSource) -> tuple[bytes, ...]:
     keys = (*source.block_keys, source.partial_key) if source.partial_key else source.block_keys
-    return object_keys(keys, _SHARD)
+    return object_keys(keys, SHARD)

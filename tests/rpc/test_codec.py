@@ -62,6 +62,7 @@ INFO = st.builds(
     max_step_tokens=INT64,
     cost=COST,
     state=st.sampled_from(t.InstanceState),
+    shard=st.binary(max_size=8),
 )
 
 
@@ -83,6 +84,7 @@ def jobs(draw: st.DrawFn) -> t.Job:
         deadline_ns=draw(INT64),
         allow_in_place=draw(st.booleans()),
         num_choices=draw(CHOICES),
+        role=draw(st.none() | st.sampled_from(t.Role)),
     )
 
 
@@ -143,6 +145,8 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.SnapshotRequest: st.builds(m.SnapshotRequest, TEXT, TEXT),
     m.StateChange: st.builds(m.StateChange, TEXT, INT64, st.sampled_from(t.InstanceState), COST),
     m.Drain: st.builds(m.Drain, TEXT),
+    m.ChangeRole: st.builds(m.ChangeRole, TEXT, INT64, st.sampled_from(t.Role)),
+    m.CopyBlocks: st.builds(m.CopyBlocks, SOURCE, st.binary(max_size=8)),
     m.RegisterNode: st.builds(m.RegisterNode, st.builds(m.NodeInfo, TEXT, INT64, TEXTS, INT64, TEXT)),
 }
 

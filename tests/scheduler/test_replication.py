@@ -1,8 +1,7 @@
-from mooncake.core.messages import PrefillDone
-from mooncake.core.types import AttemptKey
+from mooncake.core.messages import CopyBlocks, Message, PrefillDone
+from mooncake.core.types import AttemptKey, KvSource
 from mooncake.scheduler.config import Rates, ReplicationConfig
-from mooncake.scheduler.replication import Replicate
-from tests.scheduler.cluster import MS, Cluster, S, blocks
+from tests.scheduler.cluster import MS, Cluster, S, blocks, messages
 
 CONFIG = ReplicationConfig(
     num_uses_min=3, num_blocks_min=2, half_life_ns=30 * S, rest_ns=5 * S, nic_share=0.25, num_prefixes_max=3
@@ -18,17 +17,23 @@ class Hot:
         self.cluster = Cluster(policy="joint", replicate=True, replication=CONFIG, rates=rates, **config)
         for at in range(3):
             self.cluster.node(f"n{at}", *((1, 2, 3) if at == 0 else ()))
-            self.cluster.prefill(f"p{at}", node=f"n{at}")
+            self.cluster.prefill(f"p{at}", node=f"n{at}", shard=b"s")
         self.cluster.decode("d")
         self.request = 0
 
-    def use(self, *numbers: int) -> list[Replicate]:
+    def use(self, *numbers: int) -> list[tuple[str, Message]]:
+        """The copies that the placement asks for."""
         self.request += 1
-        self.cluster.place(self.request, 4 * len(numbers) + 1, *numbers)
+        asked = messages(self.cluster.ask(self.request, 4 * len(numbers) + 1, *numbers), CopyBlocks)
         self.cluster.receive("f", PrefillDone(AttemptKey("f", self.request)))
         self.cluster.end(self.request)
         self.cluster.core.index.expire(10**18)
-        return self.cluster.core.take_replicas()
+        return asked
+
+
+def copy(target: str) -> tuple[str, Message]:
+    source = KvSource("n0", 12, blocks(1, 2, 3), addresses=("unix:n0",))
+    return target, CopyBlocks(source, b"s")
 
 
 def test_a_hot_prefix_is_copied_to_the_node_with_the_least_booked() -> None:
@@ -37,11 +42,22 @@ def test_a_hot_prefix_is_copied_to_the_node_with_the_least_booked() -> None:
     assert [hot.use(1, 2, 3, at) for at in (11, 12)] == [[], []]
     # Three uses of 0.3 s are less than a quarter of 30 s, but n0 has been asked for more than it can send.
     hot.cluster.core.view.links.out_until[hot.cluster.core.view.slot("n0")] = 60 * MS
-    assert hot.use(1, 2, 3, 13) == [Replicate(blocks(1, 2, 3), "n0", "n2")]
+    assert hot.use(1, 2, 3, 13) == [copy("n2")]
     assert hot.use(1, 2, 3, 14) == [], "it rests"
     hot.cluster.now = 6 * S
     hot.cluster.core.view.links.out_until[hot.cluster.core.view.slot("n0")] = 7 * S
-    assert hot.use(1, 2, 3, 15) == [Replicate(blocks(1, 2, 3), "n0", "n1")]
+    assert hot.use(1, 2, 3, 15) == [copy("n1")]
+
+
+def test_a_copy_is_booked_on_both_nics() -> None:
+    hot = Hot()
+    links, slot = hot.cluster.core.view.links, hot.cluster.core.view.slot
+    for at in (11, 12):
+        hot.use(1, 2, 3, at)
+    links.out_until[slot("n0")], links.in_until[slot("n1")] = 60 * MS, 1 * S
+    assert hot.use(1, 2, 3, 13) == [copy("n2")]
+    # 0.3 s; the placement itself read from n0's own machine.
+    assert (links.out_until[slot("n0")], links.in_until[slot("n2")]) == (360 * MS, 300 * MS)
 
 
 def test_a_prefix_that_asks_too_much_of_its_holders_is_copied_before_they_are_behind() -> None:
@@ -77,5 +93,4 @@ def test_the_table_is_bounded_and_off_is_off() -> None:
     off.prefill("p0", node="n0")
     off.decode("d")
     for request in range(50):
-        off.place(request, 17, 1, 2, 3)
-    assert off.core.take_replicas() == []
+        assert messages(off.ask(request, 17, 1, 2, 3), CopyBlocks) == []

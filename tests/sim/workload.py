@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mooncake.core.types import NANOS_PER_S
-from mooncake.sim.cluster import ClusterConfig, SimCluster
+from mooncake.sim.cluster import ClusterConfig, SimCluster, Watch
 from mooncake.sim.faults import FaultRates, draw_faults, schedule
 from mooncake.sim.frontend import CANCELLED, FRONTEND_LOST, SimRequest
 from mooncake.sim.network import NetworkConfig
@@ -49,11 +49,12 @@ def run_with_faults(
     span_ns: int,
     rates: FaultRates = USUAL,
     *,
-    check: bool,
+    check: bool = False,
+    watch: Watch | None = None,
     num_choices: Sequence[int] = (1,),
 ) -> SimCluster:
     """check: the laws of the core that was touched, after every event. Cores share nothing, so the others still hold theirs."""
-    cluster = SimCluster(config, seed, check_core if check else None)
+    cluster = SimCluster(config, seed, check_core if check else watch)
     rng = random.Random(seed)
     cluster.submit(requests(rng, count, span_ns, num_choices=num_choices))
     schedule(cluster, draw_faults(rng, cluster.names, span_ns, rates))

@@ -31,7 +31,7 @@ class Envelope(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
 
 class Item(_message.Message):
-    __slots__ = ("place_request", "prefill_done", "attempt_ended", "booking_snapshot", "placed", "rejected", "members", "submit", "abort", "handover_done", "live_attempts", "step_tokens", "kv_ready", "attempt_failed", "register", "registered", "load_report", "cache_delta", "cache_snapshot", "snapshot_request", "state_change", "drain", "register_node")
+    __slots__ = ("place_request", "prefill_done", "attempt_ended", "booking_snapshot", "placed", "rejected", "members", "submit", "abort", "handover_done", "live_attempts", "step_tokens", "kv_ready", "attempt_failed", "register", "registered", "load_report", "cache_delta", "cache_snapshot", "snapshot_request", "state_change", "drain", "register_node", "change_role", "copy_blocks")
     PLACE_REQUEST_FIELD_NUMBER: _ClassVar[int]
     PREFILL_DONE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_ENDED_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +55,8 @@ class Item(_message.Message):
     STATE_CHANGE_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     REGISTER_NODE_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_ROLE_FIELD_NUMBER: _ClassVar[int]
+    COPY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     place_request: PlaceRequest
     prefill_done: PrefillDone
     attempt_ended: AttemptEnded
@@ -78,7 +80,9 @@ class Item(_message.Message):
     state_change: StateChange
     drain: str
     register_node: NodeInfo
-    def __init__(self, place_request: _Optional[_Union[PlaceRequest, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., attempt_ended: _Optional[_Union[AttemptEnded, _Mapping]] = ..., booking_snapshot: _Optional[_Union[BookingSnapshot, _Mapping]] = ..., placed: _Optional[_Union[Placed, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., members: _Optional[_Union[Members, _Mapping]] = ..., submit: _Optional[_Union[Job, _Mapping]] = ..., abort: _Optional[_Union[Keys, _Mapping]] = ..., handover_done: _Optional[_Union[Keys, _Mapping]] = ..., live_attempts: _Optional[_Union[LiveAttempts, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_ready: _Optional[_Union[KvReady, _Mapping]] = ..., attempt_failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., register: _Optional[_Union[InstanceInfo, _Mapping]] = ..., registered: _Optional[_Union[Registered, _Mapping]] = ..., load_report: _Optional[_Union[InstanceLoad, _Mapping]] = ..., cache_delta: _Optional[_Union[CacheDelta, _Mapping]] = ..., cache_snapshot: _Optional[_Union[CacheSnapshot, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., state_change: _Optional[_Union[StateChange, _Mapping]] = ..., drain: _Optional[str] = ..., register_node: _Optional[_Union[NodeInfo, _Mapping]] = ...) -> None: ...
+    change_role: ChangeRole
+    copy_blocks: CopyBlocks
+    def __init__(self, place_request: _Optional[_Union[PlaceRequest, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., attempt_ended: _Optional[_Union[AttemptEnded, _Mapping]] = ..., booking_snapshot: _Optional[_Union[BookingSnapshot, _Mapping]] = ..., placed: _Optional[_Union[Placed, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., members: _Optional[_Union[Members, _Mapping]] = ..., submit: _Optional[_Union[Job, _Mapping]] = ..., abort: _Optional[_Union[Keys, _Mapping]] = ..., handover_done: _Optional[_Union[Keys, _Mapping]] = ..., live_attempts: _Optional[_Union[LiveAttempts, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_ready: _Optional[_Union[KvReady, _Mapping]] = ..., attempt_failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., register: _Optional[_Union[InstanceInfo, _Mapping]] = ..., registered: _Optional[_Union[Registered, _Mapping]] = ..., load_report: _Optional[_Union[InstanceLoad, _Mapping]] = ..., cache_delta: _Optional[_Union[CacheDelta, _Mapping]] = ..., cache_snapshot: _Optional[_Union[CacheSnapshot, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., state_change: _Optional[_Union[StateChange, _Mapping]] = ..., drain: _Optional[str] = ..., register_node: _Optional[_Union[NodeInfo, _Mapping]] = ..., change_role: _Optional[_Union[ChangeRole, _Mapping]] = ..., copy_blocks: _Optional[_Union[CopyBlocks, _Mapping]] = ...) -> None: ...
 
 class Key(_message.Message):
     __slots__ = ("frontend", "request", "choice", "attempt")
@@ -151,7 +155,7 @@ class Sampling(_message.Message):
     def __init__(self, seed: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias_values: _Optional[_Iterable[float]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., num_logprobs: _Optional[int] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("key", "num_tokens", "num_prompt_tokens", "max_tokens", "block_keys", "token_ids", "sampling", "source", "hand_over", "priority", "deadline_ns", "allow_in_place", "num_choices")
+    __slots__ = ("key", "num_tokens", "num_prompt_tokens", "max_tokens", "block_keys", "token_ids", "sampling", "source", "hand_over", "priority", "deadline_ns", "allow_in_place", "num_choices", "role")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -165,6 +169,7 @@ class Job(_message.Message):
     DEADLINE_NS_FIELD_NUMBER: _ClassVar[int]
     ALLOW_IN_PLACE_FIELD_NUMBER: _ClassVar[int]
     NUM_CHOICES_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     key: Key
     num_tokens: int
     num_prompt_tokens: int
@@ -178,7 +183,8 @@ class Job(_message.Message):
     deadline_ns: int
     allow_in_place: bool
     num_choices: int
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., hand_over: bool = ..., priority: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., allow_in_place: bool = ..., num_choices: _Optional[int] = ...) -> None: ...
+    role: str
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., hand_over: bool = ..., priority: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., allow_in_place: bool = ..., num_choices: _Optional[int] = ..., role: _Optional[str] = ...) -> None: ...
 
 class PlaceRequest(_message.Message):
     __slots__ = ("key", "num_tokens", "block_keys", "max_tokens", "num_generated", "tenant", "priority", "slo", "exclude", "decode_only", "first", "num_choices")
@@ -303,7 +309,7 @@ class CostModel(_message.Message):
     def __init__(self, prefill: _Optional[_Iterable[float]] = ..., decode: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class InstanceInfo(_message.Message):
-    __slots__ = ("name", "epoch", "role", "address", "compat", "node", "node_addresses", "num_pages", "page_tokens", "max_batch", "max_step_tokens", "cost", "state")
+    __slots__ = ("name", "epoch", "role", "address", "compat", "node", "node_addresses", "num_pages", "page_tokens", "max_batch", "max_step_tokens", "cost", "state", "shard")
     NAME_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -317,6 +323,7 @@ class InstanceInfo(_message.Message):
     MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     name: str
     epoch: int
     role: str
@@ -330,7 +337,8 @@ class InstanceInfo(_message.Message):
     max_step_tokens: int
     cost: CostModel
     state: str
-    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., compat: _Optional[str] = ..., node: _Optional[str] = ..., node_addresses: _Optional[_Iterable[str]] = ..., num_pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., cost: _Optional[_Union[CostModel, _Mapping]] = ..., state: _Optional[str] = ...) -> None: ...
+    shard: bytes
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., compat: _Optional[str] = ..., node: _Optional[str] = ..., node_addresses: _Optional[_Iterable[str]] = ..., num_pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., cost: _Optional[_Union[CostModel, _Mapping]] = ..., state: _Optional[str] = ..., shard: _Optional[bytes] = ...) -> None: ...
 
 class Members(_message.Message):
     __slots__ = ("instances",)
@@ -511,3 +519,21 @@ class NodeInfo(_message.Message):
     capacity_bytes: int
     compat: str
     def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., addresses: _Optional[_Iterable[str]] = ..., capacity_bytes: _Optional[int] = ..., compat: _Optional[str] = ...) -> None: ...
+
+class ChangeRole(_message.Message):
+    __slots__ = ("name", "epoch", "role")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    epoch: int
+    role: str
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ...) -> None: ...
+
+class CopyBlocks(_message.Message):
+    __slots__ = ("source", "shard")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    source: KvSource
+    shard: bytes
+    def __init__(self, source: _Optional[_Union[KvSource, _Mapping]] = ..., shard: _Optional[bytes] = ...) -> None: ...
