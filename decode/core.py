@@ -16,13 +16,14 @@ from mooncake.core.messages import (
     CONDUCTOR,
     Abort,
     AttemptFailed,
+    ChangeRole,
     Drain,
     LiveAttempts,
     Send,
     Submit,
     TokenOutput,
 )
-from mooncake.core.types import NANOS_PER_S, InstanceInfo, InstanceState, Job
+from mooncake.core.types import NANOS_PER_S, InstanceInfo, InstanceState, Job, Role
 from mooncake.engine.attempts import (
     AbortSequence,
     Attempt,
@@ -35,6 +36,7 @@ from mooncake.engine.attempts import (
     Received,
     RunSequence,
     SourceOpened,
+    TakeRole,
     Tick,
     earliest,
     group_tokens,
@@ -46,7 +48,7 @@ STALE_NS = 3 * NANOS_PER_S
 """Attempts younger than this are not dropped for missing in `LiveAttempts`: that message may have overtaken them."""
 
 DecodeEvent = Received | PeerOpened | PeerGone | SourceOpened | EngineProgress | Tick
-DecodeCommand = Send | OpenSource | CloseSource | RunSequence | AbortSequence
+DecodeCommand = Send | OpenSource | CloseSource | RunSequence | AbortSequence | TakeRole
 
 
 class _Decode(Attempt):
@@ -72,6 +74,7 @@ class DecodeCore:
         self._opening_tokens = 0
         self._num_opening = 0
         self._draining = False
+        self._next_role: Role | None = None
         self._out: list[DecodeCommand] = []
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Received: self._received,
@@ -86,6 +89,7 @@ class DecodeCore:
             Abort: self._abort,
             LiveAttempts: self._live_attempts,
             Drain: self._drain,
+            ChangeRole: self._change_role,
         }
 
     # ------------------------------------------------------------------ the face
@@ -97,6 +101,9 @@ class DecodeCore:
                 self._expire(attempt)
         if self.reporter.due(now):
             self._out += self.reporter.report(self._num_opening, self._opening_tokens)
+        if self._next_role is not None and self.drained:
+            self._out.append(TakeRole(self._next_role))
+            self._next_role = None
         out, self._out = self._out, []
         return out
 
@@ -145,7 +152,9 @@ class DecodeCore:
         if job.key in self._table:
             return
         too_long = self._refusal(job)
-        if too_long is not None:
+        if job.role is Role.PREFILL:
+            self._fail(job, "refused", "is a decode instance now")
+        elif too_long is not None:
             self._fail(job, "too_long", too_long)
         elif self._draining or self._table.full:
             self.num_refused += 1
@@ -175,7 +184,15 @@ class DecodeCore:
 
     def _drain(self, message: Drain, now: int) -> None:
         self._draining = True
+        self._next_role = None
         self._out.extend(self.reporter.change_state(InstanceState.DRAINING))
+
+    def _change_role(self, message: ChangeRole, now: int) -> None:
+        info = self.reporter.info
+        if message.epoch == info.epoch and message.role is not info.role and not self._draining:
+            self._draining = True
+            self._next_role = message.role
+            self._out.extend(self.reporter.change_state(InstanceState.DRAINING))
 
     # ------------------------------------------------------------------ source and engine
 

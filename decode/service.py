@@ -1,4 +1,4 @@
-"""The decode process: `DecodeCore` with an engine and the store. Turns commands into calls; decides nothing."""
+"""What a decode instance is: `DecodeCore` with an engine and the store. Turns commands into calls; decides nothing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from mooncake.config import Config, RoleConfig
-from mooncake.core.types import InstanceInfo, Job, Role
+from mooncake.config import Config
+from mooncake.core.types import InstanceInfo, Job
 from mooncake.decode.core import DecodeCore
-from mooncake.engine.build import EngineParts
-from mooncake.engine.instance import run_instance
-from mooncake.status import Status
+from mooncake.engine.base import EngineLimits
+from mooncake.engine.instance import RoleParts
 
 
 class DecodeSettings(msgspec.Struct, frozen=True):
@@ -22,13 +21,12 @@ class DecodeSettings(msgspec.Struct, frozen=True):
     max_tokens: int
 
 
-async def run(config: Config, role: RoleConfig, status: Status) -> None:
+def role_parts(config: Config) -> RoleParts:
     def make_core(
-        info: InstanceInfo, refusal: Callable[[Job], str | None], parts: EngineParts
+        info: InstanceInfo, refusal: Callable[[Job], str | None], limits: EngineLimits
     ) -> tuple[DecodeCore, DecodeSettings]:
-        limits = parts.step_engine.limits
         longest = min(limits.max_context, limits.num_pages * limits.page_tokens)
         settings = DecodeSettings(info, config.limits.queue, longest)
         return DecodeCore(info, settings.max_queued, refusal), settings
 
-    await run_instance(config, role, status, Role.DECODE, make_core, lambda shell, store, parts: None)
+    return RoleParts(make_core, lambda shell, store, parts: None)

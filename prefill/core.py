@@ -22,6 +22,7 @@ from mooncake.core.messages import (
     CONDUCTOR,
     Abort,
     AttemptFailed,
+    ChangeRole,
     Drain,
     HandoverDone,
     KvReady,
@@ -30,7 +31,7 @@ from mooncake.core.messages import (
     Submit,
     TokenOutput,
 )
-from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S, InstanceInfo, InstanceState, Job, KvSource
+from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S, InstanceInfo, InstanceState, Job, KvSource, Role
 from mooncake.engine.attempts import (
     AbortSequence,
     Attempt,
@@ -44,6 +45,7 @@ from mooncake.engine.attempts import (
     Received,
     RunSequence,
     SourceOpened,
+    TakeRole,
     Tick,
     earliest,
     group_tokens,
@@ -104,7 +106,9 @@ class ReleaseKv(msgspec.Struct, frozen=True):
 PrefillEvent = (
     Received | PeerOpened | PeerGone | KvReserved | SourceOpened | KvCommitted | EngineProgress | KvStored | Tick
 )
-PrefillCommand = Send | ReserveKv | CommitKv | ReleaseKv | OpenSource | CloseSource | RunSequence | AbortSequence
+PrefillCommand = (
+    Send | ReserveKv | CommitKv | ReleaseKv | OpenSource | CloseSource | RunSequence | AbortSequence | TakeRole
+)
 
 
 class PrefillLimits(msgspec.Struct, frozen=True):
@@ -181,6 +185,7 @@ class PrefillCore:
         self._reserving = False
         self._retry_at: int | None = None
         self._draining = False
+        self._next_role: Role | None = None
         self._out: list[PrefillCommand] = []
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Received: self._received,
@@ -199,6 +204,7 @@ class PrefillCore:
             HandoverDone: self._let_go,
             LiveAttempts: self._live_attempts,
             Drain: self._drain,
+            ChangeRole: self._change_role,
         }
 
     # ------------------------------------------------------------------ the face
@@ -212,6 +218,9 @@ class PrefillCore:
             self._start_next(now)
         if self.reporter.due(now):
             self._out += self.reporter.report(len(self._queue), self._queued_tokens)
+        if self._next_role is not None and self.drained:
+            self._out.append(TakeRole(self._next_role))
+            self._next_role = None
         out, self._out = self._out, []
         return out
 
@@ -261,7 +270,9 @@ class PrefillCore:
         if job.key in self._table:
             return
         too_long = self._refusal(job)
-        if too_long is not None:
+        if job.role is Role.DECODE:
+            self._fail(job, "refused", "is a prefill instance now")
+        elif too_long is not None:
             self._fail(job, "too_long", too_long)
         elif self._draining or self._table.full:
             self.num_refused += 1
@@ -300,7 +311,15 @@ class PrefillCore:
 
     def _drain(self, message: Drain, now: int) -> None:
         self._draining = True
+        self._next_role = None
         self._out.extend(self.reporter.change_state(InstanceState.DRAINING))
+
+    def _change_role(self, message: ChangeRole, now: int) -> None:
+        info = self.reporter.info
+        if message.epoch == info.epoch and message.role is not info.role and not self._draining:
+            self._draining = True
+            self._next_role = message.role
+            self._out.extend(self.reporter.change_state(InstanceState.DRAINING))
 
     # ------------------------------------------------------------------ queue and room
 

@@ -1,4 +1,4 @@
-"""The prefill process: `PrefillCore` with an engine and the store. Turns commands into calls; decides nothing."""
+"""What a prefill instance is: `PrefillCore` with an engine and the store. Turns commands into calls; decides nothing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 
-from mooncake.config import Config, RoleConfig
+from mooncake.config import Config
 from mooncake.core.errors import StoreError
 from mooncake.core.keys import partial_key
-from mooncake.core.types import InstanceInfo, Job, Role
-from mooncake.engine.base import KvLayout
+from mooncake.core.types import InstanceInfo, Job
+from mooncake.engine.base import EngineLimits, KvLayout
 from mooncake.engine.build import EngineParts
-from mooncake.engine.instance import run_instance
+from mooncake.engine.instance import RoleParts
 from mooncake.engine.kv_objects import reserve_target
 from mooncake.engine.shell import InstanceShell
 from mooncake.prefill.core import (
@@ -26,7 +26,6 @@ from mooncake.prefill.core import (
     ReleaseKv,
     ReserveKv,
 )
-from mooncake.status import Status
 from mooncake.store.client import StoreClient
 
 log = logging.getLogger(__name__)
@@ -41,11 +40,10 @@ class PrefillSettings(msgspec.Struct, frozen=True):
     max_tokens: int
 
 
-async def run(config: Config, role: RoleConfig, status: Status) -> None:
+def role_parts(config: Config) -> RoleParts:
     def make_core(
-        info: InstanceInfo, refusal: Callable[[Job], str | None], parts: EngineParts
+        info: InstanceInfo, refusal: Callable[[Job], str | None], limits: EngineLimits
     ) -> tuple[PrefillCore, PrefillSettings]:
-        limits = parts.step_engine.limits
         settings = PrefillSettings(
             info,
             PrefillLimits(max_queued=config.limits.queue, max_started=limits.max_batch),
@@ -55,7 +53,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
         core = PrefillCore(info, settings.limits, settings.block_tokens, attempt_partial_key, refusal)
         return core, settings
 
-    await run_instance(config, role, status, Role.PREFILL, make_core, _add_actions)
+    return RoleParts(make_core, _add_actions)
 
 
 def attempt_partial_key(job: Job) -> bytes:

@@ -19,7 +19,7 @@ from collections.abc import Collection
 import msgspec
 
 from mooncake.core.messages import Placed
-from mooncake.core.types import AttemptKey
+from mooncake.core.types import AttemptKey, Slo
 from mooncake.scheduler.pools import Instance
 from mooncake.scheduler.starts import NoStarts, Starts
 from mooncake.scheduler.view import View
@@ -29,7 +29,7 @@ class Booking(msgspec.Struct, eq=False):
     """`prefill` and `decode` are None once that part is released (or was never wanted). They are the same when the
     decode instance prefills in place. sequence_ns: what it adds to a decode step, as it was booked. joins_at: when it
     began to decode or is expected to, and bucket, the place of that in `Starts`; submitted_at: when the decode
-    instance could first see it. answer: None after it was rebuilt from a frontend's snapshot."""
+    instance could first see it. answer: None after it was rebuilt from a frontend's snapshot; slo: none then."""
 
     key: AttemptKey
     num_tokens: int
@@ -44,6 +44,7 @@ class Booking(msgspec.Struct, eq=False):
     submitted_at: int | None = None
     siblings: tuple[Booking, ...] = ()
     answer: Placed | None = None
+    slo: Slo = Slo()
 
     @property
     def in_place(self) -> bool:

@@ -80,6 +80,8 @@ class RolesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pressure_spare: float = 0.7
     """What the other pool's pressure may become by giving an instance away."""
     attained_min: float = 0.9
+    sample_ns: int = 5 * NANOS_PER_S
+    """Between two looks at the pools."""
     num_samples: int = 3
     num_samples_max: int = 96
     drain_ns: int = 120 * NANOS_PER_S
@@ -106,6 +108,9 @@ class ConductorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     replicate: bool = False
     """Whether hot prefixes are copied to more store nodes ahead of use."""
     replication: ReplicationConfig = ReplicationConfig()
+    switch_roles: bool = False
+    """Whether instances are moved from one pool to the other."""
+    roles: RolesConfig = RolesConfig()
     rates: Rates = Rates()
 
     index_blocks_max: int = 10_000_000

@@ -46,6 +46,7 @@ from mooncake.scheduler.links import Links
 from mooncake.scheduler.membership import Membership
 from mooncake.scheduler.placer import NO_INSTANCE, Placer, choice_keys
 from mooncake.scheduler.prefix_index import PrefixIndex
+from mooncake.scheduler.switching import make_switching
 from mooncake.scheduler.view import View
 
 
@@ -88,6 +89,7 @@ class ConductorCore:
         self.placer = Placer(config, self.view, self.books, self.index, gate, rng)
         self.records = self.placer.records
         self.counts = self.placer.counts
+        self.switching = make_switching(config, self.view)
         self._due: int | None = None
         self._frontends: dict[str, None] = {}
         self._lost: dict[str, int] = {}
@@ -139,6 +141,8 @@ class ConductorCore:
             due = _earliest(due, next(iter(self._lost.values())))
         if self._waiting:
             due = _earliest(due, next(iter(self._waiting.values())).deadline_ns)
+        if self.switching.due is not None:
+            due = _earliest(due, self.switching.due)
         return due
 
     def _pass_time(self, now: int) -> list[Send]:
@@ -152,6 +156,8 @@ class ConductorCore:
             waiting = self._waiting.pop(key)
             detail = f"no instance became ready within {self.config.wait_ns / 1e9:.0f} s"
             commands.append(Send(waiting.sender, self.placer.reject(key, NO_INSTANCE, detail, now)))
+        if self.switching.due is not None and self.switching.due <= now:
+            commands += self.switching.sample(now)
         return commands
 
     # ------------------------------------------------------------ placing
@@ -174,6 +180,8 @@ class ConductorCore:
 
     def _place(self, sender: str, request: PlaceRequest, now: int) -> Placed | Rejected | None:
         answer = self.placer.place(request, now)
+        if isinstance(answer, Rejected):
+            self.switching.note_refusal(answer)
         if answer is not None:
             return answer
         if len(self._waiting) >= self.config.num_waiting_max:
@@ -199,6 +207,7 @@ class ConductorCore:
         if booking is not None and booking.prefill is not None:
             prefill, decode = booking.prefill, booking.decode
             if message.ttft_ns is not None:
+                self.switching.note_ttft(booking.slo, message.ttft_ns)
                 if booking.answer is not None:
                     predicted_ns = booking.answer.prediction.ttft_ns
                     self.accuracy.observe(prefill.info.name, "ttft", predicted_ns, message.ttft_ns)
@@ -219,6 +228,8 @@ class ConductorCore:
         if message.mean_itl_ns is not None and booking.answer is not None and booking.decode is not None:
             name, predicted_ns = booking.decode.info.name, booking.answer.prediction.tbt_ns
             self.accuracy.observe(name, "tbt", predicted_ns, message.mean_itl_ns)
+        if message.mean_itl_ns is not None:
+            self.switching.note_tbt(booking.slo, message.mean_itl_ns)
         if message.completed:
             self.view.lengths.learn(message.num_output)
         self.books.release(message.key, now)
@@ -258,6 +269,7 @@ class ConductorCore:
         commands = self.membership.register(sender, message, now)
         if self.view.connected(sender):
             self._lost.pop(sender, None)
+            self.switching.begin(now)
         return commands + self._after_change(before, now)
 
     def _on_state_change(self, sender: str, message: StateChange, now: int) -> list[Send]:

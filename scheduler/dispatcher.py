@@ -59,6 +59,7 @@ from mooncake.core.types import (
     InstanceInfo,
     Job,
     KvSource,
+    Role,
     SamplingParams,
     Slo,
     Stage,
@@ -522,7 +523,8 @@ class Dispatcher:
         elif message.prefill:
             attempt.state = _State.PREFILLING
             hand_over = request.spec.max_tokens - len(attempt.choices[0].token_ids) > 1
-            self._submit(attempt, message.prefill, self._job(attempt, message.source, now, hand_over=hand_over), now)
+            job = self._job(attempt, message.source, now, Role.PREFILL, hand_over=hand_over)
+            self._submit(attempt, message.prefill, job, now)
         else:
             self._submit_in_place(attempt, message.source, now)
 
@@ -554,6 +556,7 @@ class Dispatcher:
         attempt: _Attempt,
         source: KvSource | None,
         now: int,
+        role: Role,
         *,
         hand_over: bool = False,
         allow_in_place: bool = False,
@@ -573,6 +576,7 @@ class Dispatcher:
             deadline_ns=max(1, attempt.request.deadline - now),
             allow_in_place=allow_in_place,
             num_choices=attempt.num_choices,
+            role=role,
         )
 
     def _submit(self, attempt: _Attempt, instance: str, job: Job, now: int) -> None:
@@ -584,11 +588,12 @@ class Dispatcher:
     def _submit_decode(self, attempt: _Attempt, source: KvSource, now: int) -> None:
         attempt.state = _State.DECODING
         attempt.sent_at = now
-        self._submit(attempt, attempt.decode, self._job(attempt, source, now), now)
+        self._submit(attempt, attempt.decode, self._job(attempt, source, now, Role.DECODE), now)
 
     def _submit_in_place(self, attempt: _Attempt, source: KvSource | None, now: int) -> None:
         attempt.state = _State.DECODING
-        self._submit(attempt, attempt.decode, self._job(attempt, source, now, allow_in_place=True), now)
+        job = self._job(attempt, source, now, Role.DECODE, allow_in_place=True)
+        self._submit(attempt, attempt.decode, job, now)
 
     def _part(self, attempt: _Attempt, choice: _Choice, now: int) -> _Attempt:
         """The choice goes on from its first token under its own key, where the joint attempt was placed."""

@@ -119,12 +119,12 @@ class Placer:
         num_pages = -(-(num_tokens + num_output) // page_tokens)
         busy_ns, joins_at = prediction.load_ns + prediction.prefill_ns, now + prediction.ttft_ns
         booking = self._books.book(key, num_tokens, prefill, busy_ns, decode, num_pages, joins_at, now)
-        booking.answer = answer
+        booking.answer, booking.slo = answer, request.slo
         self.answers.remember(key, answer, now)
         if num_choices > 1:
             for other in choice_keys(request)[1:]:
                 sibling = self._books.book_sibling(booking, other, sibling_pages(num_output, page_tokens))
-                sibling.answer = answer
+                sibling.answer, sibling.slo = answer, request.slo
                 self.answers.remember(other, answer, now)
         num_computed = num_output
         if decision.offers is not None:

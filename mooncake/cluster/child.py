@@ -1,8 +1,8 @@
 """Runs one role in this process: logging, signals, and the promise to end with the supervisor.
 
-A role is a coroutine `run(config, role, status)` in its room's service file. It is cancelled when the process is told to stop
-(SIGTERM, or SIGINT when started by hand) and then drains within timeouts.drain_s; a process that still lives EXIT_MARGIN_S
-later exits hard, so that no fault in a drain keeps it alive.
+A role is a coroutine `run(config, role, status)` in its room's service file, or in `cluster.instance`. It is cancelled when
+the process is told to stop (SIGTERM, or SIGINT when started by hand) and then drains within timeouts.drain_s; a process that
+still lives EXIT_MARGIN_S later exits hard, so that no fault in a drain keeps it alive.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ EXIT_MARGIN_S = 3.0
 _GC_THRESHOLDS = (20_000, 20, 20)
 """Nearly everything here dies by reference count; with the default of 700 the collector took 7 % of a frontend's time."""
 _PR_SET_PDEATHSIG = 1
-_ROOMS: dict[ServiceRole, str] = {
-    "conductor": "scheduler",
-    "prefill": "prefill",
-    "decode": "decode",
-    "store": "store",
-    "frontend": "frontend",
+_SERVICES: dict[ServiceRole, str] = {
+    "conductor": "mooncake.scheduler.service",
+    "prefill": "mooncake.cluster.instance",
+    "decode": "mooncake.cluster.instance",
+    "store": "mooncake.store.service",
+    "frontend": "mooncake.frontend.service",
 }
 
 
@@ -74,7 +74,7 @@ def run_service(config: Config, role: RoleConfig, status: Status) -> int:
     """The role's whole life; gives the exit code."""
 
     def live() -> None:
-        service: Service = importlib.import_module(f"mooncake.{_ROOMS[role.role]}.service").run
+        service: Service = importlib.import_module(_SERVICES[role.role]).run
         gc.freeze()  # what imports made stays
         gc.set_threshold(*_GC_THRESHOLDS)
         uvloop.run(_until_told(lambda: service(config, role, status), config.timeouts.drain_s + EXIT_MARGIN_S))

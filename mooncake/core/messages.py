@@ -189,8 +189,8 @@ class KvReady(Message, frozen=True):
 
 
 class AttemptFailed(Message, frozen=True):
-    """The instance gave the attempt up. reason: refused (queue full or draining), load_failed, store_full, engine_error,
-    too_long, deadline, unknown. The KV of the job's source may still exist unless load_failed."""
+    """The instance gave the attempt up. reason: refused (queue full, draining, or in another role), load_failed, store_full,
+    engine_error, too_long, deadline, unknown. The KV of the job's source may still exist unless load_failed."""
 
     instance: str
     key: AttemptKey

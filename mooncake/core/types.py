@@ -130,7 +130,8 @@ class Job(msgspec.Struct, frozen=True):
     source: KV that can be loaded instead of computed. Where it covers all but the last token, one token is computed.
     hand_over: whether the KV must go to the store for a decode instance (prefill role).
     deadline_ns: time left for this attempt, counted from when the message is received.
-    role: of the instances that are to run it, as far as it matters; who has changed its role in the meantime refuses.
+    role: of the instances that can run it, a colocated one being a decode instance; None: any. It is how an instance knows a
+    job that was placed before it changed its role, and refuses it.
     num_choices: more than 1 makes it a joint job: it ends with the first tokens of that many choices from key.choice on, all
     drawn from the same logits. Outputs carry the choice that they are of.
     """

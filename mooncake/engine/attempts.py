@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from mooncake.core.messages import AnyMessage, Send, StepTokens, TokenOutput
-from mooncake.core.types import AttemptKey, Job, KvSource
+from mooncake.core.types import AttemptKey, Job, KvSource, Role
 from mooncake.engine.core import Drawn, EngineLoad, ServiceOutput
 
 # ---------------------------------------------------------------- events
@@ -94,6 +94,12 @@ class RunSequence(msgspec.Struct, frozen=True):
 
 class AbortSequence(msgspec.Struct, frozen=True):
     seq: int
+
+
+class TakeRole(msgspec.Struct, frozen=True):
+    """Nothing is left to do in this role. Go on in that one: with a core of its own and a new epoch, on the same engine."""
+
+    role: Role
 
 
 # ---------------------------------------------------------------- the table

@@ -31,9 +31,14 @@ class EngineParts(msgspec.Struct, frozen=True):
     compat: str
 
 
+def batch_max(config: Config, role: Role) -> int:
+    return PREFILL_BATCH_MAX if role is Role.PREFILL else config.max_batch
+
+
 def build_engine(config: Config, role: Role) -> EngineParts:
-    """Loads the model: seconds to minutes, so call it in a thread. Raises ModelError or ConfigError."""
-    max_batch = PREFILL_BATCH_MAX if role is Role.PREFILL else config.max_batch
+    """Loads the model: seconds to minutes, so call it in a thread. What it loads can serve in any role; only
+    limits.max_batch is this one's. Raises ModelError or ConfigError."""
+    max_batch = batch_max(config, role)
     engine: StepEngine
     if config.engine == "simulated":
         from mooncake.engine.simulated import build_simulated

@@ -1,6 +1,7 @@
 """The process of one instance: build the engine, calibrate it, join the cluster, serve, drain.
 
-`prefill.service` and `decode.service` differ in their cores and in the store commands that prefill adds.
+`prefill.service` and `decode.service` differ in their cores and in the store commands that prefill adds. An instance that is
+told to change its role drains, and goes on with the other's core, under a new epoch, on the engine and connections that it has.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from mooncake.config import Config, RoleConfig
+import msgspec
+
+from mooncake.config import Config, RoleConfig, ServiceRole
 from mooncake.core.errors import StoreError
 from mooncake.core.messages import CONDUCTOR, Drain
 from mooncake.core.types import CostModel, InstanceInfo, Job, KvSource, Role
-from mooncake.engine.attempts import EngineProgress, KvStored, Received, Tick
-from mooncake.engine.base import StepEngine
-from mooncake.engine.build import EngineParts, build_engine
+from mooncake.engine.attempts import EngineProgress, KvStored, Received, TakeRole, Tick
+from mooncake.engine.base import EngineLimits
+from mooncake.engine.build import EngineParts, batch_max, build_engine
 from mooncake.engine.core import EngineCore
 from mooncake.engine.shell import InstanceShell
 from mooncake.engine.stepped import SteppedEngine
@@ -37,9 +40,19 @@ class InstanceCore(Core, Protocol):
     def drained(self) -> bool: ...
 
 
-MakeCore = Callable[[InstanceInfo, Callable[[Job], str | None], EngineParts], tuple[InstanceCore, Any]]
-"""From what the instance is, its engine's refusals and its parts: the core, and the settings that head its event log."""
+MakeCore = Callable[[InstanceInfo, Callable[[Job], str | None], EngineLimits], tuple[InstanceCore, Any]]
+"""From what the instance is, its engine's refusals and limits: the core, and the settings that head its event log."""
 AddActions = Callable[[InstanceShell, StoreClient, EngineParts], None]
+
+
+class RoleParts(msgspec.Struct, frozen=True):
+    """What is different in a role."""
+
+    make_core: MakeCore
+    add_actions: AddActions
+
+
+SERVICE_ROLES: dict[Role, ServiceRole] = {Role.PREFILL: "prefill", Role.DECODE: "decode"}
 
 
 class StorePool:
@@ -81,10 +94,11 @@ class StorePool:
             return self._clients[node]
 
 
-async def run_instance(
-    config: Config, role: RoleConfig, status: Status, kind: Role, make_core: MakeCore, add_actions: AddActions
-) -> None:
-    """Until cancelled; then drains within timeouts.drain_s. Raises MooncakeError if the engine or the store fails."""
+async def run_instance(config: Config, role: RoleConfig, status: Status, roles: Mapping[Role, RoleParts]) -> None:
+    """Until cancelled; then drains within timeouts.drain_s. Raises MooncakeError if the engine or the store fails.
+
+    roles: those that it can serve in. It begins in that of its configuration."""
+    kind = Role(role.role)
     status.loading("the model")
     parts = await asyncio.to_thread(build_engine, config, kind)
     status.loading("calibrating")
@@ -92,13 +106,12 @@ async def run_instance(
     status.loading("waiting for the store node")
     pool = StorePool(config, role)
     store = await pool.own(config.timeouts.start_s)
-    instance = _Instance(config, role, parts, pool)
-    info = _info(config, role, kind, parts, cost)
-    core, settings = make_core(info, instance.engine_core.refusal, parts)
-    instance.start_engine(core, settings)
-    add_actions(instance.shell, store, parts)
+    instance = _Instance(config, role, roles, parts, cost, pool)
+    for each in roles.values():
+        each.add_actions(instance.shell, store, parts)
+    instance.start(kind)
     try:
-        await instance.join(parts.compat)
+        await instance.join()
         status.ready(f"{parts.step_engine.limits.num_pages * config.page_tokens} tokens of KV")
         await instance.failed
     except asyncio.CancelledError:
@@ -111,24 +124,29 @@ async def run_instance(
 
 
 class _Instance:
-    """engine_core exists first, as the core asks it what it would refuse."""
-
-    def __init__(self, config: Config, role: RoleConfig, parts: EngineParts, pool: StorePool) -> None:
-        limits = parts.step_engine.limits
-        row_pages = max(1, limits.num_pages // limits.max_batch)
-        overlap = role.role == "prefill"
-        self.engine_core = EngineCore(limits, overlap_loads=overlap, row_pages=row_pages)
+    def __init__(
+        self,
+        config: Config,
+        role: RoleConfig,
+        roles: Mapping[Role, RoleParts],
+        parts: EngineParts,
+        cost: CostModel,
+        pool: StorePool,
+    ) -> None:
         self.shell = InstanceShell(pool.of, parts.shard, config.block_tokens)
+        self.shell.add_action(TakeRole, lambda command: self.shell.spawn(self._take_role(command.role)))
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._config = config
         self._role = role
-        self._step_engine: StepEngine = parts.step_engine
+        self._roles = roles
+        self._parts = parts
+        self._cost = cost
         self._links: list[RpcServer | RpcClient] = []
+        self._stopping = False
 
-    def start_engine(self, core: InstanceCore, settings: Any) -> None:
-        self._core = core
-        event_log = open_event_log(self._config, self._role, settings)
-        self.shell.driver = CoreDriver(core, self.shell.perform, Tick(), log=event_log)
+    def start(self, kind: Role) -> None:
+        engine_core = self._engine_core(kind)
+        driver = self._make_driver(kind, engine_core)
         loop = asyncio.get_running_loop()
 
         def failed(error: BaseException) -> None:
@@ -137,10 +155,45 @@ class _Instance:
         def progress(event: EngineProgress | KvStored) -> None:
             self.shell.driver.handle_soon(event)
 
-        self.shell.engine = SteppedEngine(self.engine_core, self._step_engine, progress, failed)
+        self._engine = SteppedEngine(engine_core, self._parts.step_engine, progress, failed)
+        self.shell.engine = self._engine
+        self.shell.drive(driver)
 
-    async def join(self, compat: str) -> None:
-        hello = Hello(peer=self._role.name, kind=self._role.role, token=self._config.token, compat=compat)
+    async def _take_role(self, kind: Role) -> None:
+        """The core is drained. Until the engine has the other role's core as well, it goes on refusing."""
+        loop, replaced = asyncio.get_running_loop(), asyncio.Event()
+        engine_core = self._engine_core(kind)
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(replaced.set)
+
+        self._engine.replace_core(engine_core, tell)
+        await replaced.wait()
+        if self._stopping:
+            return
+        log.info("goes on as a %s instance", kind)
+        self.shell.driver.close()
+        self.shell.drive(self._make_driver(kind, engine_core))
+
+    def _engine_core(self, kind: Role) -> EngineCore:
+        limits = self._limits(kind)
+        row_pages = max(1, limits.num_pages // limits.max_batch)
+        return EngineCore(limits, overlap_loads=kind is Role.PREFILL, row_pages=row_pages)
+
+    def _limits(self, kind: Role) -> EngineLimits:
+        return msgspec.structs.replace(self._parts.step_engine.limits, max_batch=batch_max(self._config, kind))
+
+    def _make_driver(self, kind: Role, engine_core: EngineCore) -> CoreDriver:
+        """Of a new core with an epoch of its own. The engine core comes first, as the core asks it what it would refuse."""
+        limits = self._limits(kind)
+        info = _info(self._role, kind, self._parts, limits, self._cost)
+        self._core, settings = self._roles[kind].make_core(info, engine_core.refusal, limits)
+        role = msgspec.structs.replace(self._role, role=SERVICE_ROLES[kind])
+        event_log = open_event_log(self._config, role, settings)
+        return CoreDriver(self._core, self.shell.perform, Tick(), log=event_log)
+
+    async def join(self) -> None:
+        hello = Hello(peer=self._role.name, kind=self._role.role, token=self._config.token, compat=self._parts.compat)
         shell, tls = self.shell, self._config.tls
         server = RpcServer(
             self._role.listen,
@@ -164,6 +217,7 @@ class _Instance:
 
     async def drain(self, bound_s: float) -> None:
         """Take nothing new and finish what runs, within the bound."""
+        self._stopping = True
         self.shell.driver.handle(Received(CONDUCTOR, Drain(self._role.name)))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(bound_s):
@@ -182,8 +236,7 @@ class _Instance:
             self.failed.set_exception(error)
 
 
-def _info(config: Config, role: RoleConfig, kind: Role, parts: EngineParts, cost: CostModel) -> InstanceInfo:
-    limits = parts.step_engine.limits
+def _info(role: RoleConfig, kind: Role, parts: EngineParts, limits: EngineLimits, cost: CostModel) -> InstanceInfo:
     return InstanceInfo(
         name=role.name,
         epoch=time.time_ns(),
@@ -197,4 +250,5 @@ def _info(config: Config, role: RoleConfig, kind: Role, parts: EngineParts, cost
         max_batch=limits.max_batch,
         max_step_tokens=limits.max_step_tokens,
         cost=cost,
+        shard=parts.shard,
     )

@@ -86,6 +86,12 @@ class InstanceShell:
         self._links[link.peer] = link
         self.driver.handle(PeerOpened(link.peer))
 
+    def drive(self, driver: CoreDriver) -> None:
+        """Give what happens to another core from now on, and first the connections that there are."""
+        self.driver = driver
+        for peer in list(self._links):
+            driver.handle(PeerOpened(peer))
+
     def closed(self, link: Link) -> None:
         """A link that was replaced by a newer one of the same peer is nobody's loss."""
         if self._links.get(link.peer) is link:

@@ -64,6 +64,11 @@ class SteppedEngine:
         self._inbox.put(lambda: self._abort(seq))
         self._drop_load(seq)  # a step may be waiting for it
 
+    def replace_core(self, core: EngineCore, on_replaced: Callable[[], None]) -> None:
+        """Go on with another core, when all sequences have been released; what their pages hold is forgotten. on_replaced is
+        called from the engine thread, after all that was told of the old core."""
+        self._inbox.put(lambda: self._replace_core(core, on_replaced))
+
     def close(self) -> None:
         self._inbox.put(None)
         self._thread.join()
@@ -85,6 +90,11 @@ class SteppedEngine:
     def _abort(self, seq: int) -> None:
         self.core.abort(seq)
         self._drop_load(seq)  # it may have begun since `abort` looked
+
+    def _replace_core(self, core: EngineCore, on_replaced: Callable[[], None]) -> None:
+        assert self.core.idle
+        self.core = core
+        on_replaced()
 
     def _drop_load(self, seq: int) -> None:
         """Nobody wants it any more, but it would hold the sequence's pages and keep the loads behind it waiting."""

@@ -8,10 +8,12 @@ from mooncake.core.messages import (
     CONDUCTOR,
     Abort,
     AttemptFailed,
+    ChangeRole,
     Drain,
     LiveAttempts,
     LoadReport,
     Send,
+    StateChange,
     StepTokens,
     Submit,
 )
@@ -22,9 +24,11 @@ from mooncake.engine.attempts import (
     CloseSource,
     OpenSource,
     PeerGone,
+    PeerOpened,
     Received,
     RunSequence,
     SourceOpened,
+    TakeRole,
     Tick,
 )
 from mooncake.engine.core import Drawn, KvLoaded, SequenceFailed, SequenceReleased
@@ -141,6 +145,47 @@ def test_what_cannot_run_is_refused() -> None:
     assert drive.submit(2) == [told("refused", 2, "1 attempts already")]
     drive(Received(CONDUCTOR, Drain("i0")))
     assert drive.submit(3) == [told("refused", 3, "draining")]
+
+
+def test_it_takes_another_role_when_nothing_runs_any_more() -> None:
+    drive = Driver()
+    drive(PeerOpened(CONDUCTOR))
+    drive.submit(1)
+    change = ChangeRole("i0", 1, Role.PREFILL)
+    [told_state] = drive(Received(CONDUCTOR, change))
+    assert isinstance(told_state.message, StateChange) and told_state.message.state == "draining"
+    assert drive(Received(CONDUCTOR, change)) == [], "a repeated message"
+    assert drive.submit(2) == [told("refused", 2, "draining")]
+    assert drive(SourceOpened(1, 20)) != []
+    assert drive(progress(SequenceReleased(1))) == [CloseSource(1), TakeRole(Role.PREFILL)]
+    assert drive(Tick()) == [] and drive.submit(3) == [told("refused", 3, "draining")]
+
+
+def test_an_idle_instance_takes_another_role_at_once() -> None:
+    assert Driver()(Received(CONDUCTOR, ChangeRole("i0", 1, Role.PREFILL))) == [TakeRole(Role.PREFILL)]
+
+
+@pytest.mark.parametrize(("epoch", "role"), [(0, Role.PREFILL), (2, Role.PREFILL), (1, Role.DECODE)])
+def test_a_change_of_another_life_or_to_its_own_role_is_none(epoch: int, role: Role) -> None:
+    drive = Driver()
+    assert drive(Received(CONDUCTOR, ChangeRole("i0", epoch, role))) == []
+    assert drive.submit(1) != [] and not drive.core.drained
+
+
+def test_who_is_to_stop_takes_no_other_role() -> None:
+    drive = Driver()
+    drive.submit(1)
+    drive(SourceOpened(1, 20))
+    drive(Received(CONDUCTOR, ChangeRole("i0", 1, Role.PREFILL)))
+    drive(Received(CONDUCTOR, Drain("i0")))
+    assert drive(progress(SequenceReleased(1))) == [CloseSource(1)] and drive.core.drained
+    assert drive(Received(CONDUCTOR, ChangeRole("i0", 1, Role.PREFILL))) == []
+
+
+def test_a_job_that_was_placed_on_a_prefill_instance_is_refused() -> None:
+    drive = Driver()
+    assert drive.submit(1, role=Role.PREFILL) == [told("refused", 1, "is a decode instance now")]
+    assert drive.submit(2, role=Role.DECODE) == [OpenSource(1, make_source(2, 20))]
 
 
 def test_an_engine_fault_is_told_once() -> None:

@@ -10,6 +10,7 @@ from mooncake.core.messages import (
     AttemptFailed,
     CacheDelta,
     CacheSnapshot,
+    ChangeRole,
     Drain,
     HandoverDone,
     KvReady,
@@ -33,6 +34,7 @@ from mooncake.engine.attempts import (
     Received,
     RunSequence,
     SourceOpened,
+    TakeRole,
     Tick,
 )
 from mooncake.engine.core import Drawn, KvLoaded, SequenceFailed, SequenceReleased, SequenceStarted
@@ -285,6 +287,36 @@ def test_draining_refuses_and_ends() -> None:
     assert drive.submit(2) == told(AttemptFailed("i0", key(2), "refused", "draining"))
     drive.message(HandoverDone((key(1),)))
     assert drive.core.drained
+
+
+def test_it_takes_another_role_when_its_hand_overs_are_read() -> None:
+    drive = Driver()
+    drive.hand_over()
+    assert drive(Received(CONDUCTOR, ChangeRole("i0", 1, Role.DECODE))) == []
+    assert drive.submit(2) == told(AttemptFailed("i0", key(2), "refused", "draining"))
+    assert drive.message(HandoverDone((key(1),))) == [ReleaseKv(1), TakeRole(Role.DECODE)]
+    assert drive(Tick()) == []
+
+
+def test_who_is_to_stop_takes_no_other_role() -> None:
+    drive = Driver()
+    drive.hand_over()
+    drive(Received(CONDUCTOR, ChangeRole("i0", 1, Role.DECODE)))
+    drive(Received(CONDUCTOR, Drain("i0")))
+    assert drive.message(HandoverDone((key(1),))) == [ReleaseKv(1)] and drive.core.drained
+
+
+@pytest.mark.parametrize(("epoch", "role"), [(2, Role.DECODE), (1, Role.PREFILL)])
+def test_a_change_of_another_life_or_to_its_own_role_is_none(epoch: int, role: Role) -> None:
+    drive = Driver()
+    assert drive(Received(CONDUCTOR, ChangeRole("i0", epoch, role))) == [] and not drive.core.drained
+
+
+def test_a_job_that_was_placed_on_a_decode_instance_is_refused() -> None:
+    drive = Driver()
+    refused = AttemptFailed("i0", key(1), "refused", "is a prefill instance now")
+    assert drive.submit(1, role=Role.DECODE) == told(refused)
+    assert drive.submit(2, role=Role.PREFILL) != []
 
 
 def test_live_attempts_repair_what_was_lost() -> None:
