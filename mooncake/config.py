@@ -135,6 +135,10 @@ class Config(msgspec.Struct, frozen=True):
             "times it goes by: of the chosen instances; TTFT, and decode after prefill; the decode pool's now; or its then"
         ),
     ] = "placement"
+    replicate: Annotated[Literal["off", "on"], _text("copy prefixes that are often used to more store nodes")] = "off"
+    switch_roles: Annotated[
+        Literal["off", "on"], _text("move instances between prefill and decode when one of them has too much to do")
+    ] = "off"
 
     block_tokens: Annotated[int, Meta(ge=1, le=4096), _text("tokens of a block, the unit of reuse")] = 128
     page_tokens: Annotated[int, Meta(ge=1, le=4096), _text("tokens of an engine page; divides block_tokens")] = 32

@@ -131,12 +131,15 @@ def take_sample(view: View, config: RolesConfig, attained_ttft: float, attained_
 
 
 def _decode_pressure(member: Instance, config: RolesConfig) -> float:
-    """The tightest of batch, pages and step, with all that is booked."""
+    """The tightest of batch, pages and step, with what is booked and no report shows yet. What still waits to be prefilled
+    is the other pool's load: the longer that queue, the less it says of how many will decode at a time."""
     info = member.info
-    step = member.decode[0] + member.batch_ns + member.pending_ns
+    pending = [booking for booking in member.pending if booking.submitted_at is not None]
+    num_pages = sum(booking.num_pages for booking in pending)
+    step = member.decode[0] + member.batch_ns + sum(booking.sequence_ns for booking in pending)
     return max(
-        (member.num_seqs + len(member.pending)) / max(1, info.max_batch),
-        (member.used_pages + member.pending_pages) / max(1, info.num_pages),
+        (member.num_seqs + len(pending)) / max(1, info.max_batch),
+        (member.used_pages + num_pages) / max(1, info.num_pages),
         step / config.tbt_ns,
     )
 

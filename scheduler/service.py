@@ -6,11 +6,14 @@ import asyncio
 import random
 from typing import Any
 
+import msgspec
+
 from mooncake.config import Config, RoleConfig
 from mooncake.core.messages import AnyMessage, Send
+from mooncake.core.types import NANOS_PER_S
 from mooncake.rpc.driver import CoreDriver, open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcServer
-from mooncake.scheduler.config import ConductorConfig
+from mooncake.scheduler.config import ConductorConfig, RolesConfig
 from mooncake.scheduler.core import ConductorCore, PeerGone, Received, Tick
 from mooncake.status import Status
 
@@ -44,11 +47,20 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
 
 
 def conductor_config(config: Config) -> ConductorConfig:
+    """The objectives of requests that name none are those that its pools are measured by."""
+    roles = RolesConfig()
+    if config.slo.ttft_s is not None:
+        roles = msgspec.structs.replace(roles, ttft_ns=int(config.slo.ttft_s * NANOS_PER_S))
+    if config.slo.tbt_s is not None:
+        roles = msgspec.structs.replace(roles, tbt_ns=int(config.slo.tbt_s * NANOS_PER_S))
     return ConductorConfig(
         block_tokens=config.block_tokens,
         policy=config.policy,
         admission=config.admission,
         admission_rule=config.admission_rule,
+        replicate=config.replicate == "on",
+        switch_roles=config.switch_roles == "on",
+        roles=roles,
         wait_ns=int(config.timeouts.placement_s * 1e9),
     )
 

@@ -56,6 +56,8 @@ def test_auto_and_none_unset_an_option(tmp_path: Path) -> None:
         ("prefill", "0", "prefill = '0' (--prefill): expected `int` >= 1"),
         ("port", "http", "port = 'http' (--port): expected `int`, got `str`"),
         ("port", "65536", "port = '65536' (--port): expected `int` <= 65535"),
+        ("replicate", "yes", "replicate = 'yes' (--replicate): expected one of off, on"),
+        ("switch_roles", "true", "switch_roles = 'true' (--switch-roles): expected one of off, on"),
         ("engine", "tpu", "engine = 'tpu' (--engine): expected one of torch, simulated"),
         (
             "store_memory",

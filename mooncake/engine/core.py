@@ -330,6 +330,12 @@ class EngineCore:
             self.num_loaded_tokens,
         )
 
+    def continue_counts(self, other: EngineCore) -> None:
+        """Count on from what the same engine did with another core."""
+        self.num_preempted = other.num_preempted
+        self.num_computed_tokens = other.num_computed_tokens
+        self.num_loaded_tokens = other.num_loaded_tokens
+
     @property
     def idle(self) -> bool:
         return not self._seqs

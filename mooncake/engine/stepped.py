@@ -93,6 +93,7 @@ class SteppedEngine:
 
     def _replace_core(self, core: EngineCore, on_replaced: Callable[[], None]) -> None:
         assert self.core.idle
+        core.continue_counts(self.core)
         self.core = core
         on_replaced()
 

@@ -94,7 +94,8 @@ class SimConductor:
 
 
 class SimCluster:
-    """Processes have names: conductor, frontend-0, node-0, prefill-0, decode-0 and so on. `epoch` counts their lives."""
+    """Processes have names: conductor, frontend-0, node-0, prefill-0, decode-0 and so on. An epoch counts the lives of
+    a node or instance, and an instance begins another one with each role that it takes."""
 
     def __init__(self, config: ClusterConfig, seed: int, watch: Watch | None = None) -> None:
         self.config = config
@@ -197,7 +198,6 @@ class SimCluster:
 
     def start(self, name: str) -> None:
         """A new life of that process."""
-        epoch = self._lives[name] = self._lives.get(name, 0) + 1
         kind, _, number = name.partition("-")
         process: Peer
         if kind == CONDUCTOR:
@@ -205,9 +205,9 @@ class SimCluster:
         elif kind == "frontend":
             process = self.frontends[name] = self._new_frontend(name)
         elif kind == "node":
-            process = self.nodes[name] = self._new_node(name, epoch)
+            process = self.nodes[name] = self._new_node(name)
         else:
-            process = self.instances[name] = self._new_instance(name, Role(kind), int(number), epoch)
+            process = self.instances[name] = self._new_instance(name, Role(kind), int(number))
         self.network.start(name, process)
         if kind != CONDUCTOR:
             self.network.dial(name, CONDUCTOR)
@@ -227,6 +227,10 @@ class SimCluster:
             if process is not None:
                 process.kill()
 
+    def _new_epoch(self, name: str) -> int:
+        epoch = self._lives[name] = self._lives.get(name, 0) + 1
+        return epoch
+
     def _new_conductor(self) -> SimConductor:
         seed = self.rng.randrange(1 << 32)
         return SimConductor(self.config.conductor, seed, self.loop, self.network, self._observer)
@@ -237,35 +241,40 @@ class SimCluster:
             name, config.dispatcher, config.block_tokens, self.loop, self.network, self._observer, self._ended
         )
 
-    def _new_node(self, name: str, epoch: int) -> SimNode:
-        node = SimNode(name, epoch, self.config.node, self.loop, self.network, self._observer, self._chance)
+    def _new_node(self, name: str) -> SimNode:
+        node = SimNode(
+            name, self._new_epoch(name), self.config.node, self.loop, self.network, self._observer, self._chance
+        )
         node.copier = SimCopier(node, self._connect)
         return node
 
-    def _new_instance(self, name: str, role: Role, number: int, epoch: int) -> SimInstance:
+    def _new_instance(self, name: str, role: Role, number: int) -> SimInstance:
         config = self.config
         at = number if role is Role.PREFILL else -1 - number
         node = self._node_of[name] = f"node-{at % config.nodes}"
-        max_batch = config.prefill_batch if role is Role.PREFILL else config.decode_batch
-        limits = msgspec.structs.replace(config.limits, max_batch=max_batch)
-        info = InstanceInfo(
-            name=name,
-            epoch=epoch,
-            role=role,
-            address=f"sim:{name}",
-            compat=_COMPAT,
-            node=node,
-            node_addresses=(f"sim:{node}",),
-            num_pages=limits.num_pages,
-            page_tokens=limits.page_tokens,
-            max_batch=max_batch,
-            max_step_tokens=limits.max_step_tokens,
-            cost=config.cost,
-            shard=SHARD,
-        )
+        limits = config.limits
+
+        def describe(role: Role) -> InstanceInfo:
+            return InstanceInfo(
+                name=name,
+                epoch=self._new_epoch(name),
+                role=role,
+                address=f"sim:{name}",
+                compat=_COMPAT,
+                node=node,
+                node_addresses=(f"sim:{node}",),
+                num_pages=limits.num_pages,
+                page_tokens=limits.page_tokens,
+                max_batch=config.prefill_batch if role is Role.PREFILL else config.decode_batch,
+                max_step_tokens=limits.max_step_tokens,
+                cost=config.cost,
+                shard=SHARD,
+            )
+
         engine = EngineConfig(config.cost, config.host_ns, config.one_step, config.engine_fault)
         return SimInstance(
-            info,
+            role,
+            describe,
             InstanceConfig(limits, engine),
             self.loop,
             self.network,

@@ -144,6 +144,10 @@ class SimEngine:
     def abort(self, seq: int) -> None:
         self._call(self.core.abort, seq)
 
+    def replace_core(self, core: EngineCore, on_replaced: Call) -> None:
+        """As `mooncake.engine.stepped.SteppedEngine` does."""
+        self._call(self._replace_core, core, on_replaced)
+
     def job(self, seq: int) -> Job:
         return self._jobs[seq]
 
@@ -167,6 +171,13 @@ class SimEngine:
         for seq, member in self._members.items():
             self._tell_member(seq, member, len(self._step_ends) + num_done, self._step_ends + done)
         self._report(self._perform(self.core.take_outputs(), []), 0)
+
+    def _replace_core(self, core: EngineCore, on_replaced: Call) -> None:
+        assert self.core.idle and not self._members
+        core.continue_counts(self.core)
+        self.core = core
+        self._ends.clear()  # the new core numbers its sequences from the beginning
+        on_replaced()
 
     def _submit(self, seq: int, job: Job, source_tokens: int, one_token: bool, store: bool) -> None:
         self.core.submit(seq, job, source_tokens=source_tokens, one_token=one_token, store=store)

@@ -25,6 +25,7 @@ from mooncake.engine.attempts import (
     Received,
     RunSequence,
     SourceOpened,
+    TakeRole,
     Tick,
 )
 from mooncake.engine.base import EngineLimits
@@ -38,6 +39,8 @@ from mooncake.sim.step_times import Times
 
 
 class InstanceConfig(msgspec.Struct, frozen=True):
+    """limits: with the max_batch of whatever role it has."""
+
     limits: EngineLimits
     engine: EngineConfig
     max_queued: int = 1024
@@ -52,12 +55,15 @@ class TimedTokens(msgspec.Struct, frozen=True):
 
 ConnectNode = Callable[[str, str], NodeClient | None]
 """A new client at (node, for instance), or None if the node cannot be reached."""
+Describe = Callable[[Role], InstanceInfo]
+"""What the instance is in that role, under a new epoch."""
 
 
 class SimInstance:
     def __init__(
         self,
-        info: InstanceInfo,
+        role: Role,
+        describe: Describe,
         config: InstanceConfig,
         loop: Loop,
         network: Network,
@@ -66,8 +72,10 @@ class SimInstance:
         observe: Observer | None,
         chance: Callable[[float], bool],
     ) -> None:
-        self.info = info
+        self.info = info = describe(role)
         self.name = info.name
+        self._config = config
+        self._describe = describe
         self._loop = loop
         self._network = network
         self._connect = connect
@@ -77,17 +85,10 @@ class SimInstance:
         self._sources: dict[int, SimSource] = {}
         self._targets: dict[int, SimTarget] = {}
         self.on_load: Callable[[Job, int, SimSource], None] | None = None
-        """Told of each load, with the number of tokens: for reports."""
-        prefill = info.role is Role.PREFILL
-        engine_core = EngineCore(config.limits, overlap_loads=prefill, row_pages=None, has_memory=False)
-        self.engine = SimEngine(engine_core, config.engine, loop, self, oracle, self._progress, chance)
-        self.core: PrefillCore | DecodeCore
-        if prefill:
-            limits = PrefillLimits(max_queued=config.max_queued, max_started=config.limits.max_batch)
-            self.core = PrefillCore(info, limits, config.limits.block_tokens, _partial_key, engine_core.refusal)
-        else:
-            self.core = DecodeCore(info, config.max_queued, engine_core.refusal)
-        actions: dict[type, Callable[[Any], None]] = {
+        """Told of each load for a prefill, with the number of tokens: for reports."""
+        self._peers: dict[str, None] = {}
+        """Those that it has a stream to."""
+        self._actions: dict[type, Callable[[Any], None]] = {
             Send: self._send,
             OpenSource: self._open_source,
             CloseSource: lambda command: self._sources.pop(command.seq).close(),
@@ -96,8 +97,40 @@ class SimInstance:
             ReserveKv: self._reserve,
             CommitKv: self._commit,
             ReleaseKv: lambda command: self._targets.pop(command.seq).close(),
+            TakeRole: lambda command: self._take_role(command.role),
         }
-        self.runner = CoreRunner(loop, info.name, self.core, actions, Tick(), observe)
+        engine_core = self._engine_core(info)
+        self.engine = SimEngine(engine_core, config.engine, loop, self, oracle, self._progress, chance)
+        self._start_core(info, engine_core)
+
+    def _engine_core(self, info: InstanceInfo) -> EngineCore:
+        limits = msgspec.structs.replace(self._config.limits, max_batch=info.max_batch)
+        return EngineCore(limits, overlap_loads=info.role is Role.PREFILL, row_pages=None, has_memory=False)
+
+    def _start_core(self, info: InstanceInfo, engine_core: EngineCore) -> None:
+        config = self._config
+        self.info = info
+        self.core: PrefillCore | DecodeCore
+        if info.role is Role.PREFILL:
+            limits = PrefillLimits(max_queued=config.max_queued, max_started=info.max_batch)
+            self.core = PrefillCore(info, limits, config.limits.block_tokens, _partial_key, engine_core.refusal)
+        else:
+            self.core = DecodeCore(info, config.max_queued, engine_core.refusal)
+        self.runner = CoreRunner(self._loop, self.name, self.core, self._actions, Tick(), self._observe)
+
+    def _take_role(self, role: Role) -> None:
+        """The core is drained. Until the engine has the other role's core as well, it goes on refusing."""
+        info = self._describe(role)
+        engine_core = self._engine_core(info)
+
+        def replaced() -> None:
+            if self.runner.alive:
+                self.runner.stop()
+                self._start_core(info, engine_core)
+                for peer in self._peers:
+                    self.runner.handle(PeerOpened(peer))
+
+        self.engine.replace_core(engine_core, replaced)
 
     # ------------------------------------------------------------------ process
 
@@ -108,9 +141,11 @@ class SimInstance:
             client.close()
 
     def opened(self, peer: str) -> None:
+        self._peers[peer] = None
         self.runner.handle(PeerOpened(peer))
 
     def gone(self, peer: str) -> None:
+        self._peers.pop(peer, None)
         self.runner.handle(PeerGone(peer))
 
     def received(self, sender: str, messages: list[AnyMessage]) -> None:
@@ -195,7 +230,7 @@ class SimInstance:
 
     def load(self, command: LoadKv, done: Done) -> None:
         source = self._sources[command.seq]
-        if self.on_load is not None:
+        if self.on_load is not None and self.info.role is not Role.DECODE:
             self.on_load(self.engine.job(command.seq), command.end - command.start, source)
         source.copy(command.start, command.end, done)
 

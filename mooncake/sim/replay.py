@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from mooncake.core.types import NANOS_PER_S, Role, Slo
+from mooncake.core.types import NANOS_PER_S, Slo
 from mooncake.sim.cluster import ClusterConfig, SimCluster
 from mooncake.sim.collect import Collector
 from mooncake.sim.frontend import SimRequest
@@ -82,8 +82,7 @@ def run_replay(
     sampler = Sampler(cluster, step, looked)
     sampler.start(START_NS)
     for instance in cluster.instances.values():
-        if instance.info.role is not Role.DECODE:
-            instance.on_load = collector.note_load
+        instance.on_load = collector.note_load
     cluster.feed(requests, collector.note_end)
     cluster.run(START_NS + span_ns + timeout_ns + _MARGIN_NS)
     duration = collector.last_ns - START_NS

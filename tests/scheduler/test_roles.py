@@ -1,7 +1,7 @@
 import pytest
 
-from mooncake.core.messages import LoadReport
-from mooncake.core.types import Role
+from mooncake.core.messages import LoadReport, PrefillDone
+from mooncake.core.types import AttemptKey, Role
 from mooncake.scheduler.config import RolesConfig
 from mooncake.scheduler.roles import Roles, Sample, SwitchRole, take_sample
 from tests.scheduler.cluster import MS, Cluster, S, load
@@ -132,5 +132,9 @@ def test_a_sample_is_the_pools_as_they_are() -> None:
     sample = take_sample(cluster.core.view, RolesConfig(ttft_ns=100 * MS, tbt_ns=1 * S), 1.0, 0.5, 0)
     assert sample is not None
     assert (sample.prefill, sample.prefill_names) == (0.5045, ("p1", "p0"))
-    # d0: 4 of 8 in the batch; d1: 253 of 1,000 pages booked.
-    assert (sample.decode, sample.decode_names) == ((0.5 + 0.253) / 2, ("d1", "d0"))
+    # d0: 4 of 8 in the batch; d1: a step of 10 ms, as what is booked there waits for its prefill.
+    assert (sample.decode, sample.decode_names) == ((0.5 + 0.01) / 2, ("d1", "d0"))
+    cluster.receive("f", PrefillDone(AttemptKey("f", 1)))
+    later = take_sample(cluster.core.view, RolesConfig(ttft_ns=100 * MS, tbt_ns=1 * S), 1.0, 0.5, 0)
+    # d1: 253 of 1,000 pages booked.
+    assert later is not None and (later.prefill, later.decode) == (0.0, (0.5 + 0.253) / 2)

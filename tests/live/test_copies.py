@@ -1,0 +1,109 @@
+"""A hot prefix is copied to one more store node before anybody there asks for it, and read from there when the others are
+gone. Real processes on one machine; three more store nodes and two prefill instances are added by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import httpx
+
+from mooncake.engine.models import resolve_model
+from mooncake.engine.simulated import draw_token
+from mooncake.frontend.tokenizer import Tokenizer
+from mooncake.sim.replay_log import Replayed, replay_log
+from tests.live.harness import MODEL, ROOT, Client, Cluster, Completion, clean_environment
+
+BLOCKS = 52
+"""Each instance that pulls them books 31 ms of a NIC, by the Conductor's prices. More than 50 ms it may not be behind."""
+PREFIX = [2000 + at % 1000 for at in range(BLOCKS * 128)]
+NUM_USES = 9
+"""One less than that, within a minute, is not hot."""
+BURST = 12
+OPTIONS = ("--engine", "simulated", "--replicate", "on", "--admission", "off")
+
+
+@contextlib.contextmanager
+def process(cluster: Cluster, role: str, name: str, node: str) -> Iterator[subprocess.Popen[bytes]]:
+    """One more process of the cluster; told to stop at the end."""
+    command = [sys.executable, "-m", "mooncake", role, "--name", name, "--node", node]
+    command += ["--config", str(cluster.run_dir / "config.json")]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=clean_environment(), cwd=ROOT, **quiet) as running:  # type: ignore[call-overload]
+        try:
+            yield running
+        finally:
+            running.terminate()
+
+
+def prompt(tail: int, num_tail: int) -> list[int]:
+    return PREFIX + [4000 + tail] * num_tail
+
+
+def ask(cluster: Cluster, *prompts: list[int]) -> list[Completion]:
+    async def scenario() -> list[Completion]:
+        async with Client(cluster) as client:
+            calls = (client.complete(tokens, 3, seed=at) for at, tokens in enumerate(prompts))
+            return list(await asyncio.gather(*calls))
+
+    completions = asyncio.run(scenario())
+    tokenizer = Tokenizer.load(resolve_model(MODEL).path)
+    for at, found in enumerate(completions):
+        detokenizer = tokenizer.detokenizer()
+        tokens = [draw_token(at, 0, len(prompts[at]) + position) for position in range(3)]
+        assert found.error == "" and found.text == "".join(map(detokenizer.push, tokens)) + detokenizer.flush()
+    return completions
+
+
+def until_ready(cluster: Cluster, counts: dict[str, int]) -> None:
+    deadline = time.monotonic() + 30
+    while httpx.get(f"{cluster.url}/ready").json()["instances"] != counts:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def told(cluster: Cluster, name: str) -> Replayed | None:
+    """What that process has done so far."""
+    logs = sorted(cluster.event_logs.glob(f"{name}-*"))
+    return replay_log(logs[-1]) if logs else None
+
+
+def until_told(cluster: Cluster, node: str, num_objects: int) -> None:
+    """Until that store node lives and has so many objects."""
+    deadline = time.monotonic() + 20
+    while (found := told(cluster, node)) is None or found.core.metrics()["objects"] < num_objects:
+        assert time.monotonic() < deadline, f"{node} has not {num_objects} objects"
+        time.sleep(0.1)
+
+
+def test_a_replica_is_made_ahead_and_read_later() -> None:
+    with Cluster(*OPTIONS) as cluster:
+        for use in range(NUM_USES):
+            [found] = ask(cluster, prompt(use, 5))
+            assert found.num_cached == (len(PREFIX) if use else 0)
+        with contextlib.ExitStack() as others, process(cluster, "store", "node-3", "node-3"):
+            for at in (1, 2):
+                others.enter_context(process(cluster, "store", f"node-{at}", f"node-{at}"))
+                others.enter_context(process(cluster, "prefill", f"prefill-{at}", f"node-{at}"))
+            until_ready(cluster, {"prefill": 3, "decode": 1})
+            until_told(cluster, "node-3", 0)
+            ask(cluster, *(prompt(NUM_USES + at, 1400) for at in range(BURST)))
+            until_told(cluster, "node-3", BLOCKS)
+
+            others.close()
+            pids = [(name, cluster.kill(name)) for name in ("prefill-0", "node-0")]
+            for name, pid in pids:
+                cluster.until_back(name, pid)
+            [found] = ask(cluster, prompt(99, 5))
+            assert found.num_cached == len(PREFIX), "only node-3 has it"
+            time.sleep(1)
+            read = told(cluster, "node-3")
+            assert read is not None and read.leftovers() == {}
+            prefill = told(cluster, "prefill-0")
+            assert prefill is not None and prefill.load is not None
+            assert prefill.load.num_loaded_tokens == len(PREFIX)
+        cluster.stop()
