@@ -96,7 +96,8 @@ class RolesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ConductorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_tokens: int = 128
     kv_token_bytes: int = 23_040
-    """KV bytes of one token, all layers; prices loads. The default is the default model's in bf16."""
+    """KV bytes of one token, all layers; prices loads until the first instance says what they are. The default is the
+    default model's in bf16."""
     policy: PolicyName = "algorithm1"
     threshold: float = 2.0
     """Algorithm 1: remote KV is taken if it is more than this many times longer than the local match."""

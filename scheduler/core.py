@@ -40,6 +40,7 @@ from mooncake.core.types import AttemptKey
 from mooncake.scheduler.admission import Accuracy, make_gate, make_starts
 from mooncake.scheduler.bookings import Books
 from mooncake.scheduler.config import ConductorConfig
+from mooncake.scheduler.costs import BlockCosts
 from mooncake.scheduler.feeds import CacheFeeds
 from mooncake.scheduler.lengths import Lengths
 from mooncake.scheduler.links import Links
@@ -84,9 +85,10 @@ class ConductorCore:
         self.index = PrefixIndex(config.index_blocks_max)
         self.feeds = CacheFeeds(self.index, config.snapshot_retry_ns)
         self.accuracy = Accuracy(config.calibration)
-        self.membership = Membership(self.view, self.books, self.index, self.feeds, self.accuracy)
+        self.costs = BlockCosts(config.block_tokens, config.kv_token_bytes, config.rates)
+        self.membership = Membership(self.view, self.books, self.index, self.feeds, self.accuracy, self.costs)
         gate = make_gate(config, self.view, starts, self.accuracy)
-        self.placer = Placer(config, self.view, self.books, self.index, gate, rng)
+        self.placer = Placer(config, self.view, self.books, self.index, gate, rng, self.costs)
         self.records = self.placer.records
         self.counts = self.placer.counts
         self.switching = make_switching(config, self.view)

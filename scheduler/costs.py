@@ -4,7 +4,8 @@ TTFT = queue + load + prefill
 queue    until the work booked or reported there is done, one request after the other
 load     of the reused blocks that are not in the instance's own pages: bytes over the bandwidth of where they lie,
          after what is booked on the links of their way and will not have passed when the queue is done
-prefill  a + n (b + 2 c (P + n/2)) for n computed tokens after P reused ones, so a + n (b + c (2 P + n))
+prefill  n (b + 2 c (P + n/2)) for n computed tokens after P reused ones, so n (b + c (2 P + n)), and a for each step
+         that they are computed in
 TBT      a + b B + c ctx, the step time of the decode batch with this request's choices in it, when its prefill will end
 
 KV is loaded layer by layer while the layers before are computed. So where a policy says that loads are *hidden*, a
@@ -36,27 +37,26 @@ _HOLDERS_MAX = 16
 """Nodes compared that have the same run: enough to find a free one."""
 
 
-class BlockCosts(msgspec.Struct, frozen=True):
+class BlockCosts:
     """Nanoseconds to load one block with the way to itself, by where it lies. Remote comes on top of dram being read
     there, so it is the slower of both."""
 
-    tokens: int
-    num_bytes: int
-    dram_ns: float
-    ssd_ns: float
-    remote_ns: float
+    __slots__ = ("_rates", "dram_ns", "num_bytes", "remote_ns", "ssd_ns", "token_bytes", "tokens")
 
-    @classmethod
-    def of(cls, block_tokens: int, kv_token_bytes: int, rates: Rates) -> BlockCosts:
-        num_bytes = block_tokens * kv_token_bytes
-        block_ns = num_bytes * NANOS_PER_S
-        return cls(
-            block_tokens,
-            num_bytes,
-            dram_ns=block_ns / rates.dram_bytes_per_s,
-            ssd_ns=block_ns / rates.ssd_bytes_per_s,
-            remote_ns=block_ns / min(rates.remote_bytes_per_s, rates.nic_bytes_per_s, rates.dram_bytes_per_s),
-        )
+    def __init__(self, block_tokens: int, kv_token_bytes: int, rates: Rates) -> None:
+        self.tokens = block_tokens
+        self._rates = rates
+        self.set_token_bytes(kv_token_bytes)
+
+    def set_token_bytes(self, token_bytes: int) -> None:
+        """What the instances of the cluster say that KV of one token is."""
+        rates = self._rates
+        self.token_bytes = token_bytes
+        self.num_bytes = self.tokens * token_bytes
+        block_ns = self.num_bytes * NANOS_PER_S
+        self.dram_ns = block_ns / rates.dram_bytes_per_s
+        self.ssd_ns = block_ns / rates.ssd_bytes_per_s
+        self.remote_ns = block_ns / min(rates.remote_bytes_per_s, rates.nic_bytes_per_s, rates.dram_bytes_per_s)
 
 
 # ---------------------------------------------------------------- prefill
@@ -141,7 +141,10 @@ class PrefillPrices(msgspec.Struct, gc=False):
     ) -> Offer:
         a, b, c = member.prefill
         whole, reused = self.num_tokens, blocks * self.costs.tokens
-        prefill = a + (whole - reused) * (b + c * (whole + reused))
+        new = whole - reused
+        if new > member.step_tokens:
+            a *= -(-new // member.step_tokens)
+        prefill = a + new * (b + c * (whole + reused))
         work = max(load, prefill) if self.hidden else load + prefill
         ttft = queue + work
         cost = ttft + self.work_weight * work
@@ -217,7 +220,8 @@ def find_source(
         wait = links.out_until[slot] - now
         if longest or (best is None and wait <= 0.0):
             return Source(slot, length, num_slow)
-        _a, b, c = pool.members[0].prefill
+        a, b, c = pool.members[0].prefill
+        b += a / pool.members[0].step_tokens
         tokens = length * costs.tokens
         price = max(0.0, wait) + length * costs.remote_ns - tokens * (b + tokens * c)
         if best is None or price < least:

@@ -18,18 +18,28 @@ from mooncake.core.messages import Members, NodeInfo, Register, Registered, Regi
 from mooncake.core.types import InstanceInfo, InstanceState, Tier
 from mooncake.scheduler.admission import Accuracy
 from mooncake.scheduler.bookings import Books
+from mooncake.scheduler.costs import BlockCosts
 from mooncake.scheduler.feeds import CacheFeeds
 from mooncake.scheduler.prefix_index import PrefixIndex
 from mooncake.scheduler.view import View
 
 
 class Membership:
-    def __init__(self, view: View, books: Books, index: PrefixIndex, feeds: CacheFeeds, accuracy: Accuracy) -> None:
+    def __init__(
+        self,
+        view: View,
+        books: Books,
+        index: PrefixIndex,
+        feeds: CacheFeeds,
+        accuracy: Accuracy,
+        costs: BlockCosts,
+    ) -> None:
         self._view = view
         self._books = books
         self._index = index
         self._feeds = feeds
         self._accuracy = accuracy
+        self._costs = costs
         self.compat = ""
         """That of the cluster, or "" as long as no instance was ready."""
         self.num_refused = 0
@@ -96,8 +106,11 @@ class Membership:
         go."""
         instances = self._view.instances
         if not self.compat:
-            ready = (instance for instance in instances.values() if instance.placeable)
-            self.compat = next((instance.info.compat for instance in ready), "")
+            first = next((instance.info for instance in instances.values() if instance.placeable), None)
+            if first is not None:
+                self.compat = first.compat
+                if first.kv_token_bytes:
+                    self._costs.set_token_bytes(first.kv_token_bytes)
         if not self.compat:
             return []
         commands: list[Send] = []

@@ -39,6 +39,7 @@ class Placer:
         index: PrefixIndex,
         gate: Gate,
         rng: random.Random,
+        costs: BlockCosts,
     ) -> None:
         self.config = config
         self.records = Records(config.num_records_max, config.policy, config.block_tokens)
@@ -49,7 +50,7 @@ class Placer:
         self._books = books
         self._index = index
         self._rng = rng
-        self._costs = BlockCosts.of(config.block_tokens, config.kv_token_bytes, config.rates)
+        self._costs = costs
         self._policy = make_policy(config, Known(view, books, self._costs))
         self._gate = gate
         self._replication = make_replication(config, view)
@@ -170,7 +171,7 @@ class Placer:
     def hand_over(self, prefill: str, decode: str, num_tokens: int, now: int) -> None:
         """A prefill is done, so its KV goes over the network."""
         view = self._view
-        num_bytes = num_tokens * self.config.kv_token_bytes
+        num_bytes = num_tokens * self._costs.token_bytes
         view.links.book_transfer(view.node_slot(prefill), view.node_slot(decode), num_bytes, now)
 
     def _source(self, request: PlaceRequest, decision: Decision) -> KvSource:

@@ -44,13 +44,13 @@ class Instance:
     """What is known of an instance. Load is known twice: from reports, which lag, and from the books, which know what
     was placed but not how it goes. `Books` alone writes the booked part.
 
-    prefill = a + n (b + 2 c (P + n/2)) for n tokens after P cached ones; decode step = a + b B + c ctx; in
+    prefill = a + n (b + 2 c (P + n/2)) for n tokens after P cached ones, with a for each step of step_tokens; decode step = a + b B + c ctx; in
     nanoseconds."""
 
     __slots__ = (
         "backlog_until", "batch_ns", "booked_until", "busy_until", "connected", "decode", "done_at", "info",
         "last_report", "leaving", "num_decodes", "num_prefills", "num_seqs", "pace", "pending", "pending_ns",
-        "pending_pages", "pool", "prefill", "prefill_ns", "prefill_turn", "ratios", "row", "slot", "turn", "used_pages",
+        "pending_pages", "pool", "prefill", "prefill_ns", "prefill_turn", "ratios", "row", "slot", "step_tokens", "turn", "used_pages",
     )  # fmt: skip
 
     def __init__(self, info: InstanceInfo, slot: int) -> None:
@@ -93,6 +93,7 @@ class Instance:
 
     def set_info(self, info: InstanceInfo) -> None:
         self.info = info
+        self.step_tokens = info.max_step_tokens
         a, b, c = info.cost.prefill
         a, b, c = a * _NS_PER_MS, b * _NS_PER_MS / 1e3, c * 0.5
         self.prefill = a * self.pace, b * self.pace, c * self.pace

@@ -202,6 +202,8 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     state: InstanceState = InstanceState.READY
     shard: bytes = b""
     """What its objects' keys have beside the block key."""
+    kv_token_bytes: int = 0
+    """KV of one token, all layers; 0: not said."""
 
 
 class InstanceLoad(msgspec.Struct, frozen=True):

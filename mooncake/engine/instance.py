@@ -251,4 +251,5 @@ def _info(role: RoleConfig, kind: Role, parts: EngineParts, limits: EngineLimits
         max_step_tokens=limits.max_step_tokens,
         cost=cost,
         shard=parts.shard,
+        kv_token_bytes=parts.step_engine.layout.object_bytes(1),
     )

@@ -224,6 +224,7 @@ def _info(info: InstanceInfo, out: pb.InstanceInfo) -> None:
     out.max_step_tokens = info.max_step_tokens
     out.state = info.state
     out.shard = info.shard
+    out.kv_token_bytes = info.kv_token_bytes
     _cost(info.cost, out.cost)
 
 
@@ -243,6 +244,7 @@ def _to_info(info: pb.InstanceInfo) -> InstanceInfo:
         cost=_to_cost(info.cost),
         state=InstanceState(info.state),
         shard=info.shard,
+        kv_token_bytes=info.kv_token_bytes,
     )
 
 

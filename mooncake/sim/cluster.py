@@ -269,6 +269,7 @@ class SimCluster:
                 max_step_tokens=limits.max_step_tokens,
                 cost=config.cost,
                 shard=SHARD,
+                kv_token_bytes=config.node.token_bytes,
             )
 
         engine = EngineConfig(config.cost, config.host_ns, config.one_step, config.engine_fault)

@@ -45,7 +45,7 @@ def info(name: str, role: Role, **changes: Any) -> InstanceInfo:
         "num_pages": 1000,
         "page_tokens": 4,
         "max_batch": 8,
-        "max_step_tokens": 64,
+        "max_step_tokens": 4096,
         "cost": COST,
     }
     return InstanceInfo(**(fields | changes))

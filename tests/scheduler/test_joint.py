@@ -337,7 +337,7 @@ def test_the_search_finds_what_pricing_everybody_finds(seed: int) -> None:
         member.booked_until = rng.choice([0, rng.randrange(20 * MS)])
         member.set_work()
     pool, now = view.pools[0], rng.choice([0, 5 * MS])
-    costs = BlockCosts.of(4, 1000, RATES)
+    costs = BlockCosts(4, 1000, RATES)
     for _ in range(20):
         match = index.match(keys[: rng.randrange(31)])
         longest = rng.random() < 0.5
