@@ -91,6 +91,15 @@ class SimulatedConfig(msgspec.Struct, frozen=True):
     speed: Annotated[float, Meta(gt=0, le=1e6), _text("factor by which it runs faster than that hardware")] = 1.0
 
 
+class RateConfig(msgspec.Struct, frozen=True):
+    """bytes per second at which KV moves: what the Conductor prices loads and links by"""
+
+    dram_bytes_per_s: Annotated[NumBytes, _text("one transfer from the store's memory to an instance beside it")] = 10**10
+    ssd_bytes_per_s: Annotated[NumBytes, _text("from a store node's SSD, of all its transfers together")] = 2 * 10**9
+    remote_bytes_per_s: Annotated[NumBytes, _text("one transfer from another machine")] = 5 * 10**9
+    nic_bytes_per_s: Annotated[NumBytes, _text("a machine's network each way, of all its transfers together")] = 5 * 10**9
+
+
 class TlsConfig(msgspec.Struct, frozen=True):
     """TLS between processes and, with cert and key, of the HTTP port"""
 
@@ -124,7 +133,7 @@ class Config(msgspec.Struct, frozen=True):
     policy: Annotated[
         Literal["random", "round_robin", "least_load", "local_cache_aware", "algorithm1", "joint"],
         _text("how instances are chosen"),
-    ] = "algorithm1"
+    ] = "joint"
     admission: Annotated[
         Literal["off", "soft", "hard"],
         _text("refuse requests whose predicted times break their objectives; soft: once predictions have proved right"),
@@ -156,6 +165,7 @@ class Config(msgspec.Struct, frozen=True):
     limits: LimitConfig = LimitConfig()
     timeouts: TimeoutConfig = TimeoutConfig()
     simulated: SimulatedConfig = SimulatedConfig()
+    rates: RateConfig = RateConfig()
     tls: TlsConfig = TlsConfig()
 
 

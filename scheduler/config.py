@@ -98,7 +98,7 @@ class ConductorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_token_bytes: int = 23_040
     """KV bytes of one token, all layers; prices loads until the first instance says what they are. The default is the
     default model's in bf16."""
-    policy: PolicyName = "algorithm1"
+    policy: PolicyName = "joint"
     threshold: float = 2.0
     """Algorithm 1: remote KV is taken if it is more than this many times longer than the local match."""
     joint: JointConfig = JointConfig()

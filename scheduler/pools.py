@@ -49,8 +49,9 @@ class Instance:
 
     __slots__ = (
         "backlog_until", "batch_ns", "booked_until", "busy_until", "connected", "decode", "done_at", "info",
-        "last_report", "leaving", "num_decodes", "num_prefills", "num_seqs", "pace", "pending", "pending_ns",
-        "pending_pages", "pool", "prefill", "prefill_ns", "prefill_turn", "ratios", "row", "slot", "step_tokens", "turn", "used_pages",
+        "last_report", "leaving", "num_decodes", "num_prefills", "num_seqs", "num_waiting", "pace", "pending",
+        "pending_ns", "pending_pages", "pool", "prefill", "prefill_ns", "prefill_turn", "ratios", "row", "slot",
+        "step_tokens", "turn", "used_pages",
     )  # fmt: skip
 
     def __init__(self, info: InstanceInfo, slot: int) -> None:
@@ -63,9 +64,10 @@ class Instance:
         self.last_report = -1
         """Reported: number of the last report; when prefills that the books do not know will be done; sequences
         running and waiting in the decode batch, what they add to a step, and the share of them that ends per
-        nanosecond; used pages."""
+        nanosecond; pages that they use or wait for; and how many of them wait."""
         self.backlog_until = 0
         self.num_seqs = 0.0
+        self.num_waiting = 0
         self.batch_ns = 0.0
         self.leaving = 0.0
         self.used_pages = 0

@@ -13,7 +13,7 @@ from mooncake.core.messages import AnyMessage, Send
 from mooncake.core.types import NANOS_PER_S
 from mooncake.rpc.driver import CoreDriver, open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcServer
-from mooncake.scheduler.config import ConductorConfig, RolesConfig
+from mooncake.scheduler.config import ConductorConfig, Rates, RolesConfig
 from mooncake.scheduler.core import ConductorCore, PeerGone, Received, Tick
 from mooncake.status import Status
 
@@ -61,6 +61,12 @@ def conductor_config(config: Config) -> ConductorConfig:
         replicate=config.replicate == "on",
         switch_roles=config.switch_roles == "on",
         roles=roles,
+        rates=Rates(
+            dram_bytes_per_s=config.rates.dram_bytes_per_s,
+            ssd_bytes_per_s=config.rates.ssd_bytes_per_s,
+            remote_bytes_per_s=config.rates.remote_bytes_per_s,
+            nic_bytes_per_s=config.rates.nic_bytes_per_s,
+        ),
         wait_ns=int(config.timeouts.placement_s * 1e9),
     )
 

@@ -113,14 +113,16 @@ class View:
             self.num_stale_reports += 1
             return None
         instance.last_report = load.seq
-        instance.used_pages = max(0, instance.info.num_pages - load.free_pages)
+        waited_for = -(-load.waiting_context // instance.info.page_tokens)
+        instance.used_pages = max(0, instance.info.num_pages - load.free_pages) + waited_for
+        instance.num_waiting = load.num_waiting
         backlog_until = _backlog_until(instance, load, now)
         if backlog_until != instance.backlog_until:
             instance.backlog_until = backlog_until
             instance.set_work()
         if not instance.does_prefill:
             num_seqs = float(load.num_running + load.num_waiting)
-            instance.set_batch(num_seqs, load.context_tokens, self.lengths.mean_left)
+            instance.set_batch(num_seqs, load.context_tokens + load.waiting_context, self.lengths.mean_left)
             if instance.pool is not None:
                 instance.pool.set_load(instance)
         return instance

@@ -220,6 +220,8 @@ class InstanceLoad(msgspec.Struct, frozen=True):
     free_pages: int
     step_ns: int
     """Mean duration of the last steps."""
+    waiting_context: int = 0
+    """Tokens of those that wait, to be computed or loaded: they have no pages yet."""
 
 
 class Stage(enum.IntEnum):

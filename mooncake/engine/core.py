@@ -110,7 +110,8 @@ _NOWHERE = np.empty(0, dtype=np.int64)
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
-    """What there is now; the last three count since the start."""
+    """What there is now; the counters of preemptions, computed and loaded tokens count since the start. waiting_context:
+    tokens of the waiting sequences, to be computed or loaded."""
 
     num_waiting: int
     waiting_tokens: int
@@ -120,6 +121,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
     num_preempted: int = 0
     num_computed_tokens: int = 0
     num_loaded_tokens: int = 0
+    waiting_context: int = 0
 
 
 class EngineCore:
@@ -144,6 +146,7 @@ class EngineCore:
         self._seqs: dict[int, Sequence] = {}
         self._waiting: list[tuple[Order, int]] = []
         self._waiting_tokens = 0
+        self._waiting_context = 0
         self._batch = DecodeBatch()
         self._others: dict[int, Sequence] = {}
         """Sequences with pages that are not in the decode batch: loading, or with tokens to prefill."""
@@ -328,6 +331,7 @@ class EngineCore:
             self.num_preempted,
             self.num_computed_tokens,
             self.num_loaded_tokens,
+            self._waiting_context,
         )
 
     def continue_counts(self, other: EngineCore) -> None:
@@ -350,6 +354,7 @@ class EngineCore:
         waiting = [self._seqs[seq] for _, seq in self._waiting]
         assert all(state.state is State.WAITING for state in waiting)
         assert self._waiting_tokens == sum(s.num_tokens - s.source_tokens for s in waiting)
+        assert self._waiting_context == sum(s.num_tokens for s in waiting)
         assert all(state.state is State.DECODING for state in members.values())
         assert all(state.state in (State.LOADING, State.RUNNING) for state in others.values())
         loading = [key for s in others.values() if s.state is State.LOADING for key in s.loading_keys]
@@ -360,11 +365,13 @@ class EngineCore:
     def _enqueue(self, state: Sequence) -> None:
         state.state = State.WAITING
         self._waiting_tokens += state.num_tokens - state.source_tokens
+        self._waiting_context += state.num_tokens
         insort(self._waiting, (state.order, state.seq))
 
     def _dequeue(self, at: int) -> Sequence:
         state = self._seqs[self._waiting.pop(at)[1]]
         self._waiting_tokens -= state.num_tokens - state.source_tokens
+        self._waiting_context -= state.num_tokens
         return state
 
     def _admit(self) -> None:

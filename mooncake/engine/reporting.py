@@ -118,6 +118,7 @@ class InstanceReporter:
                     load.context_tokens,
                     load.free_pages,
                     self._step_ns,
+                    queued_tokens + load.waiting_context,
                 )
             )
         )

@@ -57,6 +57,8 @@ def cluster_config(config: Config) -> ClusterConfig:
             token_bytes=LAYOUT.object_bytes(1),
             block_tokens=limits.block_tokens,
             call_ns=CALL_NS,
+            local_bytes_per_s=config.rates.dram_bytes_per_s,
+            nic_bytes_per_s=config.rates.nic_bytes_per_s,
         ),
         conductor=conductor_config(config),
         dispatcher=DispatcherLimits(

@@ -129,6 +129,8 @@ class Joint:
         batches.tbt_weight = ask.num_output
         priced: list[Offer] = []
         for row in pool.rows_of(holders) or ():
+            if pool.members[row].num_waiting:
+                continue  # it would stand in line behind them until they have their pages and their KV
             offer, batch = prices.offer(row), batches.batch(row)
             # Its tokens are computed along with a decode step, and every sequence there waits for them.
             offer.queue_ns += int(batch.tbt_ns)

@@ -25,7 +25,7 @@ from mooncake.engine.reporting import REPORT_NS, InstanceReporter
 from tests.engine.jobs import make_info
 
 INFO = make_info(Role.DECODE)
-LOAD = EngineLoad(num_waiting=2, waiting_tokens=30, num_running=3, context_tokens=70, free_pages=4)
+LOAD = EngineLoad(num_waiting=2, waiting_tokens=30, num_running=3, context_tokens=70, free_pages=4, waiting_context=50)
 
 
 def messages(sends: list[Send]) -> list[Any]:
@@ -58,7 +58,7 @@ def told(reporter: InstanceReporter, now: int) -> list[Any]:
 
 
 def test_a_connection_starts_with_who_it_is_what_it_caches_and_its_load() -> None:
-    load = InstanceLoad("i0", 1, 1, 2, 40, 0, 0, INFO.num_pages, 0)
+    load = InstanceLoad("i0", 1, 1, 2, 40, 0, 0, INFO.num_pages, 0, 40)
     found = messages(InstanceReporter(INFO).opened(2, 40))
     assert found == [Register(INFO), snapshot(0), LoadReport(load)]
 
@@ -67,7 +67,7 @@ def test_the_load_is_the_engines_and_what_waits_before_it() -> None:
     reporter = connected()
     reporter.progress(moved(step_ns=1000), 5)
     [report] = messages(reporter.report(1, 100))
-    assert report.load == InstanceLoad("i0", 1, 2, 3, 130, 3, 70, 4, 1000)
+    assert report.load == InstanceLoad("i0", 1, 2, 3, 130, 3, 70, 4, 1000, 150)
 
 
 def test_changes_are_told_together_a_while_after_the_first() -> None:

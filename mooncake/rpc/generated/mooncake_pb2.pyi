@@ -309,7 +309,7 @@ class CostModel(_message.Message):
     def __init__(self, prefill: _Optional[_Iterable[float]] = ..., decode: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class InstanceInfo(_message.Message):
-    __slots__ = ("name", "epoch", "role", "address", "compat", "node", "node_addresses", "num_pages", "page_tokens", "max_batch", "max_step_tokens", "cost", "state", "shard")
+    __slots__ = ("name", "epoch", "role", "address", "compat", "node", "node_addresses", "num_pages", "page_tokens", "max_batch", "max_step_tokens", "cost", "state", "shard", "kv_token_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -324,6 +324,7 @@ class InstanceInfo(_message.Message):
     COST_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKEN_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     epoch: int
     role: str
@@ -338,7 +339,8 @@ class InstanceInfo(_message.Message):
     cost: CostModel
     state: str
     shard: bytes
-    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., compat: _Optional[str] = ..., node: _Optional[str] = ..., node_addresses: _Optional[_Iterable[str]] = ..., num_pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., cost: _Optional[_Union[CostModel, _Mapping]] = ..., state: _Optional[str] = ..., shard: _Optional[bytes] = ...) -> None: ...
+    kv_token_bytes: int
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., compat: _Optional[str] = ..., node: _Optional[str] = ..., node_addresses: _Optional[_Iterable[str]] = ..., num_pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., cost: _Optional[_Union[CostModel, _Mapping]] = ..., state: _Optional[str] = ..., shard: _Optional[bytes] = ..., kv_token_bytes: _Optional[int] = ...) -> None: ...
 
 class Members(_message.Message):
     __slots__ = ("instances",)
@@ -435,7 +437,7 @@ class Registered(_message.Message):
     def __init__(self, accepted: bool = ..., detail: _Optional[str] = ...) -> None: ...
 
 class InstanceLoad(_message.Message):
-    __slots__ = ("name", "epoch", "seq", "num_waiting", "waiting_tokens", "num_running", "context_tokens", "free_pages", "step_ns")
+    __slots__ = ("name", "epoch", "seq", "num_waiting", "waiting_tokens", "num_running", "context_tokens", "free_pages", "step_ns", "waiting_context")
     NAME_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -445,6 +447,7 @@ class InstanceLoad(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     STEP_NS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     name: str
     epoch: int
     seq: int
@@ -454,7 +457,8 @@ class InstanceLoad(_message.Message):
     context_tokens: int
     free_pages: int
     step_ns: int
-    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., step_ns: _Optional[int] = ...) -> None: ...
+    waiting_context: int
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., step_ns: _Optional[int] = ..., waiting_context: _Optional[int] = ...) -> None: ...
 
 class CacheDelta(_message.Message):
     __slots__ = ("holder", "epoch", "seq", "tier", "added", "removed")
