@@ -94,10 +94,14 @@ class SimulatedConfig(msgspec.Struct, frozen=True):
 class RateConfig(msgspec.Struct, frozen=True):
     """bytes per second at which KV moves: what the Conductor prices loads and links by"""
 
-    dram_bytes_per_s: Annotated[NumBytes, _text("one transfer from the store's memory to an instance beside it")] = 10**10
+    dram_bytes_per_s: Annotated[NumBytes, _text("one transfer from the store's memory to an instance beside it")] = (
+        10**10
+    )
     ssd_bytes_per_s: Annotated[NumBytes, _text("from a store node's SSD, of all its transfers together")] = 2 * 10**9
     remote_bytes_per_s: Annotated[NumBytes, _text("one transfer from another machine")] = 5 * 10**9
-    nic_bytes_per_s: Annotated[NumBytes, _text("a machine's network each way, of all its transfers together")] = 5 * 10**9
+    nic_bytes_per_s: Annotated[NumBytes, _text("a machine's network each way, of all its transfers together")] = (
+        5 * 10**9
+    )
 
 
 class TlsConfig(msgspec.Struct, frozen=True):
@@ -252,7 +256,7 @@ def parse_bytes(text: str) -> int | None:
 
 
 def format_bytes(count: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("GB", 10**9), ("KiB", 1 << 10)):
         if count >= size and count % size == 0:
             return f"{count // size}{unit}"
     return str(count)

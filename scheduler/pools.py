@@ -44,8 +44,8 @@ class Instance:
     """What is known of an instance. Load is known twice: from reports, which lag, and from the books, which know what
     was placed but not how it goes. `Books` alone writes the booked part.
 
-    prefill = a + n (b + 2 c (P + n/2)) for n tokens after P cached ones, with a for each step of step_tokens; decode step = a + b B + c ctx; in
-    nanoseconds."""
+    prefill = a + n (b + 2 c (P + n/2)) for n tokens after P cached ones, with a for each step of step_tokens; decode
+    step = a + b B + c ctx; in nanoseconds."""
 
     __slots__ = (
         "backlog_until", "batch_ns", "booked_until", "busy_until", "connected", "decode", "done_at", "info",
@@ -95,7 +95,7 @@ class Instance:
 
     def set_info(self, info: InstanceInfo) -> None:
         self.info = info
-        self.step_tokens = info.max_step_tokens
+        self.step_tokens = max(1, info.max_step_tokens)
         a, b, c = info.cost.prefill
         a, b, c = a * _NS_PER_MS, b * _NS_PER_MS / 1e3, c * 0.5
         self.prefill = a * self.pace, b * self.pace, c * self.pace

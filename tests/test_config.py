@@ -25,6 +25,7 @@ from mooncake.config import (
     threads_per_instance,
 )
 from mooncake.core.errors import ConfigError
+from mooncake.scheduler.service import conductor_config
 
 
 def test_defaults() -> None:
@@ -41,6 +42,12 @@ def test_each_source_overrides_the_one_before(tmp_path: Path) -> None:
     assert (config.prefill, config.decode, config.port) == (2, 3, 3)
     assert config.store_memory == 2 << 30
     assert config.slo == SloConfig(ttft_s=2.0, tbt_s=0.2)
+
+
+def test_rates_are_what_the_conductor_prices_by() -> None:
+    config = load_config(flags={"rates.dram_bytes_per_s": "12GB", "rates.nic_bytes_per_s": "1GiB"}, environ={})
+    rates = conductor_config(config).rates
+    assert (rates.dram_bytes_per_s, rates.nic_bytes_per_s, rates.remote_bytes_per_s) == (12e9, 1 << 30, 5e9)
 
 
 def test_auto_and_none_unset_an_option(tmp_path: Path) -> None:

@@ -140,6 +140,18 @@ def test_admission_is_oldest_first_and_nobody_overtakes() -> None:
     assert [output.seq for output in drive.of(SequenceStarted)] == [1, 2, 3]
 
 
+def test_load_tells_what_waits_for_pages() -> None:
+    drive = Driver(num_pages=4)
+    drive.submit(1, 12)
+    drive.submit(2, 10, source_tokens=8)
+    drive.shape()
+    load = drive.core.load
+    assert (load.num_running, load.context_tokens) == (1, 12)
+    assert (load.num_waiting, load.waiting_tokens, load.waiting_context) == (1, 2 + 12, 10)
+    drive.core.abort(2)
+    assert drive.core.load.waiting_context == 0
+
+
 def test_priority_goes_before_age() -> None:
     drive = Driver(max_batch=1)
     for number, priority in ((1, 0), (2, 5), (3, 5)):

@@ -63,6 +63,7 @@ INFO = st.builds(
     cost=COST,
     state=st.sampled_from(t.InstanceState),
     shard=st.binary(max_size=8),
+    kv_token_bytes=INT64,
 )
 
 
@@ -139,7 +140,7 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.AttemptFailed: st.builds(m.AttemptFailed, TEXT, KEY, TEXT, TEXT),
     m.Register: st.builds(m.Register, INFO),
     m.Registered: st.builds(m.Registered, st.booleans(), TEXT),
-    m.LoadReport: st.builds(m.LoadReport, st.builds(t.InstanceLoad, TEXT, *[INT64] * 8)),
+    m.LoadReport: st.builds(m.LoadReport, st.builds(t.InstanceLoad, TEXT, *[INT64] * 9)),
     m.CacheDelta: st.builds(m.CacheDelta, TEXT, INT64, INT64, TEXT, BLOCK_KEYS, BLOCK_KEYS),
     m.CacheSnapshot: st.builds(m.CacheSnapshot, TEXT, INT64, INT64, TEXT, BLOCK_KEYS),
     m.SnapshotRequest: st.builds(m.SnapshotRequest, TEXT, TEXT),

@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from mooncake.core.messages import LoadReport, NodeInfo, PrefillDone
-from mooncake.core.types import AttemptKey, CostModel, Role, Slo
+from mooncake.core.messages import LoadReport, NodeInfo, PrefillDone, StateChange
+from mooncake.core.types import AttemptKey, CostModel, InstanceState, Role, Slo
 from mooncake.scheduler.config import JointConfig, Rates
 from mooncake.scheduler.costs import BlockCosts, PrefillPrices, find_source
 from mooncake.scheduler.lengths import Lengths
@@ -114,6 +114,29 @@ def test_recompute_what_takes_longer_to_load() -> None:
     cluster.core.index.expire(100 * S)
     placed = cluster.place(2, 305, *PREFIX)  # 21.5 ms for the rest, which hides most of the load
     assert placed.source is not None and placed.prediction.load_ns == 25_000_000 - 21_500_000
+
+
+def test_a_prefill_of_many_steps_is_priced_with_all_of_them() -> None:
+    cluster = joint()
+    cluster.prefill("p", max_step_tokens=50)
+    cluster.decode("d")
+    # 10.5 ms for the tokens, and 1 ms for each of three steps.
+    assert [cluster.place(1, 50).prediction.prefill_ns, cluster.place(2, 105).prediction.prefill_ns] == [
+        6 * MS,
+        13_500_000,
+    ]
+
+
+def test_loads_are_priced_by_what_the_instances_say_that_kv_takes() -> None:
+    cluster = joint()
+    cluster.node("n0", *PREFIX)
+    cluster.prefill("p", node="n0", state=InstanceState.CALIBRATING, kv_token_bytes=1)
+    assert cluster.core.costs.num_bytes == 4000, "not ready, so it says nothing for the cluster yet"
+    cluster.decode("d", kv_token_bytes=10_000)
+    assert (cluster.core.costs.num_bytes, cluster.core.costs.dram_ns) == (40_000, 1 * MS)
+    cluster.receive("p", StateChange("p", 1, InstanceState.READY, COST))
+    placed = cluster.place(1, 105, *PREFIX)  # 25 ms to load, 11.5 ms to compute
+    assert (placed.source, placed.prediction.ttft_ns) == (None, 11_500_000)
 
 
 def test_explanation_has_every_way_with_its_numbers() -> None:
@@ -303,6 +326,18 @@ def test_in_place_only_where_it_costs_less_and_hurts_nobody(
     cluster.delta("d1", 1, "hbm", added=PREFIX)
     cluster.receive("d1", LoadReport(load("d1", 1, num_running=num_running)))
     assert cluster.place(1, 105, *PREFIX, slo=slo, exclude=exclude).prefill == "p"
+
+
+def test_not_in_place_behind_those_who_wait_for_pages() -> None:
+    cluster = joint()
+    cluster.node("n0")
+    cluster.prefill("p", node="n0")
+    cluster.decode("d", node="n0")
+    cluster.delta("d", 1, "hbm", added=PREFIX)
+    assert cluster.place(1, 105, *PREFIX).prefill == ""
+    cluster.end(1)
+    cluster.receive("d", LoadReport(load("d", 1, num_waiting=1, waiting_context=10)))
+    assert cluster.place(2, 105, *PREFIX).prefill == "p"
 
 
 # ---------------------------------------------------------------- the search

@@ -3,7 +3,7 @@ import pytest
 from mooncake.core.messages import LoadReport, PrefillDone, Rejected
 from mooncake.core.types import AttemptKey, CostModel, InstanceState, KvSource, Role
 from mooncake.scheduler.core import PeerGone
-from tests.scheduler.cluster import BLOCK, MS, Cluster, S, blocks, load
+from tests.scheduler.cluster import BLOCK, COST, MS, Cluster, S, blocks, load
 
 EVEN = ["round_robin", "least_load", "local_cache_aware", "algorithm1", "joint"]
 
@@ -214,6 +214,19 @@ def test_decode_goes_where_pages_and_batch_have_room() -> None:
     cluster.receive("d1", LoadReport(load("d1", 1, num_running=7, context_tokens=700)))
     assert cluster.place(1).decode == "d1"
     assert cluster.place(2).decode == "d0"  # both full now: the shorter line
+
+
+def test_what_waits_for_pages_counts_as_load_and_as_pages() -> None:
+    cluster = Cluster()
+    cluster.prefill("p")
+    cost = CostModel(COST.prefill, (10.0, 1.0, 1000.0))
+    cluster.decode("d0", cost=cost)
+    cluster.decode("d1", cost=cost)
+    cluster.receive("d0", LoadReport(load("d0", 1, num_waiting=1, waiting_context=2000)))
+    cluster.receive("d1", LoadReport(load("d1", 1, num_running=1, context_tokens=1000)))
+    assert cluster.place(1).decode == "d1", "2 ms for what runs there, 3 ms for what will"
+    instances = cluster.core.view.instances
+    assert (instances["d0"].used_pages, instances["d1"].used_pages) == (500, 0)
 
 
 def test_pending_decodes_count_until_a_report_shows_them() -> None:

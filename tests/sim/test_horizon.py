@@ -13,8 +13,11 @@ from tests.sim.workload import check_run, requests
 
 
 def _run(one_step: bool, seed: int, num_pages: int, num_choices: int) -> SimCluster:
-    """One instance of each role: load reports, which come less often from long runs, then change no placement."""
+    """One instance of each role: load reports, which come less often from long runs, then change no placement. Of policy joint
+    they would: it asks decode instances whether they have room to prefill in place."""
     config = ClusterConfig(prefill=1, decode=1, nodes=1, num_pages=num_pages, one_step=one_step)
+    conductor = msgspec.structs.replace(config.conductor, policy="algorithm1")
+    config = msgspec.structs.replace(config, conductor=conductor)
     quiet = msgspec.structs.replace(config.network, jitter_ns=0)  # random draws would not line up
     cluster = SimCluster(msgspec.structs.replace(config, network=quiet), seed)
     cluster.submit(requests(random.Random(seed), 100, 4 * NANOS_PER_S, max_output=200, num_choices=(num_choices,)))
