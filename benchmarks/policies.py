@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--speeds", default="1,2,3", help="how much faster than in the trace requests come")
     parser.add_argument("--nics", default="10,100,800", help="gigabits per second of each node")
     parser.add_argument("--pools", default="12:4,8:8,4:12", help="prefill:decode instances")
-    parser.add_argument("--limit", type=int, default=1_500, help="requests from the beginning of each trace")
+    parser.add_argument("--limit", type=int, default=1_000, help="requests from the beginning of each trace")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="600 requests, one seed")
     options = parser.parse_args()

@@ -85,8 +85,10 @@ class Joint:
         offers = find_cheapest(prices, match, mask)
         limit = ask.slo.ttft_ns
         if limit is not None and offers.chosen.ttft_ns > limit and weight:
-            prices.work_weight = 0.0
-            offers = find_cheapest(prices, match, mask)
+            first = PrefillPrices(pool, match, ask.num_tokens, prices.source, links, costs, now, True)
+            soonest = find_cheapest(first, match, mask)
+            if soonest.chosen.ttft_ns <= limit:
+                return soonest
         return offers
 
     # ------------------------------------------------------------ decode
@@ -112,8 +114,10 @@ class Joint:
         batches = find_batch(prices, candidates.decode_mask)
         limit = ask.slo.tbt_ns
         if limit is not None and batches.chosen.tbt_ns > limit:
-            prices.node, prices.tbt_weight = 0, 1.0
-            batches = find_batch(prices, candidates.decode_mask)
+            by_step = decode_prices(self._known, ask, candidates, prices.joins_at, now)
+            shortest = find_batch(by_step, candidates.decode_mask)
+            if shortest.chosen.tbt_ns <= limit:
+                return shortest
         return batches
 
     # ------------------------------------------------------------ in place

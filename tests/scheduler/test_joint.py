@@ -241,6 +241,9 @@ def test_the_first_token_in_time_counts_more_than_the_sum() -> None:
     cluster = pair(joint(2.0), *PREFIX)
     make_busy(cluster, "p1", 4 * MS)
     assert cluster.place(1, 105, *PREFIX, slo=Slo(ttft_ns=6 * MS)).prefill == "p0"
+    cluster = pair(joint(2.0), *PREFIX)
+    make_busy(cluster, "p1", 4 * MS)
+    assert cluster.place(1, 105, *PREFIX, slo=Slo(ttft_ns=3 * MS)).prefill == "p1", "nobody is in time: the least sum"
 
 
 def test_the_shorter_step_counts_more_than_the_hand_over() -> None:
@@ -255,6 +258,8 @@ def test_the_shorter_step_counts_more_than_the_hand_over() -> None:
     assert cluster.place(1, 400, **long).decode == "near"
     cluster.end(1)
     assert cluster.place(2, 400, slo=Slo(tbt_ns=11_500_000), **long).decode == "far"
+    cluster.end(2)
+    assert cluster.place(3, 400, slo=Slo(tbt_ns=10_500_000), **long).decode == "near", "no step is short enough"
 
 
 # ---------------------------------------------------------------- decode, at the time when the prefill ends
