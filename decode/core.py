@@ -5,6 +5,9 @@
 Waiting sequences hold leases in the store but no pages (`mooncake.engine.core`). A job without a source is prefilled in place:
 that is what a colocated instance does with every job, and any instance with a sequence that it preempted. A joint job ends with
 the first tokens of its choices; these come back as jobs of their own and find the prompt's blocks in the pages.
+
+While a prompt is prefilled, the blocks that are there already are loaded ahead: leased, copied into pages, and left there as
+cached blocks (`mooncake.engine.ahead`). The sequence finds them when it comes, or else loads them itself.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from mooncake.core.messages import (
     ChangeRole,
     Drain,
     LiveAttempts,
+    LoadAhead,
     Send,
     Submit,
     TokenOutput,
@@ -30,6 +34,7 @@ from mooncake.engine.attempts import (
     AttemptTable,
     CloseSource,
     EngineProgress,
+    LoadBlocks,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -41,14 +46,17 @@ from mooncake.engine.attempts import (
     earliest,
     group_tokens,
 )
-from mooncake.engine.core import Drawn, KvLoaded, SequenceFailed, SequenceReleased, SequenceStarted
+from mooncake.engine.core import AheadEnded, Drawn, KvLoaded, SequenceFailed, SequenceReleased, SequenceStarted
 from mooncake.engine.reporting import InstanceReporter
 
 STALE_NS = 3 * NANOS_PER_S
 """Attempts younger than this are not dropped for missing in `LiveAttempts`: that message may have overtaken them."""
 
+MAX_AHEAD = 64
+"""Loads ahead at once; as many prompts as a pool of prefill instances computes for one decode instance. More are dropped."""
+
 DecodeEvent = Received | PeerOpened | PeerGone | SourceOpened | EngineProgress | Tick
-DecodeCommand = Send | OpenSource | CloseSource | RunSequence | AbortSequence | TakeRole
+DecodeCommand = Send | OpenSource | CloseSource | RunSequence | LoadBlocks | AbortSequence | TakeRole
 
 
 class _Decode(Attempt):
@@ -71,6 +79,7 @@ class DecodeCore:
         self._name = info.name
         self._refusal = refusal
         self._table: AttemptTable[_Decode] = AttemptTable(max_queued)
+        self._ahead: dict[int, LoadAhead] = {}
         self._opening_tokens = 0
         self._num_opening = 0
         self._draining = False
@@ -87,6 +96,7 @@ class DecodeCore:
         self._messages: dict[type, Callable[[Any, int], None]] = {
             Submit: self._submit,
             Abort: self._abort,
+            LoadAhead: self._load_ahead,
             LiveAttempts: self._live_attempts,
             Drain: self._drain,
             ChangeRole: self._change_role,
@@ -113,6 +123,10 @@ class DecodeCore:
     @property
     def num_attempts(self) -> int:
         return len(self._table)
+
+    @property
+    def num_ahead(self) -> int:
+        return len(self._ahead)
 
     @property
     def num_queued(self) -> int:
@@ -169,6 +183,12 @@ class DecodeCore:
                 self._out.append(OpenSource(attempt.seq, job.source))
             self.reporter.touch(now)
 
+    def _load_ahead(self, message: LoadAhead, now: int) -> None:
+        if len(self._ahead) < MAX_AHEAD and not self._draining:
+            seq = self._table.new_seq()
+            self._ahead[seq] = message
+            self._out.append(OpenSource(seq, message.source))
+
     def _abort(self, message: Abort, now: int) -> None:
         for key in message.keys:
             attempt = self._table.by_key(key)
@@ -202,6 +222,10 @@ class DecodeCore:
         self._opening_tokens += attempt.job.num_tokens if opening else -attempt.job.num_tokens
 
     def _source_opened(self, event: SourceOpened, now: int) -> None:
+        ahead = self._ahead.get(event.seq)
+        if ahead is not None:
+            self._ahead_opened(event, ahead)
+            return
         attempt = self._table.by_seq(event.seq)
         assert attempt is not None and attempt.job.source is not None
         self._set_opening(attempt, False)
@@ -213,6 +237,15 @@ class DecodeCore:
         else:
             self._run(attempt)
 
+    def _ahead_opened(self, event: SourceOpened, ahead: LoadAhead) -> None:
+        """All or nothing: if some of it is gone, the hand-over will hardly succeed."""
+        if event.num_tokens == ahead.source.num_tokens:
+            self._out.append(LoadBlocks(event.seq, ahead.source.block_keys, ahead.start))
+            return
+        del self._ahead[event.seq]
+        if event.num_tokens:
+            self._out.append(CloseSource(event.seq))
+
     def _run(self, attempt: _Decode) -> None:
         attempt.in_engine = True
         self._out.append(RunSequence(attempt.seq, attempt.job, attempt.opened_tokens, one_token=attempt.job.joint))
@@ -221,6 +254,10 @@ class DecodeCore:
         self.reporter.progress(event, now)
         tokens: list[TokenOutput] = []
         for output in event.outputs:
+            if isinstance(output, AheadEnded):
+                del self._ahead[output.seq]
+                self._out.append(CloseSource(output.seq))
+                continue
             attempt = self._table.by_seq(output.seq)
             if attempt is None:
                 continue

@@ -25,13 +25,23 @@ from mooncake.core.messages import (
     ChangeRole,
     Drain,
     HandoverDone,
+    KvPartReady,
     KvReady,
     LiveAttempts,
     Send,
     Submit,
     TokenOutput,
 )
-from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S, InstanceInfo, InstanceState, Job, KvSource, Role
+from mooncake.core.types import (
+    NANOS_PER_MS,
+    NANOS_PER_S,
+    PART_TOKENS,
+    InstanceInfo,
+    InstanceState,
+    Job,
+    KvSource,
+    Role,
+)
 from mooncake.engine.attempts import (
     AbortSequence,
     Attempt,
@@ -92,8 +102,11 @@ class CommitKv(msgspec.Struct, frozen=True):
 
 
 class KvCommitted(msgspec.Struct, frozen=True, tag=True):
+    """Of the objects [first, last)."""
+
     seq: int
-    num_objects: int
+    first: int
+    last: int
     ok: bool
 
 
@@ -116,6 +129,8 @@ class PrefillLimits(msgspec.Struct, frozen=True):
     """Attempts this instance knows at once; more are refused."""
     max_started: int = 8
     """Attempts that hold room in the store and are not handed over; the engine can batch no more anyway."""
+    part_tokens: int = PART_TOKENS
+    """While a prompt is computed, decode is told of its tokens that are there: at least so many new ones each time."""
 
 
 class _State(enum.IntEnum):
@@ -131,9 +146,11 @@ class _State(enum.IntEnum):
 
 class _Prefill(Attempt):
     __slots__ = (
+        "committed",
         "granted",
         "in_engine",
         "num_committed",
+        "num_leading",
         "num_objects",
         "opened_tokens",
         "order",
@@ -141,6 +158,7 @@ class _Prefill(Attempt):
         "state",
         "store_lost",
         "target",
+        "told_tokens",
     )
 
     def __init__(self, seq: int, job: Job, now: int, target: KvSource) -> None:
@@ -150,6 +168,11 @@ class _Prefill(Attempt):
         self.target = target
         self.num_objects = len(target.block_keys) + bool(target.partial_key)
         self.num_committed = 0
+        self.num_leading = 0
+        """Objects from the first on that are committed without a gap."""
+        self.committed: dict[int, int] = {}
+        """Those behind a gap, from first to last."""
+        self.told_tokens = 0
         self.granted = False
         self.store_lost = False
         self.opened_tokens = 0
@@ -444,7 +467,8 @@ class PrefillCore:
         attempt = self._table.by_seq(event.seq)
         assert attempt is not None
         attempt.pending -= 1
-        attempt.num_committed += event.num_objects
+        attempt.num_committed += event.last - event.first
+        attempt.committed[event.first] = event.last
         if attempt.state is _State.LEAVING:
             self._forget_if_idle(attempt)
         elif not event.ok and attempt.job.hand_over:
@@ -452,6 +476,23 @@ class PrefillCore:
             self._leave(attempt)
         else:
             self._maybe_ready(attempt, now)
+            self._maybe_tell_part(attempt)
+
+    def _maybe_tell_part(self, attempt: _Prefill) -> None:
+        """Decode can load what is there while the rest is computed. Of what was committed and is lost since it hears at the
+        hand-over."""
+        while attempt.num_leading in attempt.committed:
+            attempt.num_leading = attempt.committed.pop(attempt.num_leading)
+        num_blocks = attempt.num_leading
+        if attempt.state is not _State.RUNNING or not attempt.job.hand_over or num_blocks >= attempt.num_objects:
+            return
+        num_tokens = num_blocks * self._block_tokens
+        if num_tokens - attempt.told_tokens >= self._limits.part_tokens:
+            target = attempt.target
+            source = KvSource(target.node, num_tokens, target.block_keys[:num_blocks], b"", target.addresses)
+            part = KvPartReady(self._name, attempt.key, attempt.told_tokens, source)
+            self._out.append(Send(attempt.key.frontend, part))
+            attempt.told_tokens = num_tokens
 
     def _maybe_ready(self, attempt: _Prefill, now: int) -> None:
         """First token drawn and everything committed: hand over. If nobody fetches it, it is over when the engine is done."""

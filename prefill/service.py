@@ -95,7 +95,7 @@ class _StoreActions:
             ok = await self._shell.writers[command.seq].commit(command.first, command.last)
         except StoreError as error:
             log.warning("commit: %s", error)
-        self._shell.driver.handle(KvCommitted(command.seq, command.last - command.first, ok))
+        self._shell.driver.handle(KvCommitted(command.seq, command.first, command.last, ok))
 
     async def release(self, command: ReleaseKv) -> None:
         await self._shell.writers.pop(command.seq).close()

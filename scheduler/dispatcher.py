@@ -38,8 +38,10 @@ from mooncake.core.messages import (
     AttemptFailed,
     BookingSnapshot,
     HandoverDone,
+    KvPartReady,
     KvReady,
     LiveAttempts,
+    LoadAhead,
     Members,
     Placed,
     PlaceRequest,
@@ -54,6 +56,7 @@ from mooncake.core.messages import (
 from mooncake.core.types import (
     NANOS_PER_MS,
     NANOS_PER_S,
+    PART_TOKENS,
     AttemptKey,
     FinishReason,
     InstanceInfo,
@@ -173,6 +176,8 @@ class DispatcherLimits(msgspec.Struct, frozen=True):
     """Requests in flight at this frontend; more are refused as overloaded."""
     place_timeout_ns: int = 30 * NANOS_PER_S
     """How long a request waits for a placement, be it that the Conductor is away or that no instance is ready."""
+    part_tokens: int = PART_TOKENS
+    """Decode is told of so many tokens, or more, to load ahead."""
     max_attempts: int = 16
     """In a row, without a token."""
     retry_ns: int = 100 * NANOS_PER_MS
@@ -351,6 +356,7 @@ class Dispatcher:
             Rejected: self._rejected,
             Members: self._members_changed,
             StepTokens: self._step_tokens,
+            KvPartReady: self._kv_part_ready,
             KvReady: self._kv_ready,
             AttemptFailed: self._attempt_failed,
         }
@@ -525,6 +531,8 @@ class Dispatcher:
             hand_over = request.spec.max_tokens - len(attempt.choices[0].token_ids) > 1
             job = self._job(attempt, message.source, now, Role.PREFILL, hand_over=hand_over)
             self._submit(attempt, message.prefill, job, now)
+            if hand_over and message.source is not None:
+                self._load_ahead(attempt, message.source, 0)
         else:
             self._submit_in_place(attempt, message.source, now)
 
@@ -657,6 +665,18 @@ class Dispatcher:
             self._out.append(Send(CONDUCTOR, PrefillDone(attempt.key, ttft)))
         if attempt.state is _State.PREFILLING:
             attempt.state = _State.HANDING_OVER
+
+    def _kv_part_ready(self, message: KvPartReady, now: int) -> None:
+        attempt = self._attempt(message.key)
+        if attempt is not None and attempt.prefill == message.instance:
+            self._load_ahead(attempt, message.source, message.start)
+
+    def _load_ahead(self, attempt: _Attempt, source: KvSource, start: int) -> None:
+        """Decode can load what is there already, be it reused or just computed. Where it is not sure that it will decode at all,
+        nothing is sent."""
+        wanted = attempt.state is _State.PREFILLING and not attempt.check_decode
+        if wanted and source.num_tokens - start >= self._limits.part_tokens and attempt.decode in self._open:
+            self._out.append(Send(attempt.decode, LoadAhead(start, source)))
 
     def _kv_ready(self, message: KvReady, now: int) -> None:
         attempt = self._attempt(message.key)

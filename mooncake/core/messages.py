@@ -140,6 +140,14 @@ class Abort(Message, frozen=True):
     keys: tuple[AttemptKey, ...]
 
 
+class LoadAhead(Message, frozen=True):
+    """A sequence will come whose leading blocks are at `source`: load them if there is room, and if those up to token `start`,
+    named by an earlier such message, are still there. Nobody waits for it, and there is no answer."""
+
+    start: int
+    source: KvSource
+
+
 class HandoverDone(Message, frozen=True):
     """The decode instance has the KV; the prefill instance may release its leases of these attempts."""
 
@@ -178,6 +186,16 @@ class StepTokens(Message, frozen=True):
 
     instance: str
     outputs: tuple[TokenOutput, ...]
+
+
+class KvPartReady(Message, frozen=True):
+    """The KV of `source.num_tokens` leading tokens is committed, while the rest is still computed. `start`: how many of them an
+    earlier such message told of. Lost ones are not repeated."""
+
+    instance: str
+    key: AttemptKey
+    start: int
+    source: KvSource
 
 
 class KvReady(Message, frozen=True):
@@ -299,9 +317,11 @@ AnyMessage = (
     | Members
     | Submit
     | Abort
+    | LoadAhead
     | HandoverDone
     | LiveAttempts
     | StepTokens
+    | KvPartReady
     | KvReady
     | AttemptFailed
     | Register

@@ -17,6 +17,9 @@ import numpy as np
 NANOS_PER_MS = 1_000_000
 NANOS_PER_S = 1_000_000_000
 
+PART_TOKENS = 1024
+"""Of a prompt that is not prefilled yet, as many are worth telling of; fewer are loaded in the time that this takes."""
+
 MAX_CHOICES = 16
 """Outputs of one request: each is a sequence of its own in a decode batch."""
 

@@ -92,6 +92,15 @@ class RunSequence(msgspec.Struct, frozen=True):
     store: bool = False
 
 
+class LoadBlocks(msgspec.Struct, frozen=True):
+    """Have the engine load these leading blocks of a sequence to come from the open source of that number, if those up to token
+    `start` are still there. Its output for the number is `AheadEnded`."""
+
+    seq: int
+    block_keys: tuple[bytes, ...]
+    start: int
+
+
 class AbortSequence(msgspec.Struct, frozen=True):
     seq: int
 

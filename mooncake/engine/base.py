@@ -189,6 +189,11 @@ class Engine(Protocol):
         where the KV of its known tokens goes. Both are used until `SequenceReleased`."""
         ...
 
+    def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:
+        """Never blocks. Load these leading blocks of a sequence that will be submitted later, if there is room for them and
+        those up to token `start` are still there. The reader is used until `AheadEnded`."""
+        ...
+
     def abort(self, seq: int) -> None:
         """Unknown and ended sequences are ignored."""
         ...

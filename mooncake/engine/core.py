@@ -12,6 +12,7 @@ Rules:
   active sequence is loading just now: it waits for that load, and shares the block's pages.
 * When a decode item finds no page, the youngest sequence loses its pages and waits again with the tokens it has; so the oldest
   always finishes.
+* Loads ahead of their sequence (`mooncake.engine.ahead`) get pages only where no sequence waits for any, and keep none.
 * A joint sequence draws the first tokens of several choices from its last logits and ends.
 * Pages belong to whoever still reads or writes them (a step, a load, a store); an aborted sequence frees them after that.
 
@@ -27,6 +28,7 @@ import msgspec
 import numpy as np
 
 from mooncake.core.types import FinishReason, Job, TokenLogprobs
+from mooncake.engine.ahead import AheadLoad, AheadLoads
 from mooncake.engine.base import EngineLimits, StepItem, StepPlan, StepResult
 from mooncake.engine.page_pool import PagePool
 from mooncake.engine.sequence import DecodeBatch, Order, Sequence, State
@@ -46,7 +48,7 @@ class Drawn(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadKv(msgspec.Struct, frozen=True):
-    """Copy tokens [start, end) of the sequence's source into its pages; answer with `loaded`."""
+    """Copy tokens [start, end) of the source of a sequence, or of a load ahead, into these pages; answer with `loaded`."""
 
     seq: int
     start: int
@@ -93,6 +95,12 @@ class SequenceReleased(msgspec.Struct, frozen=True, tag=True):
     seq: int
 
 
+class AheadEnded(msgspec.Struct, frozen=True, tag=True):
+    """Nobody touches the pages and the source of this load ahead any more. Comes once for each, whatever became of it."""
+
+    seq: int
+
+
 class LeftBatch(msgspec.Struct, frozen=True):
     """The sequence decodes no more for now, for want of pages; it has num_tokens tokens. An engine that keeps tokens back tells
     them before it goes on."""
@@ -101,7 +109,7 @@ class LeftBatch(msgspec.Struct, frozen=True):
     num_tokens: int
 
 
-ServiceOutput = Drawn | KvLoaded | SequenceStarted | SequenceFailed | SequenceReleased
+ServiceOutput = Drawn | KvLoaded | SequenceStarted | SequenceFailed | SequenceReleased | AheadEnded
 EngineOutput = LoadKv | StoreKv | LeftBatch | ServiceOutput
 """Copies and tokens kept back are the engine shell's business; the rest goes on to the service."""
 
@@ -151,7 +159,8 @@ class EngineCore:
         self._others: dict[int, Sequence] = {}
         """Sequences with pages that are not in the decode batch: loading, or with tokens to prefill."""
         self._loading_blocks: dict[bytes, None] = {}
-        """Keys of the full blocks that sequences in state LOADING wait for."""
+        """Keys of the full blocks that sequences in state LOADING, and loads ahead, wait for."""
+        self._ahead = AheadLoads(self.pool, self._loading_blocks)
         self._stepping = False
         self._departed: list[Sequence] = []
         """Members of the decode batch that ended during the step."""
@@ -178,6 +187,11 @@ class EngineCore:
         self._seqs[seq] = state
         self._enqueue(state)
 
+    def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int) -> None:
+        """Load these leading blocks of a sequence that will come, if there is room and those up to token `start`, which were to
+        be loaded before, are still here. Answered by `AheadEnded`."""
+        self._ahead.waiting.append(AheadLoad(seq, block_keys, start // self.limits.block_tokens))
+
     def abort(self, seq: int) -> None:
         """End a sequence without further tokens. Unknown and ended ones are ignored."""
         state = self._seqs.get(seq)
@@ -186,6 +200,10 @@ class EngineCore:
 
     def loaded(self, seq: int, ok: bool) -> None:
         """The load of `LoadKv` ended. A failed one makes the sequence compute its tokens itself."""
+        if seq in self._ahead.loading:
+            self.num_loaded_tokens += self._ahead.end(seq, ok) * self.limits.block_tokens
+            self._outputs.append(AheadEnded(seq))
+            return
         state = self._seqs[seq]
         state.loading = False
         self._outputs.append(KvLoaded(seq, ok))
@@ -212,8 +230,9 @@ class EngineCore:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be computed now. Not called again before `update`."""
-        if self._waiting:
-            self._admit()
+        room = self._admit() if self._waiting else True
+        if self._ahead.waiting:
+            self._start_ahead(room)
         batch = self._batch
         joined = self._join() if self._others else []
         self._look_at_due()
@@ -342,7 +361,7 @@ class EngineCore:
 
     @property
     def idle(self) -> bool:
-        return not self._seqs
+        return not self._seqs and not len(self._ahead)
 
     def check_integrity(self) -> None:
         """Raises AssertionError: pages are held by exactly the active sequences and those still read or written."""
@@ -350,6 +369,7 @@ class EngineCore:
         self._batch.check_integrity()
         members, others = self._batch.members, self._others
         expected = {s.seq for s in self._seqs.values() if s.seq in members or s.seq in others or s.busy}
+        expected |= self._ahead.loading.keys()
         assert self.pool.holders() == expected, f"pages held by {self.pool.holders()}, expected {expected}"
         waiting = [self._seqs[seq] for _, seq in self._waiting]
         assert all(state.state is State.WAITING for state in waiting)
@@ -358,6 +378,7 @@ class EngineCore:
         assert all(state.state is State.DECODING for state in members.values())
         assert all(state.state in (State.LOADING, State.RUNNING) for state in others.values())
         loading = [key for s in others.values() if s.state is State.LOADING for key in s.loading_keys]
+        loading += self._ahead.loading_keys()
         assert sorted(self._loading_blocks) == sorted(loading), "blocks are loaded twice, or waited for in vain"
 
     # ------------------------------------------------------------------ inside: admission
@@ -374,7 +395,8 @@ class EngineCore:
         self._waiting_context -= state.num_tokens
         return state
 
-    def _admit(self) -> None:
+    def _admit(self) -> bool:
+        """False: somebody goes on waiting, for want of pages or of a place in the batch."""
         at = 0
         block_tokens, pool = self.limits.block_tokens, self.pool
         while at < len(self._waiting) and len(self._others) + len(self._batch.members) < self.limits.max_batch:
@@ -386,8 +408,17 @@ class EngineCore:
                 at += 1
                 continue
             if not pool.allocate(state.seq, keys[:matched], state.num_tokens):
-                return
+                return False
             self._start(self._dequeue(at), matched)
+        return at == len(self._waiting)
+
+    def _start_ahead(self, room: bool) -> None:
+        started, dropped = self._ahead.start(room)
+        for load in started:
+            pages = np.array(self.pool.pages(load.seq), dtype=np.int64) if self._has_memory else _NOWHERE
+            start, end = (blocks * self.limits.block_tokens for blocks in (load.first, len(load.keys)))
+            self._outputs.append(LoadKv(load.seq, start, end, pages))
+        self._outputs += [AheadEnded(seq) for seq in dropped]
 
     def _start(self, state: Sequence, num_matched: int) -> None:
         self._others[state.seq] = state
@@ -474,11 +505,11 @@ class EngineCore:
 
     def _make_room(self, state: Sequence) -> bool:
         """Pages for all known tokens of a member. The youngest gives way; False if that is `state` itself, or a sequence whose
-        pages are being read or written right now (then this step goes on without `state`)."""
+        pages are being read or written right now, or a load ahead (then this step goes on without `state`)."""
         batch = self._batch
         while not self.pool.extend(state.seq, batch.num_tokens(state)):
             youngest = max((*batch.members.values(), *self._others.values()), key=_by_order)
-            if youngest.busy:
+            if youngest.busy or self._ahead.loading:
                 self._leave_batch(state)
                 state.state = State.RUNNING
                 self._others[state.seq] = state

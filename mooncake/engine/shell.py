@@ -17,6 +17,7 @@ from mooncake.core.types import KvSource
 from mooncake.engine.attempts import (
     AbortSequence,
     CloseSource,
+    LoadBlocks,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -56,6 +57,7 @@ class InstanceShell:
             OpenSource: lambda command: self.spawn(self._open_source(command)),
             CloseSource: lambda command: self.spawn(self._close_source(command.seq)),
             RunSequence: self._run_sequence,
+            LoadBlocks: self._load_blocks,
             AbortSequence: lambda command: self.engine.abort(command.seq),
         }
 
@@ -136,3 +138,6 @@ class InstanceShell:
         reader = self._readers.get(command.seq) if command.source_tokens else None
         writer = self.writers.get(command.seq) if command.store else None
         self.engine.submit(command.seq, command.job, one_token=command.one_token, reader=reader, writer=writer)
+
+    def _load_blocks(self, command: LoadBlocks) -> None:
+        self.engine.load_ahead(command.seq, command.block_keys, command.start, self._readers[command.seq])

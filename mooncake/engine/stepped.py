@@ -14,7 +14,16 @@ from collections.abc import Callable, Mapping
 from mooncake.core.types import Job, bytes_to_tokens
 from mooncake.engine.attempts import EngineProgress, KvStored
 from mooncake.engine.base import KvReader, KvWriter, LayerLoad, StepEngine, StepPlan, StepResult
-from mooncake.engine.core import EngineCore, EngineOutput, LeftBatch, LoadKv, SequenceReleased, ServiceOutput, StoreKv
+from mooncake.engine.core import (
+    AheadEnded,
+    EngineCore,
+    EngineOutput,
+    LeftBatch,
+    LoadKv,
+    SequenceReleased,
+    ServiceOutput,
+    StoreKv,
+)
 from mooncake.engine.kv_mover import Interval, KvMover, LoadTask, StoreTask
 from mooncake.engine.threads import start_thread
 
@@ -60,6 +69,9 @@ class SteppedEngine:
     ) -> None:
         self._inbox.put(lambda: self._submit(seq, job, one_token, reader, writer))
 
+    def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:
+        self._inbox.put(lambda: self._load_ahead(seq, block_keys, start, reader))
+
     def abort(self, seq: int) -> None:
         self._inbox.put(lambda: self._abort(seq))
         self._drop_load(seq)  # a step may be waiting for it
@@ -86,6 +98,10 @@ class SteppedEngine:
             self._writers[seq] = writer
         source_tokens = 0 if reader is None else reader.num_tokens
         self.core.submit(seq, job, source_tokens=source_tokens, one_token=one_token, store=writer is not None)
+
+    def _load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:
+        self._readers[seq] = reader
+        self.core.load_ahead(seq, block_keys, start)
 
     def _abort(self, seq: int) -> None:
         self.core.abort(seq)
@@ -167,6 +183,9 @@ class SteppedEngine:
                 self._start_store(output)
             elif not isinstance(output, LeftBatch):
                 if isinstance(output, SequenceReleased):
+                    self._engine.remove_sequence(output.seq)
+                    self._forget(output.seq)
+                elif isinstance(output, AheadEnded):
                     self._forget(output.seq)
                 rest.append(output)
         return rest
@@ -179,7 +198,6 @@ class SteppedEngine:
             self.mover.store(task)
 
     def _forget(self, seq: int) -> None:
-        self._engine.remove_sequence(seq)
         self._readers.pop(seq, None)
         self._writers.pop(seq, None)
         self._loads.pop(seq, None)

@@ -25,8 +25,10 @@ from mooncake.core.messages import (
     CopyBlocks,
     Drain,
     HandoverDone,
+    KvPartReady,
     KvReady,
     LiveAttempts,
+    LoadAhead,
     LoadReport,
     Members,
     NodeInfo,
@@ -497,6 +499,23 @@ def _kv_ready(message: KvReady, item: pb.Item) -> None:
     _source(message.source, item.kv_ready.source)
 
 
+def _kv_part_ready(message: KvPartReady, item: pb.Item) -> None:
+    out = item.kv_part_ready
+    out.instance = message.instance
+    _key(message.key, out.key)
+    out.start = message.start
+    _source(message.source, out.source)
+
+
+def _to_kv_part_ready(message: pb.KvPartReady) -> KvPartReady:
+    return KvPartReady(message.instance, _to_key(message.key), message.start, _to_source(message.source))
+
+
+def _load_ahead(message: LoadAhead, item: pb.Item) -> None:
+    item.load_ahead.start = message.start
+    _source(message.source, item.load_ahead.source)
+
+
 def _attempt_failed(message: AttemptFailed, item: pb.Item) -> None:
     out = item.attempt_failed
     out.instance = message.instance
@@ -612,6 +631,8 @@ _TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], A
         lambda m: LiveAttempts(m.frontend, _to_keys(m.keys), _to_keys(m.held)),
     ),
     (StepTokens, "step_tokens", _step_tokens, _to_step_tokens),
+    (KvPartReady, "kv_part_ready", _kv_part_ready, _to_kv_part_ready),
+    (LoadAhead, "load_ahead", _load_ahead, lambda m: LoadAhead(m.start, _to_source(m.source))),
     (KvReady, "kv_ready", _kv_ready, lambda m: KvReady(m.instance, _to_key(m.key), _to_source(m.source))),
     (
         AttemptFailed,

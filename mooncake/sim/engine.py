@@ -23,6 +23,7 @@ from mooncake.core.types import CostModel, Job
 from mooncake.engine.attempts import EngineProgress, KvStored
 from mooncake.engine.base import StepItem, StepPlan, StepResult
 from mooncake.engine.core import (
+    AheadEnded,
     Drawn,
     EngineCore,
     EngineOutput,
@@ -131,7 +132,7 @@ class SimEngine:
         self._times: dict[tuple[int, int], Times] = {}
         self._inbox: list[tuple[Call, tuple[Any, ...]]] = []
         self._loads: dict[int, bool | None] = {}
-        """How the load of a sequence ended, or None while it is under way."""
+        """How the load of a sequence, or one ahead of it, ended, or None while it is under way."""
         self._run: _Run | None = None
         self._woken = False
 
@@ -140,6 +141,9 @@ class SimEngine:
     def submit(self, seq: int, job: Job, *, source_tokens: int, one_token: bool, store: bool) -> None:
         self._jobs[seq] = job
         self._call(self._submit, seq, job, source_tokens, one_token, store)
+
+    def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int) -> None:
+        self._call(self.core.load_ahead, seq, block_keys, start)
 
     def abort(self, seq: int) -> None:
         self._call(self.core.abort, seq)
@@ -352,6 +356,8 @@ class SimEngine:
                 rest.append(output)
                 if isinstance(output, SequenceReleased):
                     self._forget(output.seq)
+                elif isinstance(output, AheadEnded):
+                    self._loads.pop(output.seq, None)
                 elif isinstance(output, Drawn) and output.finish is not None:
                     self._members.pop(output.seq, None)
         return rest

@@ -12,13 +12,14 @@ import msgspec
 
 from mooncake.core.keys import partial_key
 from mooncake.core.messages import AnyMessage, Send, StepTokens
-from mooncake.core.types import InstanceInfo, Job, Role
+from mooncake.core.types import PART_TOKENS, InstanceInfo, Job, Role
 from mooncake.decode.core import DecodeCore
 from mooncake.engine.attempts import (
     AbortSequence,
     CloseSource,
     EngineProgress,
     KvStored,
+    LoadBlocks,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -44,6 +45,7 @@ class InstanceConfig(msgspec.Struct, frozen=True):
     limits: EngineLimits
     engine: EngineConfig
     max_queued: int = 1024
+    part_tokens: int = PART_TOKENS
 
 
 class TimedTokens(msgspec.Struct, frozen=True):
@@ -93,6 +95,7 @@ class SimInstance:
             OpenSource: self._open_source,
             CloseSource: lambda command: self._sources.pop(command.seq).close(),
             RunSequence: self._run_sequence,
+            LoadBlocks: lambda command: self.engine.load_ahead(command.seq, command.block_keys, command.start),
             AbortSequence: lambda command: self.engine.abort(command.seq),
             ReserveKv: self._reserve,
             CommitKv: self._commit,
@@ -112,7 +115,7 @@ class SimInstance:
         self.info = info
         self.core: PrefillCore | DecodeCore
         if info.role is Role.PREFILL:
-            limits = PrefillLimits(max_queued=config.max_queued, max_started=info.max_batch)
+            limits = PrefillLimits(config.max_queued, info.max_batch, config.part_tokens)
             self.core = PrefillCore(info, limits, config.limits.block_tokens, _partial_key, engine_core.refusal)
         else:
             self.core = DecodeCore(info, config.max_queued, engine_core.refusal)
@@ -213,7 +216,7 @@ class SimInstance:
 
     def _commit(self, command: CommitKv) -> None:
         def committed(ok: bool) -> None:
-            self.runner.handle(KvCommitted(command.seq, command.last - command.first, ok))
+            self.runner.handle(KvCommitted(command.seq, command.first, command.last, ok))
 
         self._targets[command.seq].commit(command.first, command.last, committed)
 

@@ -98,8 +98,12 @@ def _claims(core: StoreCore) -> dict[str, int]:
     return {name: metrics[name] for name in ("reservations", "leases")}
 
 
-def _attempts(core: PrefillCore | DecodeCore) -> dict[str, int]:
+def _attempts(core: PrefillCore) -> dict[str, int]:
     return {"attempts": core.num_attempts}
+
+
+def _attempts_and_loads(core: DecodeCore) -> dict[str, int]:
+    return {"attempts": core.num_attempts, "loads ahead": core.num_ahead}
 
 
 _KINDS = {
@@ -107,7 +111,7 @@ _KINDS = {
         ConductorConfig, _ConductorEvent, _conductor, lambda core: {"bookings": len(core.books.bookings)}
     ),
     "prefill": _Kind(PrefillSettings, PrefillEvent, _prefill, _attempts),
-    "decode": _Kind(DecodeSettings, DecodeEvent, _decode, _attempts),
+    "decode": _Kind(DecodeSettings, DecodeEvent, _decode, _attempts_and_loads),
     "frontend": _Kind(DispatcherSettings, DispatcherEvent, _frontend, lambda core: {"requests": core.num_running}),
     "store": _Kind(StoreSettings, _StoreEvent, _store, _claims),
 }

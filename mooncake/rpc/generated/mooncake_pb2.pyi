@@ -31,7 +31,7 @@ class Envelope(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
 
 class Item(_message.Message):
-    __slots__ = ("place_request", "prefill_done", "attempt_ended", "booking_snapshot", "placed", "rejected", "members", "submit", "abort", "handover_done", "live_attempts", "step_tokens", "kv_ready", "attempt_failed", "register", "registered", "load_report", "cache_delta", "cache_snapshot", "snapshot_request", "state_change", "drain", "register_node", "change_role", "copy_blocks")
+    __slots__ = ("place_request", "prefill_done", "attempt_ended", "booking_snapshot", "placed", "rejected", "members", "submit", "abort", "handover_done", "live_attempts", "step_tokens", "kv_ready", "attempt_failed", "register", "registered", "load_report", "cache_delta", "cache_snapshot", "snapshot_request", "state_change", "drain", "register_node", "change_role", "copy_blocks", "kv_part_ready", "load_ahead")
     PLACE_REQUEST_FIELD_NUMBER: _ClassVar[int]
     PREFILL_DONE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_ENDED_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,8 @@ class Item(_message.Message):
     REGISTER_NODE_FIELD_NUMBER: _ClassVar[int]
     CHANGE_ROLE_FIELD_NUMBER: _ClassVar[int]
     COPY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    KV_PART_READY_FIELD_NUMBER: _ClassVar[int]
+    LOAD_AHEAD_FIELD_NUMBER: _ClassVar[int]
     place_request: PlaceRequest
     prefill_done: PrefillDone
     attempt_ended: AttemptEnded
@@ -82,7 +84,9 @@ class Item(_message.Message):
     register_node: NodeInfo
     change_role: ChangeRole
     copy_blocks: CopyBlocks
-    def __init__(self, place_request: _Optional[_Union[PlaceRequest, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., attempt_ended: _Optional[_Union[AttemptEnded, _Mapping]] = ..., booking_snapshot: _Optional[_Union[BookingSnapshot, _Mapping]] = ..., placed: _Optional[_Union[Placed, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., members: _Optional[_Union[Members, _Mapping]] = ..., submit: _Optional[_Union[Job, _Mapping]] = ..., abort: _Optional[_Union[Keys, _Mapping]] = ..., handover_done: _Optional[_Union[Keys, _Mapping]] = ..., live_attempts: _Optional[_Union[LiveAttempts, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_ready: _Optional[_Union[KvReady, _Mapping]] = ..., attempt_failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., register: _Optional[_Union[InstanceInfo, _Mapping]] = ..., registered: _Optional[_Union[Registered, _Mapping]] = ..., load_report: _Optional[_Union[InstanceLoad, _Mapping]] = ..., cache_delta: _Optional[_Union[CacheDelta, _Mapping]] = ..., cache_snapshot: _Optional[_Union[CacheSnapshot, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., state_change: _Optional[_Union[StateChange, _Mapping]] = ..., drain: _Optional[str] = ..., register_node: _Optional[_Union[NodeInfo, _Mapping]] = ..., change_role: _Optional[_Union[ChangeRole, _Mapping]] = ..., copy_blocks: _Optional[_Union[CopyBlocks, _Mapping]] = ...) -> None: ...
+    kv_part_ready: KvPartReady
+    load_ahead: LoadAhead
+    def __init__(self, place_request: _Optional[_Union[PlaceRequest, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., attempt_ended: _Optional[_Union[AttemptEnded, _Mapping]] = ..., booking_snapshot: _Optional[_Union[BookingSnapshot, _Mapping]] = ..., placed: _Optional[_Union[Placed, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., members: _Optional[_Union[Members, _Mapping]] = ..., submit: _Optional[_Union[Job, _Mapping]] = ..., abort: _Optional[_Union[Keys, _Mapping]] = ..., handover_done: _Optional[_Union[Keys, _Mapping]] = ..., live_attempts: _Optional[_Union[LiveAttempts, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_ready: _Optional[_Union[KvReady, _Mapping]] = ..., attempt_failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., register: _Optional[_Union[InstanceInfo, _Mapping]] = ..., registered: _Optional[_Union[Registered, _Mapping]] = ..., load_report: _Optional[_Union[InstanceLoad, _Mapping]] = ..., cache_delta: _Optional[_Union[CacheDelta, _Mapping]] = ..., cache_snapshot: _Optional[_Union[CacheSnapshot, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., state_change: _Optional[_Union[StateChange, _Mapping]] = ..., drain: _Optional[str] = ..., register_node: _Optional[_Union[NodeInfo, _Mapping]] = ..., change_role: _Optional[_Union[ChangeRole, _Mapping]] = ..., copy_blocks: _Optional[_Union[CopyBlocks, _Mapping]] = ..., kv_part_ready: _Optional[_Union[KvPartReady, _Mapping]] = ..., load_ahead: _Optional[_Union[LoadAhead, _Mapping]] = ...) -> None: ...
 
 class Key(_message.Message):
     __slots__ = ("frontend", "request", "choice", "attempt")
@@ -415,6 +419,26 @@ class KvReady(_message.Message):
     key: Key
     source: KvSource
     def __init__(self, instance: _Optional[str] = ..., key: _Optional[_Union[Key, _Mapping]] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ...) -> None: ...
+
+class KvPartReady(_message.Message):
+    __slots__ = ("instance", "key", "start", "source")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    key: Key
+    start: int
+    source: KvSource
+    def __init__(self, instance: _Optional[str] = ..., key: _Optional[_Union[Key, _Mapping]] = ..., start: _Optional[int] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ...) -> None: ...
+
+class LoadAhead(_message.Message):
+    __slots__ = ("start", "source")
+    START_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    source: KvSource
+    def __init__(self, start: _Optional[int] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ...) -> None: ...
 
 class AttemptFailed(_message.Message):
     __slots__ = ("instance", "key", "reason", "detail")
