@@ -177,7 +177,7 @@ class DispatcherLimits(msgspec.Struct, frozen=True):
     place_timeout_ns: int = 30 * NANOS_PER_S
     """How long a request waits for a placement, be it that the Conductor is away or that no instance is ready."""
     part_tokens: int = PART_TOKENS
-    """Decode is told of so many tokens, or more, to load ahead."""
+    """Decode is told at once of a reused prefix of so many tokens."""
     max_attempts: int = 16
     """In a row, without a token."""
     retry_ns: int = 100 * NANOS_PER_MS
@@ -531,7 +531,7 @@ class Dispatcher:
             hand_over = request.spec.max_tokens - len(attempt.choices[0].token_ids) > 1
             job = self._job(attempt, message.source, now, Role.PREFILL, hand_over=hand_over)
             self._submit(attempt, message.prefill, job, now)
-            if hand_over and message.source is not None:
+            if hand_over and message.source is not None and message.source.num_tokens >= self._limits.part_tokens:
                 self._load_ahead(attempt, message.source, 0)
         else:
             self._submit_in_place(attempt, message.source, now)
@@ -672,10 +672,10 @@ class Dispatcher:
             self._load_ahead(attempt, message.source, message.start)
 
     def _load_ahead(self, attempt: _Attempt, source: KvSource, start: int) -> None:
-        """Decode can load what is there already, be it reused or just computed. Where it is not sure that it will decode at all,
-        nothing is sent."""
-        wanted = attempt.state is _State.PREFILLING and not attempt.check_decode
-        if wanted and source.num_tokens - start >= self._limits.part_tokens and attempt.decode in self._open:
+        """Decode can load what is there already, be it reused or just computed. Where it is not sure whether it will decode at
+        all, nothing is sent."""
+        prefilling = attempt.state is _State.PREFILLING and bool(attempt.choices)
+        if prefilling and not attempt.check_decode and attempt.decode in self._open:
             self._out.append(Send(attempt.decode, LoadAhead(start, source)))
 
     def _kv_ready(self, message: KvReady, now: int) -> None:

@@ -22,6 +22,7 @@ the caller's business, and the same object runs under the live engine thread and
 
 from __future__ import annotations
 
+import enum
 from bisect import insort
 
 import msgspec
@@ -56,16 +57,25 @@ class LoadKv(msgspec.Struct, frozen=True):
     pages: np.ndarray
 
 
+class Behind(enum.IntEnum):
+    """What a store follows layer by layer; if that fails, it is void."""
+
+    NOTHING = 0
+    STEP = 1
+    """The one that comes next, which computes the tokens."""
+    LOAD = 2
+    """The sequence's load that comes next, which brings them."""
+
+
 class StoreKv(msgspec.Struct, frozen=True):
     """Copy tokens [start, end) from the pages to the sequence's sink; if it went well tell `KvStored`, and then answer with
-    `stored`. during_step: the running step computes them, and each layer may be copied as soon as it is there; otherwise all
-    may be copied at once."""
+    `stored`."""
 
     seq: int
     start: int
     end: int
     pages: np.ndarray
-    during_step: bool
+    behind: Behind
 
 
 class KvLoaded(msgspec.Struct, frozen=True, tag=True):
@@ -245,7 +255,7 @@ class EngineCore:
         for item in items[num_listed:]:
             state = self._seqs[item.seq]
             state.in_step = True
-            self._store(state, item.start, min(item.start + item.count, state.job.num_tokens), during_step=True)
+            self._store(state, item.start, min(item.start + item.count, state.job.num_tokens), Behind.STEP)
         self._stepping = True
         horizon = batch.horizon if len(items) == num_listed else 1
         return StepPlan(
@@ -429,12 +439,13 @@ class EngineCore:
         state.num_published = num_matched
         state.computed = state.cached_tokens = num_matched * self.limits.block_tokens
         state.state = State.RUNNING
-        self._store(state, 0, state.computed, during_step=False)
+        self._store(state, 0, state.computed, Behind.NOTHING)
         if state.source_tokens > state.computed:
             state.state = State.LOADING
             state.loading = True
             state.loading_keys = state.keys[num_matched : state.source_tokens // self.limits.block_tokens]
             self._loading_blocks.update(dict.fromkeys(state.loading_keys))
+            self._store(state, state.computed, state.source_tokens, Behind.LOAD)
             self._outputs.append(LoadKv(state.seq, state.computed, state.source_tokens, self._pages(state)))
         elif state.source_tokens:
             state.source_tokens = 0
@@ -458,7 +469,6 @@ class EngineCore:
         if start < end:
             self.num_loaded_tokens += end - start
             state.cached_tokens = end
-            self._store(state, start, end, during_step=False)
 
     def _forget_load(self, state: Sequence) -> None:
         """What cannot be loaded is computed."""
@@ -574,10 +584,10 @@ class EngineCore:
             state.page_array = np.array(pages, dtype=np.int64)
         return state.page_array
 
-    def _store(self, state: Sequence, start: int, end: int, *, during_step: bool) -> None:
+    def _store(self, state: Sequence, start: int, end: int, behind: Behind) -> None:
         if state.wants_store and end > start:
             state.storing += 1
-            self._outputs.append(StoreKv(state.seq, start, end, self._pages(state), during_step))
+            self._outputs.append(StoreKv(state.seq, start, end, self._pages(state), behind))
 
     def _publish(self, state: Sequence) -> None:
         first = state.num_published

@@ -74,12 +74,21 @@ def _pieces(start: int, end: int, num_tokens: int, block_tokens: int, token_byte
 
 
 class LoadTask:
-    """A load under way (`LayerLoad`)."""
+    """A load under way (`LayerLoad`). store: what copies each layer on when it is there."""
 
-    def __init__(self, seq: int, start: int, end: int, pages: np.ndarray, reader: KvReader) -> None:
+    def __init__(
+        self,
+        seq: int,
+        start: int,
+        end: int,
+        pages: np.ndarray,
+        reader: KvReader,
+        store: StoreTask | None = None,
+    ) -> None:
         self.seq, self.start, self.end = seq, start, end
         self.pages = pages
         self.reader = reader
+        self.store = store
         self._layers_done = 0
         self._failed = False
         self._changed = threading.Condition()
@@ -159,11 +168,11 @@ class KvMover:
         self._stores.put(lambda: self._store_all(task))
 
     def store_layer(self, task: StoreTask, layer: int) -> None:
-        """Layer `layer` of a task of the running step is computed."""
+        """Layer `layer` of a task is computed, or loaded."""
         self._stores.put(lambda: self._store_layer(task, layer))
 
     def finish_store(self, task: StoreTask, ok: bool) -> None:
-        """The step is over; not ok: what it computed for this sequence is void."""
+        """The step or the load is over; not ok: what it brought for this sequence is void."""
         self._stores.put(lambda: self._finish(task, ok))
 
     def close(self) -> None:
@@ -193,8 +202,12 @@ class KvMover:
                     self._load_piece(task, layer, piece)
                 self._note("load", task.seq, layer, began)
                 task.advance()
+                if task.store is not None:
+                    self.store_layer(task.store, layer)
         except MooncakeError:
             task.fail()
+        if task.store is not None:
+            self.finish_store(task.store, task.ok)
         self._on_loaded(task)
 
     def _load_piece(self, task: LoadTask, layer: int, piece: _Piece) -> None:

@@ -16,6 +16,7 @@ from mooncake.engine.attempts import EngineProgress, KvStored
 from mooncake.engine.base import KvReader, KvWriter, LayerLoad, StepEngine, StepPlan, StepResult
 from mooncake.engine.core import (
     AheadEnded,
+    Behind,
     EngineCore,
     EngineOutput,
     LeftBatch,
@@ -56,6 +57,8 @@ class SteppedEngine:
         self._writers: dict[int, KvWriter] = {}
         self._loads: dict[int, LoadTask] = {}
         self._step_stores: list[StoreTask] = []
+        self._load_stores: dict[int, StoreTask] = {}
+        """Of loads that begin in a moment."""
         self._busy = False
         self.mover = KvMover(
             step_engine, core.limits.block_tokens, self._load_ended, self._store_ended, on_failure, record
@@ -176,9 +179,7 @@ class SteppedEngine:
         rest: list[ServiceOutput] = []
         for output in outputs:
             if isinstance(output, LoadKv):
-                task = LoadTask(output.seq, output.start, output.end, output.pages, self._readers[output.seq])
-                self._loads[output.seq] = task
-                self.mover.load(task)
+                self._start_load(output)
             elif isinstance(output, StoreKv):
                 self._start_store(output)
             elif not isinstance(output, LeftBatch):
@@ -190,10 +191,19 @@ class SteppedEngine:
                 rest.append(output)
         return rest
 
+    def _start_load(self, output: LoadKv) -> None:
+        seq = output.seq
+        store = self._load_stores.pop(seq, None)
+        task = LoadTask(seq, output.start, output.end, output.pages, self._readers[seq], store)
+        self._loads[seq] = task
+        self.mover.load(task)
+
     def _start_store(self, output: StoreKv) -> None:
         task = StoreTask(output.seq, output.start, output.end, output.pages, self._writers[output.seq])
-        if output.during_step:
+        if output.behind is Behind.STEP:
             self._step_stores.append(task)
+        elif output.behind is Behind.LOAD:
+            self._load_stores[output.seq] = task
         else:
             self.mover.store(task)
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from mooncake.core.messages import CONDUCTOR, AnyMessage, Send
-from mooncake.core.types import NANOS_PER_S, PART_TOKENS, CostModel, InstanceInfo, Role
+from mooncake.core.types import NANOS_PER_S, CostModel, InstanceInfo, Role
 from mooncake.engine.base import EngineLimits
 from mooncake.scheduler.config import ConductorConfig
 from mooncake.scheduler.core import ConductorCore, PeerGone, Received, Tick
@@ -41,7 +41,6 @@ class ClusterConfig(msgspec.Struct, frozen=True):
     num_pages: int = 2048
     """Of each instance."""
     prefill_batch: int = 8
-    part_tokens: int = PART_TOKENS
     decode_batch: int = 32
     max_step_tokens: int = 512
     max_context: int = 16_384
@@ -52,7 +51,8 @@ class ClusterConfig(msgspec.Struct, frozen=True):
     network: NetworkConfig = NetworkConfig()
     node: NodeConfig = NodeConfig()
     conductor: ConductorConfig = ConductorConfig(block_tokens=64, kv_token_bytes=1024)
-    dispatcher: DispatcherLimits = DispatcherLimits()
+    dispatcher: DispatcherLimits = DispatcherLimits(part_tokens=64)
+    """Its part_tokens are those of prefill instances too."""
 
     @property
     def limits(self) -> EngineLimits:
@@ -277,7 +277,7 @@ class SimCluster:
         return SimInstance(
             role,
             describe,
-            InstanceConfig(limits, engine, part_tokens=config.part_tokens),
+            InstanceConfig(limits, engine, part_tokens=config.dispatcher.part_tokens),
             self.loop,
             self.network,
             self._connect,

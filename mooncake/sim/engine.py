@@ -24,6 +24,7 @@ from mooncake.engine.attempts import EngineProgress, KvStored
 from mooncake.engine.base import StepItem, StepPlan, StepResult
 from mooncake.engine.core import (
     AheadEnded,
+    Behind,
     Drawn,
     EngineCore,
     EngineOutput,
@@ -133,6 +134,8 @@ class SimEngine:
         self._inbox: list[tuple[Call, tuple[Any, ...]]] = []
         self._loads: dict[int, bool | None] = {}
         """How the load of a sequence, or one ahead of it, ended, or None while it is under way."""
+        self._load_stores: dict[int, Done] = {}
+        """To be told of the end of loads that begin in a moment."""
         self._run: _Run | None = None
         self._woken = False
 
@@ -224,7 +227,7 @@ class SimEngine:
             if item.num_loading:
                 self._wait_for_load(run, item.seq)
         for command in during:
-            self._store_during(run, command)
+            self._store_during(run, command.seq, self._store_behind(command))
         self._loop.at(run.ends[-1], self._end, run, run.num_steps)
 
     def _join(self, seq: int) -> None:
@@ -345,8 +348,10 @@ class SimEngine:
             if isinstance(output, LoadKv):
                 self._start_load(output)
             elif isinstance(output, StoreKv):
-                if output.during_step:
+                if output.behind is Behind.STEP:
                     during.append(output)
+                elif output.behind is Behind.LOAD:
+                    self._load_stores[output.seq] = self._store_behind(output)
                 else:
                     self._copies.store(output, self._stored(output))
             elif isinstance(output, LeftBatch):
@@ -383,9 +388,12 @@ class SimEngine:
     def _start_load(self, command: LoadKv) -> None:
         seq = command.seq
         self._loads[seq] = None
+        end_store = self._load_stores.pop(seq, None)
 
         def done(ok: bool) -> None:
             self._loads[seq] = ok
+            if end_store is not None:
+                end_store(ok)
             if self._run is not None:
                 self._load_ended(self._run, seq, ok)
             self._call(self.core.loaded, seq, ok)
@@ -409,8 +417,12 @@ class SimEngine:
         if not run.waits and run.ends[0] <= self._loop.now:
             self._loop.after(0, self._end, run, 1)
 
-    def _store_during(self, run: _Run, command: StoreKv) -> None:
-        """The copy follows the computation layer by layer; it ends when both have, and is void if the computation is."""
+    def _store_during(self, run: _Run, seq: int, end_store: Done) -> None:
+        run.stores.append(lambda: end_store(seq not in run.failed))
+
+    def _store_behind(self, command: StoreKv) -> Done:
+        """The copy follows a step or a load layer by layer: it ends when both have, and is void if the other is. To be told how
+        that one ended."""
         stored = self._stored(command)
         ends: list[bool] = []
 
@@ -420,7 +432,7 @@ class SimEngine:
                 stored(all(ends))
 
         self._copies.store(command, one_ended)
-        run.stores.append(lambda: one_ended(command.seq not in run.failed))
+        return one_ended
 
     # ------------------------------------------------------------------ telling
 

@@ -11,6 +11,7 @@ from mooncake.core.messages import (
     ChangeRole,
     Drain,
     LiveAttempts,
+    LoadAhead,
     LoadReport,
     Send,
     StateChange,
@@ -18,10 +19,11 @@ from mooncake.core.messages import (
     Submit,
 )
 from mooncake.core.types import FinishReason, Job, Role
-from mooncake.decode.core import STALE_NS, DecodeCore
+from mooncake.decode.core import MAX_AHEAD, STALE_NS, DecodeCore
 from mooncake.engine.attempts import (
     AbortSequence,
     CloseSource,
+    LoadBlocks,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -31,7 +33,7 @@ from mooncake.engine.attempts import (
     TakeRole,
     Tick,
 )
-from mooncake.engine.core import Drawn, KvLoaded, SequenceFailed, SequenceReleased
+from mooncake.engine.core import AheadEnded, Drawn, KvLoaded, SequenceFailed, SequenceReleased
 from tests.engine.jobs import S, key, make_info, make_job, make_source, progress
 
 
@@ -203,6 +205,50 @@ def test_live_attempts_name_the_unknown_and_drop_the_unwanted() -> None:
     assert drive.message(LiveAttempts("f0", (key(1), key(7)))) == [told("unknown", 7)]
     drive.now = STALE_NS + 1
     assert drive.message(LiveAttempts("f0", ())) == [AbortSequence(1)]
+
+
+# ---------------------------------------------------------------- loads ahead
+
+AHEAD = LoadAhead(8, make_source(1, 16))
+
+
+def test_what_exists_of_a_prompt_is_leased_loaded_and_let_go() -> None:
+    drive = Driver()
+    assert drive.message(AHEAD) == [OpenSource(1, AHEAD.source)]
+    assert drive(SourceOpened(1, 16)) == [LoadBlocks(1, AHEAD.source.block_keys, 8)]
+    assert drive.core.num_attempts == 0, "nobody waits for it"
+    assert drive(PeerGone("f0")) == [], "it ends by itself"
+    assert drive(progress(AheadEnded(1))) == [CloseSource(1)]
+    assert drive.core.num_ahead == 0
+
+
+@pytest.mark.parametrize(("num_tokens", "commands"), [(0, []), (8, [CloseSource(1)])])
+def test_what_is_gone_already_is_not_loaded_ahead(num_tokens: int, commands: list[Any]) -> None:
+    drive = Driver()
+    drive.message(AHEAD)
+    assert drive(SourceOpened(1, num_tokens)) == commands
+    assert drive.core.num_ahead == 0
+
+
+def test_loads_ahead_are_bounded_and_not_begun_while_draining() -> None:
+    drive = Driver()
+    for _ in range(MAX_AHEAD):
+        assert len(drive.message(AHEAD)) == 1
+    assert drive.message(AHEAD) == []
+    drive(SourceOpened(1, 0))
+    assert len(drive.message(AHEAD)) == 1
+    drive(SourceOpened(2, 0))
+    drive(Received(CONDUCTOR, Drain("i0")))
+    assert drive.message(AHEAD) == []
+
+
+def test_a_load_ahead_and_its_sequence_have_numbers_of_their_own() -> None:
+    drive = Driver()
+    drive.message(AHEAD)
+    assert drive.submit(1) == [OpenSource(2, make_source(1, 20))]
+    assert [type(c) for c in drive(SourceOpened(2, 20))] == [RunSequence]
+    assert [type(c) for c in drive(SourceOpened(1, 16))] == [LoadBlocks]
+    assert drive(progress(AheadEnded(1), KvLoaded(2, True))) == [CloseSource(1), CloseSource(2)]
 
 
 def test_a_joint_job_in_place_ends_with_the_first_tokens() -> None:

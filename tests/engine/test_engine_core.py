@@ -10,6 +10,8 @@ import pytest
 from mooncake.core.types import AttemptKey, FinishReason, Job, SamplingParams, TokenLogprobs
 from mooncake.engine.base import EngineLimits, StepPlan, StepResult
 from mooncake.engine.core import (
+    AheadEnded,
+    Behind,
     Drawn,
     EngineCore,
     KvLoaded,
@@ -78,7 +80,7 @@ class Driver:
                 continue
             if isinstance(output, LoadKv):
                 self.core.loaded(output.seq, True)
-            elif isinstance(output, StoreKv) and not output.during_step:
+            elif isinstance(output, StoreKv) and output.behind is not Behind.STEP:
                 self.core.stored(output.seq)
         if new:
             self._take()
@@ -280,7 +282,8 @@ def test_prefill_overlaps_its_load_and_stores_what_was_loaded() -> None:
     drive.submit(1, 20, source_tokens=16, one_token=True, store=True)
     assert drive.shape() == [(1, 16, 4)] and drive.plan is not None and drive.plan.items[0].num_loading == 16
     drive.finish()
-    assert [(s.start, s.end, s.during_step) for s in drive.of(StoreKv)] == [(16, 20, True), (0, 16, False)]
+    stores = [(s.start, s.end, s.behind) for s in drive.of(StoreKv)]
+    assert stores == [(0, 16, Behind.LOAD), (16, 20, Behind.STEP)]
     drive.core.loaded(1, True)
     for _ in drive.of(StoreKv):
         drive._take()
@@ -371,7 +374,7 @@ def test_random_histories_end_every_sequence_once_and_leak_nothing(seed: int) ->
     drive = Driver(overlap=rng.random() < 0.5, max_context=48)
     drive.hold = True
     pending: list[Any] = []
-    submitted, released = 0, 0
+    submitted, released, num_ahead, num_ahead_ended = 0, 0, 0, 0
     while released < 25 or not drive.core.idle:
         if submitted < 25 and rng.random() < 0.4:
             num_tokens = rng.randint(1, 30)
@@ -384,6 +387,11 @@ def test_random_histories_end_every_sequence_once_and_leak_nothing(seed: int) ->
             source_tokens = rng.choice([0, num_tokens])
             drive.submit(submitted, num_tokens, rng.randint(1, 12), source_tokens=source_tokens, fields=fields, **more)
             submitted += 1
+        if rng.random() < 0.2:
+            num_ahead += 1
+            document = rng.randrange(4)
+            keys = tuple(bytes([document, index]) for index in range(rng.randint(1, 3)))
+            drive.core.load_ahead(1000 + num_ahead, keys, rng.choice([0, 8]))
         if submitted and rng.random() < 0.05:
             drive.core.abort(rng.randrange(submitted))
         if drive.shape() is not None:
@@ -392,6 +400,7 @@ def test_random_histories_end_every_sequence_once_and_leak_nothing(seed: int) ->
             drive.finish(token=rng.choice([1, 2, STOP]), failed=loading)
         pending += [output for output in drive.outputs if isinstance(output, LoadKv | StoreKv)]
         released += len(drive.of(SequenceReleased))
+        num_ahead_ended += len(drive.of(AheadEnded))
         drive.outputs.clear()
         while pending and rng.random() < 0.6:
             copy = pending.pop(rng.randrange(len(pending)))
@@ -402,3 +411,4 @@ def test_random_histories_end_every_sequence_once_and_leak_nothing(seed: int) ->
             drive.core.check_integrity()
         drive._take()
     assert released == 25 and drive.core.pool.num_free == 12
+    assert num_ahead_ended + len(drive.of(AheadEnded)) == num_ahead

@@ -15,6 +15,7 @@ from mooncake.core.types import KvSource
 from mooncake.engine.attempts import (
     AbortSequence,
     CloseSource,
+    LoadBlocks,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -50,6 +51,9 @@ class FakeEngine:
 
     def submit(self, seq: int, job: Any, *, one_token: bool, reader: Any = None, writer: Any = None) -> None:
         self.calls.append((seq, one_token, reader and reader.num_tokens, writer and writer.num_tokens))
+
+    def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: Any) -> None:
+        self.calls.append((seq, block_keys, start, reader.num_tokens))
 
     def abort(self, seq: int) -> None:
         self.calls.append(("abort", seq))
@@ -148,6 +152,20 @@ def test_a_source_is_opened_run_from_and_closed() -> None:
     run(main)
 
 
+def test_blocks_are_loaded_ahead_from_an_open_source() -> None:
+    async def main() -> None:
+        instance = Instance()
+        await instance.put(0, 1)
+        source = KvSource("n0", 16, SOURCE.block_keys)
+        assert await instance.answers(OpenSource(1, source)) == [SourceOpened(1, 16)]
+        await instance.answers(LoadBlocks(1, SOURCE.block_keys, 8))
+        assert instance.engine.calls == [(1, SOURCE.block_keys, 8, 16)]
+        await instance.answers(CloseSource(1))
+        assert instance.held == (0, 0)
+
+    run(main)
+
+
 @pytest.mark.parametrize(("present", "num_tokens", "num_leases"), [((0, 2), 8, 2), ((1, 2), 0, 0), ((), 0, 0)])
 def test_a_source_with_a_gap_is_what_comes_before_it(
     present: tuple[int, ...], num_tokens: int, num_leases: int
@@ -199,7 +217,7 @@ def test_a_target_is_reserved_written_to_committed_and_released() -> None:
         await instance.answers(RunSequence(1, make_job(1), 0, one_token=True, store=True))
         assert instance.engine.calls == [(1, True, None, 21)]
         commits = await instance.answers(CommitKv(1, 0, 1), CommitKv(1, 1, 3))
-        assert commits == [KvCommitted(1, 1, True), KvCommitted(1, 2, True)]
+        assert commits == [KvCommitted(1, 0, 1, True), KvCommitted(1, 1, 3, True)]
         assert instance.held == (0, 3)
         assert await instance.answers(ReleaseKv(1)) == []
         assert instance.held == (0, 0)
@@ -228,7 +246,7 @@ def test_a_commit_that_fails_is_answered_and_the_rest_is_let_go() -> None:
     async def main() -> None:
         instance = Instance("Commit")
         commits = await instance.answers(ReserveKv(1, SOURCE), CommitKv(1, 0, 2))
-        assert commits == [KvReserved(1, True), KvCommitted(1, 2, False)]
+        assert commits == [KvReserved(1, True), KvCommitted(1, 0, 2, False)]
         assert await instance.answers(ReleaseKv(1)) == []
         assert instance.shell.writers == {}
         await instance.client.close()

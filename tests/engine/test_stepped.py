@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from mooncake.core.errors import StoreUnavailable
@@ -14,6 +15,7 @@ from mooncake.core.types import AttemptKey, FinishReason, Job, SamplingParams, t
 from mooncake.engine.attempts import EngineProgress, KvStored
 from mooncake.engine.base import StepPlan, StepResult
 from mooncake.engine.core import (
+    AheadEnded,
     Drawn,
     EngineCore,
     KvLoaded,
@@ -146,10 +148,56 @@ def test_a_prefill_loads_computes_and_stores_all_of_its_kv(running: Make) -> Non
     run.submit(1, 21, 9, reader=full(16), writer=target, one_token=True)
     outputs = run.until(SequenceReleased(1))
     assert run.steps.steps == [[(1, 16, 5)]]
-    assert outputs[0] == SequenceStarted(1) and outputs[-1] == SequenceReleased(1)
-    expected = [KvLoaded(1, True), Drawn(1, 21, (21,), None, (), 16), KvStored(1, 0, 16), KvStored(1, 16, 21)]
-    assert sorted(map(repr, outputs[1:-1])) == sorted(map(repr, expected)), "each once, before the release"
+    stored = [KvStored(1, 0, 16), KvStored(1, 16, 21)]
+    expected = [SequenceStarted(1), KvLoaded(1, True), Drawn(1, 21, (21,), None, (), 16), *stored]
+    assert outputs[-1] == SequenceReleased(1)
+    assert sorted(map(repr, outputs[:-1])) == sorted(map(repr, expected)), "each once, before the release"
     assert target.data == full(21).data and all((each == 1).all() for each in target.copies)
+    run.assert_let_go()
+
+
+def test_blocks_that_were_loaded_ahead_are_used_and_not_loaded_again(running: Make) -> None:
+    run = running(overlap=False)
+    keys = (b"k" * 16, b"l" * 16)
+    ahead, source = full(16), full(21)
+    run.engine.load_ahead(7, keys, 0, ahead)
+    assert run.until(AheadEnded(7)) == [AheadEnded(7)]
+    run.engine.submit(1, msgspec.structs.replace(make_job(1, 22, 2), block_keys=keys), one_token=False, reader=source)
+    assert Drawn(1, 22, (22,), None, (), 21) in run.until(SequenceReleased(1))
+    assert {index for index, *_ in source.calls} == {2}
+    assert all((each == 1).all() for each in ahead.copies)
+    run.assert_let_go()
+
+
+def test_a_load_ahead_that_fails_leaves_everything_to_the_sequence(running: Make) -> None:
+    def fail(number: int) -> None:
+        if number == 3:
+            raise StoreUnavailable("the node is gone")
+
+    run = running(overlap=False)
+    keys = (b"k" * 16, b"l" * 16)
+    run.engine.load_ahead(7, keys, 0, full(16, before=fail))
+    run.until(AheadEnded(7))
+    source = full(21)
+    run.engine.submit(1, msgspec.structs.replace(make_job(1, 22, 2), block_keys=keys), one_token=False, reader=source)
+    assert Drawn(1, 22, (22,), None, (), 21) in run.until(SequenceReleased(1))
+    assert all((each == 1).all() for each in source.copies)
+    run.assert_let_go()
+
+
+def test_what_is_loaded_is_stored_layer_by_layer(running: Make) -> None:
+    """The store of a layer does not wait for the loads of the others."""
+    stored = threading.Event()
+
+    def hold(number: int) -> None:
+        if number == 2:
+            assert stored.wait(WAIT_S), "the first layer of the first block is not stored"
+
+    run = running()
+    target = empty(21, before=lambda number: stored.set())
+    run.submit(1, 21, 9, reader=full(16, before=hold), writer=target, one_token=True)
+    outputs = run.until(SequenceReleased(1))
+    assert KvStored(1, 0, 16) in outputs and target.data == full(21).data
     run.assert_let_go()
 
 

@@ -91,8 +91,7 @@ def run(
 
 
 def spans(trace: list[Interval], kind: str) -> list[Span]:
-    """The first interval of each layer. Of stores that is the step's own, before what it had loaded; of computing it is all up
-    to the wait for the layer's load."""
+    """The first interval of each layer. Of computing that is all up to the wait for the layer's load."""
     found: dict[int, Span] = {}
     for interval in trace:
         if interval.kind == kind:
@@ -103,7 +102,8 @@ def spans(trace: list[Interval], kind: str) -> list[Span]:
 
 def num_at_once(trace: list[Interval]) -> int:
     """Layers, but for the first, that the engine computed towards at a time when another was loaded and another stored."""
-    loads, computes, stores = (spans(trace, kind) for kind in ("load", "compute", "store"))
+    loads, computes = spans(trace, "load"), spans(trace, "compute")
+    stores = [(interval.start_ns, interval.end_ns) for interval in trace if interval.kind == "store"]
     return sum(any(meet(*three) for three in product([computed], loads, stores)) for computed in computes[1:])
 
 

@@ -13,6 +13,7 @@ from mooncake.core.messages import (
     ChangeRole,
     Drain,
     HandoverDone,
+    KvPartReady,
     KvReady,
     LiveAttempts,
     LoadReport,
@@ -85,7 +86,7 @@ class Driver:
         self.first_token()
         self(KvStored(1, 0, 20))
         self(progress(SequenceReleased(1)))
-        return self(KvCommitted(1, 3, True))
+        return self(KvCommitted(1, 0, 3, True))
 
 
 def told(*messages: Any) -> list[Send]:
@@ -104,8 +105,8 @@ def test_a_request_from_queue_to_hand_over() -> None:
     assert [(o.key, o.position, o.token_ids, o.cached_tokens) for o in send.message.outputs] == [(key(1), 20, (5,), 0)]
     assert drive(KvStored(1, 16, 20)) == [CommitKv(1, 2, 3)]
     assert drive(progress(SequenceReleased(1))) == []
-    assert drive(KvCommitted(1, 2, True)) == []
-    assert drive(KvCommitted(1, 1, True)) == told(KvReady("i0", key(1), target))
+    assert drive(KvCommitted(1, 0, 2, True)) == []
+    assert drive(KvCommitted(1, 2, 3, True)) == told(KvReady("i0", key(1), target))
     assert drive.message(HandoverDone((key(1),))) == [ReleaseKv(1)]
     assert drive.core.num_attempts == 0
 
@@ -120,7 +121,7 @@ def test_a_joint_attempt_gives_a_first_token_for_each_choice_and_one_hand_over()
     assert outputs == [(0, 20, (5,), 8, 1), (1, 20, (6,), None, None), (2, 20, (7,), None, None)]
     drive(KvStored(1, 0, 20))
     drive(progress(SequenceReleased(1)))
-    [ready] = drive(KvCommitted(1, 3, True))
+    [ready] = drive(KvCommitted(1, 0, 3, True))
     assert isinstance(ready.message, KvReady) and ready.message.key == key(1)
 
 
@@ -129,9 +130,50 @@ def test_the_first_token_goes_before_the_hand_over() -> None:
     drive.submit(1)
     drive(KvReserved(1, True))
     drive(KvStored(1, 0, 20))
-    drive(KvCommitted(1, 3, True))
+    drive(KvCommitted(1, 0, 3, True))
     kinds = [type(command.message) for command in drive.first_token()]
     assert kinds == [StepTokens, KvReady]
+
+
+def part(number: int, start: int, num_tokens: int) -> Send:
+    source = KvSource("n0", num_tokens, blocks(number, num_tokens // 8), b"", ("unix:/n0",))
+    return Send("f0", KvPartReady("i0", key(number), start, source))
+
+
+def test_what_is_committed_is_told_of_while_the_rest_is_computed() -> None:
+    drive = Driver(part_tokens=16)
+    drive.submit(1, 60)
+    drive(KvReserved(1, True))
+    drive(KvStored(1, 0, 8))
+    assert drive(KvCommitted(1, 0, 1, True)) == [], "too little"
+    assert drive(KvCommitted(1, 2, 4, True)) == [], "the second block is missing"
+    assert drive(KvCommitted(1, 1, 2, True)) == [part(1, 0, 32)]
+    assert drive(KvCommitted(1, 4, 5, True)) == []
+    assert drive(KvCommitted(1, 5, 6, True)) == [part(1, 32, 48)]
+    drive(progress(SequenceStarted(1), Drawn(1, 60, (5,), None, (), 0)))
+    [ready] = drive(KvCommitted(1, 6, 8, True))
+    assert isinstance(ready.message, KvReady), "what is there when the first token is out goes with the hand-over"
+
+
+def test_the_last_part_is_told_by_the_hand_over() -> None:
+    drive = Driver(part_tokens=8)
+    drive.submit(1, 32)
+    drive(KvReserved(1, True))
+    assert drive(KvCommitted(1, 0, 4, True)) == []
+    kinds = [type(c.message) for c in drive(progress(SequenceStarted(1), Drawn(1, 32, (5,), None, (), 0)))]
+    assert kinds == [StepTokens, KvReady]
+
+
+@pytest.mark.parametrize("why", ["no hand-over", "aborted", "not committed"])
+def test_of_what_nobody_will_fetch_nothing_is_told(why: str) -> None:
+    drive = Driver(part_tokens=8)
+    drive.submit(1, 60, hand_over=why != "no hand-over")
+    drive(KvReserved(1, True))
+    drive(KvStored(1, 0, 16))
+    if why == "aborted":
+        drive.message(Abort((key(1),)))
+    sends = [c for c in drive(KvCommitted(1, 0, 2, why != "not committed")) if isinstance(c, Send)]
+    assert not any(isinstance(send.message, KvPartReady) for send in sends)
 
 
 def test_the_source_is_opened_beside_the_reservation_and_closed_when_loaded() -> None:
@@ -178,7 +220,7 @@ def test_no_more_are_started_than_the_engine_batches() -> None:
     drive.first_token()
     drive(KvStored(1, 0, 20))
     drive(progress(SequenceReleased(1)))
-    assert [type(c) for c in drive(KvCommitted(1, 3, True))] == [Send, ReserveKv], "handed over: the next may start"
+    assert [type(c) for c in drive(KvCommitted(1, 0, 3, True))] == [Send, ReserveKv], "handed over: the next may start"
 
 
 def test_a_request_without_hand_over_does_without_room() -> None:
@@ -201,7 +243,7 @@ def test_a_failed_copy_or_commit_is_told_after_the_first_token() -> None:
     drive.submit(2)
     drive(KvReserved(2, True))
     drive(KvStored(2, 0, 16))
-    failed, abort = drive(KvCommitted(2, 2, False))
+    failed, abort = drive(KvCommitted(2, 0, 2, False))
     assert failed.message.reason == "store_failed" and abort == AbortSequence(2)
     assert drive(progress(SequenceReleased(2))) == [ReleaseKv(2)]
 
@@ -251,7 +293,7 @@ def test_leaving_frees_everything_in_every_state(how: str) -> None:
     committing(KvStored(1, 0, 20))
     assert leave(committing) == [AbortSequence(1)]
     assert committing(progress(SequenceReleased(1))) == []
-    assert committing(KvCommitted(1, 3, True)) == [ReleaseKv(1)]
+    assert committing(KvCommitted(1, 0, 3, True)) == [ReleaseKv(1)]
 
     held = Driver()
     held.hand_over()

@@ -9,8 +9,10 @@ from mooncake.core.messages import (
     AttemptFailed,
     BookingSnapshot,
     HandoverDone,
+    KvPartReady,
     KvReady,
     LiveAttempts,
+    LoadAhead,
     Members,
     Placed,
     PlaceRequest,
@@ -568,3 +570,71 @@ def test_what_decode_refuses_was_prefilled_for_nothing_and_is_let_go() -> None:
     assert (failure.reason, failure.retry_after_ns) == ("overloaded", 7)
     assert sends(commands, HandoverDone) == [("p0", HandoverDone((key(),)))]
     assert drive.core.num_running == 0
+
+
+# ---------------------------------------------------------------- loads ahead
+
+REUSED = KvSource("n1", 16, SOURCE.block_keys)
+PART = KvPartReady("p0", key(), 8, KvSource("n0", 16, SOURCE.block_keys))
+
+
+def test_decode_loads_a_reused_prefix_as_soon_as_it_is_placed() -> None:
+    drive = Driver(part_tokens=16)
+    drive(Start(spec()))
+    commands = drive.hear(Placed(key(), "p0", "d0", REUSED, PREDICTION))
+    assert [(to, type(message)) for to, message in sends(commands, object)] == [("p0", Submit), ("d0", LoadAhead)]
+    assert sends(commands, LoadAhead) == [("d0", LoadAhead(0, REUSED))]
+
+
+def test_a_short_prefix_and_one_that_is_not_handed_over_are_not_loaded_ahead() -> None:
+    for max_tokens, part_tokens in ((10, 17), (1, 16)):
+        drive = Driver(part_tokens=part_tokens)
+        drive(Start(spec(max_tokens)))
+        assert sends(drive.hear(Placed(key(), "p0", "d0", REUSED, PREDICTION)), LoadAhead) == []
+
+
+def test_nothing_is_loaded_ahead_for_a_prefill_instance_that_is_gone() -> None:
+    drive = Driver(open_peers=("p1", "d0"), part_tokens=16)
+    drive(Start(spec()))
+    commands = drive.hear(Placed(key(), "p0", "d0", REUSED, PREDICTION))
+    assert sends(commands, PlaceRequest) and sends(commands, LoadAhead) == []
+
+
+def test_decode_is_told_of_what_is_computed_while_the_rest_is() -> None:
+    drive = Driver()
+    drive(Start(spec()))
+    drive.placed()
+    assert drive.hear(PART, "p0") == [Send("d0", LoadAhead(8, PART.source))]
+    assert drive.tokens("p0", 20, 5, cached_tokens=8, compute_ns=0)
+    assert drive.hear(PART, "p0") == [], "overtaken by the first token: the hand-over comes at once"
+    [(to, message)] = sends(drive.hear(KvReady("p0", key(), SOURCE), "p0"), Submit)
+    assert (to, message.job.source) == ("d0", SOURCE)
+    assert drive.hear(PART, "p0") == []
+
+
+def test_parts_of_other_attempts_and_for_lost_instances_are_dropped() -> None:
+    drive = Driver()
+    drive(Start(spec()))
+    drive.placed()
+    other = KvPartReady("p1", key(), 8, PART.source)
+    assert drive.hear(other, "p1") == []
+    assert drive.hear(KvPartReady("p0", key(1), 8, PART.source), "p0") == []
+    drive(PeerGone("d0"))
+    assert drive.hear(PART, "p0") == []
+    drive(Cancel(1))
+    assert drive.hear(PART, "p0") == []
+
+
+def test_where_decode_is_judged_after_the_prefill_nothing_is_loaded_ahead() -> None:
+    drive = Driver(part_tokens=16)
+    drive(Start(spec()))
+    commands = drive.hear(Placed(key(), "p0", "d0", REUSED, PREDICTION, check_decode=True))
+    assert sends(commands, LoadAhead) == []
+    assert drive.hear(PART, "p0") == []
+
+
+def test_several_choices_share_what_was_loaded_ahead() -> None:
+    drive = Driver()
+    drive(Start(spec(num_choices=3)))
+    drive.hear(Placed(key(), "p0", "d0", None, PREDICTION, 3))
+    assert drive.hear(PART, "p0") == [Send("d0", LoadAhead(8, PART.source))]

@@ -162,7 +162,7 @@ def test_a_prefill_core_does_the_same_again(tmp_path: Path) -> None:
         KvReserved(1, True),
         KvStored(1, 0, 20),
         progress(Drawn(1, 20, (5,), None, (), 0), SequenceReleased(1), added=(b"a" * 16,)),
-        KvCommitted(1, 3, True),
+        KvCommitted(1, 0, 3, True),
         Received("f0", Abort((key(1),))),
         KvReserved(2, False, False),
         Tick(),
