@@ -135,7 +135,7 @@ class DecodeCore:
 
     @property
     def drained(self) -> bool:
-        return self._draining and not len(self._table)
+        return self._draining and not len(self._table) and not self._ahead
 
     def check_integrity(self) -> None:
         """Raises AssertionError: the counts agree with the attempts, and each attempt waits for somebody."""
