@@ -222,7 +222,7 @@ class _Request:
 
     def __init__(self, spec: RequestSpec, now: int) -> None:
         self.spec = spec
-        self.choices = tuple(_Choice(self, index) for index in range(spec.num_choices))
+        self.choices: tuple[_Choice, ...] = tuple(_Choice(self, index) for index in range(spec.num_choices))
         self.num_output = 0
         self.num_attempts = 1
         self.prefill = self.decode = ""
@@ -441,6 +441,7 @@ class Dispatcher:
 
     def _end(self, request: _Request, now: int) -> None:
         del self._requests[request.spec.number]
+        request.choices = ()  # they know their request: no cycle is left behind
         self._linger(now)
         request.pass_stage(Stage.END, now)
         self._out.append(

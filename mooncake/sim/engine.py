@@ -85,7 +85,7 @@ class _Run:
         self.outputs = outputs
         self.waits: dict[int, None] = {}
         self.failed: dict[int, None] = {}
-        self.stores: list[Callable[[], None]] = []
+        self.stores: list[tuple[int, Done]] = []
 
 
 class _Member:
@@ -227,7 +227,7 @@ class SimEngine:
             if item.num_loading:
                 self._wait_for_load(run, item.seq)
         for command in during:
-            self._store_during(run, command.seq, self._store_behind(command))
+            run.stores.append((command.seq, self._store_behind(command)))
         self._loop.at(run.ends[-1], self._end, run, run.num_steps)
 
     def _join(self, seq: int) -> None:
@@ -281,8 +281,8 @@ class SimEngine:
         told = self._told_now(run) if self._members else ()
         result = StepResult(tokens, failed=tuple(run.failed), num_steps=steps, told=told)
         self.core.update(plan, result)
-        for end_store in run.stores:
-            end_store()
+        for seq, end_store in run.stores:
+            end_store(seq not in run.failed)
         outputs = run.outputs + self._perform(self.core.take_outputs(), [])
         self._report(outputs, (now - run.started) // steps or 1)
         self._go_round()
@@ -416,9 +416,6 @@ class SimEngine:
             run.failed[seq] = None
         if not run.waits and run.ends[0] <= self._loop.now:
             self._loop.after(0, self._end, run, 1)
-
-    def _store_during(self, run: _Run, seq: int, end_store: Done) -> None:
-        run.stores.append(lambda: end_store(seq not in run.failed))
 
     def _store_behind(self, command: StoreKv) -> Done:
         """The copy follows a step or a load layer by layer: it ends when both have, and is void if the other is. To be told how

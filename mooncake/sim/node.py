@@ -271,9 +271,9 @@ class SimSource:
         self._locations: list[Location | None] = []
         """If claims are checked."""
         self._held: tuple[int, ...] = ()
-        self._on_opened = on_opened
         keys = _object_keys(source)
-        client.call(lambda number, request: Lease(number, request, keys), self._leased)
+        # Not kept: it may hold this object, and what is no cycle is freed at once.
+        client.call(lambda number, request: Lease(number, request, keys), lambda found: self._leased(found, on_opened))
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
         config = self._client.node.config
@@ -291,7 +291,7 @@ class SimSource:
             numbers = self._held
             self._client.call(lambda number, request: Release(number, request, numbers), None)
 
-    def _leased(self, results: Places | None) -> None:
+    def _leased(self, results: Places | None, on_opened: Callable[[int], None]) -> None:
         config, numbers = self._client.node.config, () if results is None else results.numbers
         self._held = tuple([number for number in numbers if number is not None])
         if config.checked and results is not None:
@@ -302,7 +302,7 @@ class SimSource:
             self.num_tokens = self._source.num_tokens if numbers else 0
         if not self.num_tokens:
             self.close()
-        self._on_opened(self.num_tokens)
+        on_opened(self.num_tokens)
 
 
 class SimTarget:
@@ -312,7 +312,6 @@ class SimTarget:
         self.num_tokens = target.num_tokens
         self._client = client
         self._config = config = client.node.config
-        self._on_reserved = on_reserved
         self._numbers: tuple[int | None, ...] = ()
         self._open: list[int | None] = []
         """By index, the number of what is reserved and not committed."""
@@ -328,7 +327,7 @@ class SimTarget:
             lambda number, request: Reserve(
                 number, request, keys, sizes, lease_existing=True, all_or_nothing=True, ephemeral_last=partial
             ),
-            self._answered,
+            lambda puts: self._answered(puts, on_reserved),
         )
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
@@ -393,7 +392,7 @@ class SimTarget:
         if leased:
             self._client.call(lambda number, request: Release(number, request, leased), None)
 
-    def _answered(self, results: Puts | None) -> None:
+    def _answered(self, results: Puts | None, on_reserved: Callable[[bool], None]) -> None:
         if results is not None:
             self._numbers = results.numbers
             pairs = zip(results.numbers, results.statuses, strict=True)
@@ -403,7 +402,7 @@ class SimTarget:
         granted = results is not None and None not in results.numbers
         if not granted:
             self.close()
-        self._on_reserved(granted)
+        on_reserved(granted)
 
 
 def _all_there(statuses: tuple[CommitStatus, ...]) -> bool:
