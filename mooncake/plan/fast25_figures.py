@@ -20,7 +20,7 @@ from mooncake.store.eviction import POLICIES
 
 _DEFINITION_OPEN = "definition of the paper's local cache not given"
 _VLLM_IDEAL = "the paper measured vLLM 0.5.1; the simulated one has no overhead on its host and holds more load"
-_HANDOVER = "KV goes to the decode instance after prefill, in the paper during it; this is what the gap costs"
+_HANDOVER = "what the gap after the first token costs, which the rest of the KV takes to the decode instance"
 _POOLS_OPEN = "pool sizes of this figure not given; at 8 prefill nodes recomputing is more than they can do"
 _SWINGS = "of sequences running and waiting in a pool; swing: deviation over mean"
 _KNOWN_LINKS = "of those tried; our Conductor knows the bandwidth, and fetches less KV where it is low"

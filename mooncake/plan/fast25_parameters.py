@@ -63,7 +63,7 @@ def assumptions(parameters: Parameters) -> list[str]:
         f"vLLM: {p.num_nodes} colocated instances behind a {p.vllm_router} router; {steps}",
         "vLLM: prefix caching in GPU memory, or none; no overhead of its host is modelled",
         f"strong baseline: the same instances behind a {p.strong_router} router",
-        "a decode instance begins to load KV when all of it is in the prefill node's store; the paper streams it before",
+        "a decode instance loads KV chunk by chunk while the rest is prefilled; the last chunk when all of it is in the store",
         f"objectives: TTFT {p.ttft_slo_s:g} s, fig 15 {p.fig15_ttft_slo_s:g} s; nothing is refused but in the overload table",
         f"overload: TBT {1000 * p.overload_tbt_slos_s[0]:g} ms (unpublished), {p.overload_speed:g} times the speed",
         f"no warm-up is taken off; contexts are bounded by KV room alone; seed {p.seed}",

@@ -48,7 +48,7 @@ def assert_continued(cluster: Cluster) -> None:
     ended = cluster.replay_all()["frontend-0"].ended
     assert sum(each.num_attempts > 1 for each in ended) >= 4
     logs = [path.read_bytes() for path in cluster.event_logs.iterdir() if path.name.startswith("decode")]
-    assert sum(log.count(b"LoadBlocks") for log in logs) >= 6, "KV of long prompts was not loaded ahead"
+    assert sum(log.count(b"LoadBlocks") for log in logs) >= 3, "KV of long prompts was not loaded ahead"
 
 
 def prompt(seed: int, num_tokens: int) -> tuple[int, ...]:
