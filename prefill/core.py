@@ -248,7 +248,8 @@ class PrefillCore:
         return out
 
     def deadline(self) -> int | None:
-        return earliest(self._table.next_deadline(), self._retry_at, self.reporter.deadline())
+        retry_at = self._retry_at if self._queue else None  # who was refused may be gone
+        return earliest(self._table.next_deadline(), retry_at, self.reporter.deadline())
 
     @property
     def num_attempts(self) -> int:

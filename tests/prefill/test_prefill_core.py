@@ -331,6 +331,17 @@ def test_draining_refuses_and_ends() -> None:
     assert drive.core.drained
 
 
+def test_nothing_is_due_for_room_that_nobody_wants_any_more() -> None:
+    drive = Driver()
+    drive.submit(1)
+    drive(KvReserved(1, granted=False))
+    assert drive.core.deadline() == RETRY_RESERVE_NS
+    drive.message(Abort((key(1),)))
+    assert drive.core.deadline() is None
+    drive.now = 2 * RETRY_RESERVE_NS
+    assert isinstance(drive.submit(2)[0], ReserveKv)
+
+
 def test_it_takes_another_role_when_its_hand_overs_are_read() -> None:
     drive = Driver()
     drive.hand_over()
