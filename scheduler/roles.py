@@ -1,11 +1,14 @@
 """Which pool an instance should serve in: the decision to switch one, with hysteresis. To carry it out is not this
-file's work: the instance drains, leaves, and joins again in its new role.
+file's work (`switching`): the instance drains, leaves, and joins again in its new role.
 
 *Pressure* of a pool is its load by what it may bear, 1 being the limit. A switch is decided when one pool has been
 under high pressure, and the other under so little that it can spare an instance, for several samples in a row. Then
 nothing is decided until the instance is seen in its new role or has had time enough; and with each switch back the
 patience doubles, so that a load that swings is not followed for long. Only after a long calm it is as at the
 beginning.
+
+A pool that is empty gets an instance of the other one, whatever the pressure: whoever dies comes back in the role that it
+was started in, so a pool of switched instances may be left without any.
 """
 
 from __future__ import annotations
@@ -47,8 +50,11 @@ class Roles:
         self._switched_at: int | None = None
         self._last: Role | None = None
         self._wanted_at = 0
+        self._had_both = False
+        """Whether there was an instance of either role. Until then the cluster is just being started."""
 
     def observe(self, sample: Sample, now: int) -> SwitchRole | None:
+        self._had_both = self._had_both or bool(sample.prefill_names and sample.decode_names)
         if self._is_settling(sample, now):
             self._streak = 0
             return None
@@ -73,14 +79,15 @@ class Roles:
         return self._switching
 
     def _is_settling(self, sample: Sample, now: int) -> bool:
-        """Whether the last switch is under way, or so young that its effect cannot be seen."""
+        """Whether the last switch is under way, or so young that its effect cannot be seen. Who is ready, in whatever role, has
+        switched, or died and came back, or never heard of it."""
         if self._switched_at is None:
             return False
         since = now - self._switched_at
         switching = self._switching
         if switching is not None:
-            names = sample.prefill_names if switching.role is Role.PREFILL else sample.decode_names
-            if switching.name not in names and since < self._config.drain_ns:
+            is_ready = switching.name in sample.prefill_names or switching.name in sample.decode_names
+            if not is_ready and since < self._config.drain_ns:
                 return True
             self._switching = None
             self._switched_at = now
@@ -93,6 +100,9 @@ class Roles:
 
     def _wanted(self, sample: Sample) -> Role | None:
         config, num_prefill, num_decode = self._config, len(sample.prefill_names), len(sample.decode_names)
+        if not num_prefill or not num_decode:
+            spares = max(num_prefill, num_decode) > 1 and self._had_both
+            return (Role.DECODE if num_prefill else Role.PREFILL) if spares else None
         prefill = max(sample.prefill, _missed(sample.attained_ttft, config.attained_min))
         decode = max(sample.decode, _missed(sample.attained_tbt, config.attained_min))
         if prefill >= config.pressure_high and _spares(decode, num_decode, config.num_decode_min, config):
@@ -113,16 +123,16 @@ def _missed(attained: float, least: float) -> float:
 
 
 def take_sample(view: View, config: RolesConfig, attained_ttft: float, attained_tbt: float, now: int) -> Sample | None:
-    """Of the pools as they are; None without one of them."""
+    """Of the pools as they are; None without anybody in them, or if colocated instances do what one of them should."""
     prefill, decode = view.pools
     members = [member for member in decode.members if not member.prefills_in_place]
-    if not len(prefill) or not members:
+    if not (len(prefill) and members) and (decode.num_colocated or not (len(prefill) or members)):
         return None
     waits = [max(0, member.busy_until - now) for member in prefill.members]
     loads = [_decode_pressure(member, config) for member in members]
     return Sample(
-        sum(waits) / len(waits) / config.ttft_ns,
-        sum(loads) / len(loads),
+        sum(waits) / max(1, len(waits)) / config.ttft_ns,
+        sum(loads) / max(1, len(loads)),
         _by_load(prefill.members, waits),
         _by_load(members, loads),
         attained_ttft,

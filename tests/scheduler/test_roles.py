@@ -89,6 +89,35 @@ def test_a_failed_switch_is_given_up() -> None:
     assert decided.count(True) == 2
 
 
+def test_who_is_ready_in_its_old_role_again_has_not_switched() -> None:
+    pools = Pools(2, 6, drain_ns=100_000 * S)
+    for _ in range(3):
+        switch = pools.observe(1.5, 0.1)
+    assert switch == SwitchRole("d0", Role.PREFILL)
+    assert pools.observe(1.5, 0.1) is None, "it drains"
+    pools.decode.append("d0")  # it died and was started again
+    decided = [pools.observe(1.5, 0.1) is not None for _ in range(6)]
+    assert decided == [False, False, False, False, False, True], "seen, 30 s of rest, three samples"
+
+
+@pytest.mark.parametrize("empty", [Role.PREFILL, Role.DECODE])
+def test_an_empty_pool_gets_an_instance_of_the_other(empty: Role) -> None:
+    pools = Pools(2, 2)
+    assert pools.observe(0.1, 0.1) is None
+    lost = pools.prefill if empty is Role.PREFILL else pools.decode
+    lost.clear()
+    assert [pools.observe(0.0, 0.0) for _ in range(2)] == [None, None]
+    assert pools.observe(0.0, 0.0) == SwitchRole("d0" if empty is Role.PREFILL else "p0", empty)
+
+
+def test_nobody_switches_for_a_pool_that_is_still_to_come_or_as_the_last_of_its_own() -> None:
+    starting, last = Pools(2, 0), Pools(1, 1)
+    assert not any(starting.observe(0.0, 0.0) for _ in range(20))
+    last.observe(0.1, 0.1)
+    last.prefill.clear()
+    assert not any(last.observe(0.0, 0.0) for _ in range(20))
+
+
 @pytest.mark.parametrize("half_period", [3, 6, 12, 30])
 def test_a_square_wave_is_not_followed(half_period: int) -> None:
     """An hour and more of load that swings between the pools: the patience outgrows the wave."""
@@ -125,6 +154,7 @@ def test_a_sample_is_the_pools_as_they_are() -> None:
     assert take_sample(cluster.core.view, CONFIG, 1.0, 1.0, 0) is None
     cluster.prefill("p0")
     cluster.prefill("p1")
+    assert take_sample(cluster.core.view, CONFIG, 1.0, 1.0, 0) == Sample(0.0, 0.0, ("p0", "p1"), ())
     cluster.decode("d0")
     cluster.decode("d1")
     cluster.receive("d0", LoadReport(load("d0", 1, num_running=4)))

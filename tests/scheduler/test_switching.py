@@ -6,8 +6,6 @@ from mooncake.core.messages import AttemptEnded, ChangeRole, Message, PrefillDon
 from mooncake.core.types import AttemptKey, InstanceState, Role, Slo
 from mooncake.scheduler.config import RolesConfig
 from mooncake.scheduler.core import Tick
-from mooncake.scheduler.switching import Switching
-from mooncake.scheduler.view import View
 from tests.scheduler.cluster import COST, MS, Cluster, S, info, messages
 
 CONFIG = RolesConfig(sample_ns=2 * S, num_samples=2, ttft_ns=1 * S, tbt_ns=1 * S, rest_ns=20 * S)
@@ -19,6 +17,13 @@ def cluster(num_prefill: int, num_decode: int, **config: Any) -> Cluster:
         found.prefill(f"p{at}")
     for at in range(num_decode):
         found.decode(f"d{at}", epoch=7, max_batch=1000, num_pages=100_000)
+    return found
+
+
+def calm(found: Cluster) -> Cluster:
+    """Nothing is due but samples: snapshots are not asked for again, and the index is swept."""
+    found.core.feeds.asked.clear()
+    found.event(Tick())
     return found
 
 
@@ -35,8 +40,7 @@ def test_samples_are_taken_at_regular_intervals_from_the_first_instance_on() -> 
     assert found.core.deadline() is None
     found.now = 5 * S
     found.prefill("p0")
-    assert found.core.deadline() == 7 * S, "before that, its snapshot is asked for again"
-    found.core.feeds.asked.clear()
+    assert calm(found).core.deadline() == 7 * S
     assert [tick(found) for _ in range(3)] == [[], [], []]
     assert (found.now, found.core.deadline()) == (11 * S, 13 * S)
 
@@ -44,14 +48,11 @@ def test_samples_are_taken_at_regular_intervals_from_the_first_instance_on() -> 
 def test_off_is_off() -> None:
     found = Cluster(roles=CONFIG)
     found.prefill("p0")
-    found.core.feeds.asked.clear()
-    found.event(Tick())
-    assert found.core.deadline() is None
+    assert calm(found).core.deadline() is None
 
 
 def test_the_instance_of_a_pool_that_can_spare_it_is_told() -> None:
-    found = cluster(1, 3)
-    found.core.feeds.asked.clear()
+    found = calm(cluster(1, 3))
     for request in range(30):  # 9 s of prefill, and next to nothing for the batches
         found.place(request, 2_990)
     assert tick(found) == []
@@ -61,7 +62,7 @@ def test_the_instance_of_a_pool_that_can_spare_it_is_told() -> None:
     found.receive(name, StateChange(name, 7, InstanceState.DRAINING, COST))
     assert tick(found) == []
     found.receive(name, Register(info(name, Role.PREFILL, epoch=8)))
-    found.core.feeds.asked.clear()
+    calm(found)
     assert sorted(found.core.view.pools[0].names) == sorted(("p0", name))
     assert tick(found) == [], "it rests"
     found.core.check_integrity()
@@ -82,8 +83,7 @@ class Objectives:
     """What is attained, by samples of a view without load."""
 
     def __init__(self, **config: Any) -> None:
-        self.cluster = cluster(4, 4, **config)
-        self.cluster.core.feeds.asked.clear()
+        self.cluster = calm(cluster(4, 4, **config))
         self.request = 0
 
     def serve(self, count: int, ttft_ns: int, itl_ns: int, slo: Slo) -> None:
@@ -133,9 +133,18 @@ def test_refusals_are_missed_objectives() -> None:
     assert found.told() == [Role.PREFILL]
 
 
-def test_without_one_of_the_pools_there_is_nothing_to_decide() -> None:
-    view = cluster(2, 0).core.view
-    assert isinstance(view, View)
-    switching = Switching(CONFIG, view)
-    switching.begin(0)
-    assert switching.sample(2 * S) == [] and switching.due == 4 * S
+def test_a_pool_that_lost_its_last_instance_gets_another() -> None:
+    found = calm(cluster(1, 2))
+    assert tick(found) == []
+    found.receive("p0", StateChange("p0", 1, InstanceState.GONE, COST))
+    calm(found)
+    assert tick(found) == []
+    assert tick(found) == [("d0", ChangeRole("d0", 7, Role.PREFILL))]
+
+
+def test_colocated_instances_stay_what_they_are() -> None:
+    found = cluster(0, 0)
+    for at in range(3):
+        found.instance(f"c{at}", Role.COLOCATED)
+    calm(found)
+    assert [tick(found) for _ in range(5)] == [[]] * 5
