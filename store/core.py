@@ -6,7 +6,13 @@ object.
 In EQUIVALENT mode a key may have several writers, since waiting for each other would let a slow or dying one stop the
 rest: the first commit wins, and those that come later get leases of the winner, under the numbers of their own
 reservations (`Claims.aliases`). Every claim has an owner: a reservation is in its client's `reservations`, a lease in its
-client's claims (counted, the same client may lease twice), and an object's `refs` is the sum of them.
+client's claims (counted, the same client may lease twice), and an object's `refs` is the sum of them, and of what jobs of the
+SSD tier and leases that wait for one hold.
+
+With an SSD tier (`ssd`), what is leased and only there is read first, as far as the keys lead from the first on without a miss:
+nothing behind one is of use. The call is answered when all of it is read. A reservation waits too if another call has made the
+node read what it asks for. And calls that find too little room ready wait until enough is written to SSD. Each waits for a
+bounded time, and then goes ahead with what there is.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
-from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S
+from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S, Tier
 from mooncake.store.allocator import Allocator, BytesAllocator
 from mooncake.store.claims import Claims, Reservations
 from mooncake.store.events import (
@@ -38,6 +44,8 @@ from mooncake.store.events import (
     Results,
     Snapshot,
     SnapshotWanted,
+    SsdRead,
+    SsdWritten,
     Tick,
     fault_of,
     fault_of_reserve,
@@ -45,7 +53,9 @@ from mooncake.store.events import (
 from mooncake.store.eviction import EvictionPolicy, Lru
 from mooncake.store.lifecycle import State, Trigger
 from mooncake.store.objects import Objects, pick
+from mooncake.store.ssd import SsdConfig, SsdTier
 from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
+from mooncake.store.waiting import Waiting, WaitingCall, WaitingLease
 
 _T = TypeVar("_T")
 _STRICT, _RESERVED, _EXISTS, _COMMITTED = PutMode.STRICT, PutStatus.RESERVED, PutStatus.EXISTS, CommitStatus.COMMITTED
@@ -59,7 +69,7 @@ REPORT_NS = 20 * NANOS_PER_MS
 
 
 class StoreCore:
-    """allocator: of the segment; by default one of `capacity` bytes that places objects."""
+    """allocator: of the segment; by default one of `capacity` bytes that places objects. ssd_allocator: likewise."""
 
     def __init__(
         self,
@@ -71,6 +81,8 @@ class StoreCore:
         allocator: BytesAllocator | None = None,
         reservation_ns: int = RESERVATION_NS,
         report_ns: int = REPORT_NS,
+        ssd: SsdConfig | None = None,
+        ssd_allocator: BytesAllocator | None = None,
     ) -> None:
         self.epoch = epoch
         self.counters = dict.fromkeys(("hits", "misses", "commits", "refusals", "conflicts", "expired"), 0)
@@ -97,9 +109,21 @@ class StoreCore:
             SnapshotWanted: self._snapshot,
             Tick: self._tick,
         }
+        self._ssd: SsdTier | None = None
+        self._waiting = Waiting(self._objects)
+        if ssd is not None and ssd.capacity_bytes:
+            self._ssd = SsdTier(ssd, self._objects, self._allocator.capacity, ssd_allocator)
+            self._handlers |= {
+                Reserve: self._reserve_in_time,
+                Lease: self._lease_in_time,
+                SsdWritten: self._ssd_written,
+                SsdRead: self._ssd_read,
+            }
 
     def handle(self, event: Event, now: int) -> list[Command]:
         commands = self._handlers[type(event)](event, now)
+        if self._ssd is not None:
+            commands += self._go_on(self._ssd, now)
         changes = self._objects.changes
         if self._report_at is None and (changes.gained or changes.lost):
             self._report_at = now + self._report_ns
@@ -108,13 +132,16 @@ class StoreCore:
         return commands
 
     def deadline(self) -> int | None:
-        reserved = self._reserved
+        reserved, earliest = self._reserved, self._report_at
         while reserved and not reserved[0].num_open:
             reserved.popleft()
-        if not reserved:
-            return self._report_at
-        expires_at = reserved[0].expires_at
-        return expires_at if self._report_at is None else min(expires_at, self._report_at)
+        if reserved and (earliest is None or reserved[0].expires_at < earliest):
+            earliest = reserved[0].expires_at
+        if self._ssd is not None:
+            until = self._waiting.deadline()
+            if until is not None and (earliest is None or until < earliest):
+                earliest = until
+        return earliest
 
     def allows(self, client: int, number: int, offset: int, size: int, write: bool) -> bool:
         """Whether [offset, offset + size) of the segment lies in an object that the client may write (its live
@@ -129,18 +156,23 @@ class StoreCore:
         return start <= offset and offset + size <= start + self._objects.sizes[row]
 
     def metrics(self) -> dict[str, int]:
-        """Bytes are rounded to the alignment. `evictable_bytes`: of committed, unleased objects."""
+        """Bytes are rounded to the alignment. `evictable_bytes`: of committed, unleased objects. With SSD, its own too."""
         objects, clients = self._objects, self._clients.values()
-        return self.counters | {
-            "evictions": objects.num_evictions,
-            "evicted_bytes": objects.evicted_bytes,
-            "capacity_bytes": self._allocator.capacity,
-            "used_bytes": self._allocator.capacity - self._allocator.free_bytes,
-            "evictable_bytes": objects.idle_bytes,
-            "objects": len(objects.by_key),
-            "reservations": sum([claims.num_reservations for claims in clients]),
-            "leases": sum([claims.num_leases + len(claims.aliases) for claims in clients]),
-        }
+        below = {} if self._ssd is None else self._ssd.metrics() | {"waiting": len(self._waiting)}
+        return (
+            self.counters
+            | below
+            | {
+                "evictions": objects.num_evictions,
+                "evicted_bytes": objects.evicted_bytes,
+                "capacity_bytes": self._allocator.capacity,
+                "used_bytes": self._allocator.capacity - self._allocator.free_bytes,
+                "evictable_bytes": objects.idle_bytes,
+                "objects": len(objects.by_key),
+                "reservations": sum([claims.num_reservations for claims in clients]),
+                "leases": sum([claims.num_leases + len(claims.aliases) for claims in clients]),
+            }
+        )
 
     # ------------------------------------------------------------ reserve and commit
 
@@ -212,6 +244,9 @@ class StoreCore:
             if row is None:
                 if event.keys[at] in self._writers:
                     others[at] = PutStatus.BUSY
+                elif self._ssd is not None and self._ssd.differs(event.keys[at], event.checksums[at]):
+                    others[at] = PutStatus.CONFLICT
+                    self.counters["conflicts"] += 1
             elif self._objects.checksums.get(row) != event.checksums[at]:
                 others[at] = PutStatus.CONFLICT
                 self.counters["conflicts"] += 1
@@ -346,16 +381,19 @@ class StoreCore:
         if fault:
             return fault
         found = self._objects.find(event.keys)
+        self._objects.hold([row for row in found if row is not None])
+        return [Reply(event.client, event.request_id, self._lease_found(event.client, found))]
+
+    def _lease_found(self, client: int, found: Sequence[int | None]) -> Places:
+        """What the call holds already, None for what is missed, becomes leases of the client."""
         hits = [at for at, row in enumerate(found) if row is not None]
         misses = [at for at, row in enumerate(found) if row is None]
         self.counters["hits"] += len(hits)
         self.counters["misses"] += len(misses)
         if not hits:
-            return _reply(event, _nowhere(len(found)))
-        rows = [row for row in found if row is not None]
-        self._objects.hold(rows)
-        there = self._lease_to(self._claims(event.client), rows)
-        return _reply(event, _join((there, _nowhere(len(misses))), hits + misses))
+            return _nowhere(len(found))
+        there = self._lease_to(self._claims(client), [row for row in found if row is not None])
+        return _join((there, _nowhere(len(misses))), hits + misses)
 
     def _release(self, event: Release, now: int) -> list[Command]:
         claims, numbers = self._claims(event.client), event.numbers
@@ -374,7 +412,9 @@ class StoreCore:
         fault = self._fault(event)
         if fault:
             return fault
-        by_key = self._objects.by_key
+        by_key, ssd = self._objects.by_key, self._ssd
+        if ssd is not None:
+            return _reply(event, tuple([key in by_key or ssd.has(key) for key in event.keys]))
         return _reply(event, tuple([key in by_key for key in event.keys]))
 
     def _remove(self, event: Remove, now: int) -> list[Command]:
@@ -386,12 +426,14 @@ class StoreCore:
             row = self._objects.by_key.get(key)
             if row is not None:
                 self._objects.remove(row)
-            results.append(row is not None)
+            was_below = self._ssd is not None and self._ssd.remove(key)
+            results.append(row is not None or was_below)
         return _reply(event, tuple(results))
 
     # ------------------------------------------------------------ other events
 
     def _client_gone(self, event: ClientGone, now: int) -> list[Command]:
+        self._waiting.drop(event.client)
         claims = self._clients.pop(event.client, None)
         if claims is not None:
             for number, row in claims.reserved_rows():
@@ -403,7 +445,11 @@ class StoreCore:
     def _snapshot(self, event: SnapshotWanted, now: int) -> list[Command]:
         objects = self._objects
         keys = tuple([key for key, row in objects.by_key.items() if row not in objects.transient])
-        return [*self._flush(), Snapshot(self.epoch, objects.changes.seq, keys)]
+        commands = [*self._flush(), Snapshot(self.epoch, objects.changes.seq, keys)]
+        if self._ssd is not None:
+            copies = self._ssd.copies
+            commands.append(Snapshot(self.epoch, copies.changes.seq, tuple(copies.by_key), Tier.SSD))
+        return commands
 
     def _tick(self, event: Tick, now: int) -> list[Command]:
         objects = self._objects
@@ -421,7 +467,110 @@ class StoreCore:
         self._report_at = None
         changes = self._objects.changes
         added, removed = changes.take()
-        return [Report(self.epoch, changes.seq, added, removed)] if added or removed else []
+        commands: list[Command] = [Report(self.epoch, changes.seq, added, removed)] if added or removed else []
+        if self._ssd is not None:
+            below = self._ssd.copies.changes
+            added, removed = below.take()
+            commands += [Report(self.epoch, below.seq, added, removed, Tier.SSD)] if added or removed else []
+        return commands
+
+    # ------------------------------------------------------------ the SSD tier
+
+    def _reserve_in_time(self, event: Reserve, now: int, began_at: int | None = None) -> list[Command]:
+        """began_at: when the call came, if it has waited."""
+        ssd, began_at = self._ssd, now if began_at is None else began_at
+        assert ssd is not None
+        fault = self._fault(event)
+        if fault:
+            return fault
+        found = self._objects.find(event.keys)
+        new = [at for at, row in enumerate(found) if row is None]
+        wanted = self._objects.rounded([event.sizes[at] for at in new])
+        load_until, room_until = began_at + ssd.config.load_wait_ns, began_at + ssd.config.room_wait_ns
+        if now < load_until and any(event.keys[at] in ssd.loading for at in new):
+            return self._put_off(event, began_at, load_until, 0)
+        if now < room_until and self._lacks_room(wanted):
+            return self._put_off(event, began_at, room_until, wanted)
+        return self._reserve(event, now)
+
+    def _lease_in_time(self, event: Lease, now: int, began_at: int | None = None) -> list[Command]:
+        """As `_reserve_in_time`."""
+        ssd, began_at = self._ssd, now if began_at is None else began_at
+        assert ssd is not None
+        fault = self._fault(event)
+        if fault:
+            return fault
+        objects, keys = self._objects, event.keys
+        found = objects.find(keys)
+        leading = self._num_leading(keys, found)
+        missing = list(dict.fromkeys([keys[at] for at in range(leading) if found[at] is None]))
+        if not missing:
+            return self._lease(event, now)
+        new = [key for key in missing if key not in ssd.loading]
+        wanted = objects.rounded(ssd.sizes(new)) if new else 0
+        room_until = began_at + ssd.config.room_wait_ns
+        if now < room_until and self._lacks_room(wanted):
+            ssd.use(new)
+            return self._put_off(event, began_at, room_until, wanted)
+        objects.hold([row for row in found if row is not None])
+        commands: list[Command] = [*ssd.load(new)] if new else []
+        loads = 0
+        for at in range(leading):
+            row = ssd.loading.get(keys[at]) if found[at] is None else None
+            if row is not None:
+                found[at] = row
+                objects.hold((row,))
+                loads += 1
+        if loads:
+            self._waiting.wait(WaitingLease(event, found, loads, now + ssd.config.load_wait_ns))
+            return commands
+        return [Reply(event.client, event.request_id, self._lease_found(event.client, found))]
+
+    def _num_leading(self, keys: Sequence[bytes], found: Sequence[int | None]) -> int:
+        """Keys before the first that is in no tier."""
+        ssd = self._ssd
+        assert ssd is not None
+        for at, key in enumerate(keys):
+            if found[at] is None and key not in ssd.loading and not ssd.has(key):
+                return at
+        return len(keys)
+
+    def _lacks_room(self, wanted_bytes: int) -> bool:
+        """Whether there is not so much room ready, but can be expected."""
+        assert self._ssd is not None
+        return wanted_bytes > self._objects.spare_bytes and self._ssd.can_save
+
+    def _put_off(self, event: Reserve | Lease, began_at: int, until: int, wanted_bytes: int) -> list[Command]:
+        self._waiting.calls.append(WaitingCall(event, began_at, until, wanted_bytes))
+        return []
+
+    def _ssd_written(self, event: SsdWritten, now: int) -> list[Command]:
+        assert self._ssd is not None
+        self._ssd.written(event)
+        return []
+
+    def _ssd_read(self, event: SsdRead, now: int) -> list[Command]:
+        assert self._ssd is not None
+        self._ssd.read(event, self._waiting.resolve)
+        return []
+
+    def _go_on(self, ssd: SsdTier, now: int) -> list[Command]:
+        """After each event: answer and try again what has waited, then write ahead."""
+        commands: list[Command] = []
+        for lease in self._waiting.take_done(now):
+            places = self._lease_found(lease.client, lease.rows)
+            commands.append(Reply(lease.client, lease.request_id, places, lease.num_loaded))
+        calls, self._waiting.calls = self._waiting.calls, []
+        for call in calls:
+            if isinstance(call.event, Reserve):
+                commands += self._reserve_in_time(call.event, now, call.began_at)
+            else:
+                commands += self._lease_in_time(call.event, now, call.began_at)
+        commands += ssd.save(sum([call.wanted_bytes for call in self._waiting.calls]))
+        changes = ssd.copies.changes
+        if self._report_at is None and (changes.gained or changes.lost):
+            self._report_at = now + self._report_ns
+        return commands
 
     # ------------------------------------------------------------ claims
 
@@ -474,9 +623,13 @@ class StoreCore:
         live = Counter([row for row in owned if states[row] is State.RESERVED])
         _require(waiting == live, "a reservation runs out never, or twice")
         leased = Counter([row for claims in clients for row in claims.leased_rows()])
-        _require(leased == {row: count for row, count in enumerate(objects.refs) if count}, "leases do not add up")
         numbers = sum([claims.num_leases + len(claims.aliases) for claims in clients])
-        _require(numbers == sum(objects.refs), "leases are miscounted")
+        _require(numbers == leased.total(), "leases are miscounted")
+        leased.update(self._waiting.held_rows())
+        if self._ssd is not None:
+            self._ssd.check_integrity()
+            leased.update(self._ssd.held_rows())
+        _require(leased == {row: count for row, count in enumerate(objects.refs) if count}, "leases do not add up")
 
 
 def _nowhere(count: int) -> Places:

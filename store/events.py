@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from mooncake.core.keys import OBJECT_KEY_BYTES
+from mooncake.core.types import Tier
 from mooncake.store.types import CommitStatus, Places, PutMode, Puts
 
 _KEY_LENGTHS = {OBJECT_KEY_BYTES}
@@ -102,6 +103,20 @@ class Tick(Event, frozen=True):
     """The deadline passed."""
 
 
+class SsdWritten(Event, frozen=True):
+    """A WriteSsd is done. failed: indices of objects that could not be written."""
+
+    job: int
+    failed: tuple[int, ...] = ()
+
+
+class SsdRead(Event, frozen=True):
+    """A ReadSsd is done. failed: indices of objects that could not be read, or whose checksum was wrong."""
+
+    job: int
+    failed: tuple[int, ...] = ()
+
+
 Results = Puts | Places | tuple[CommitStatus, ...] | tuple[bool, ...]
 
 
@@ -109,10 +124,13 @@ class Command(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-class Reply(Command, frozen=True):
+class Reply(Command, frozen=True, omit_defaults=True):
+    """num_loaded: of the objects leased, how many were read from SSD for it."""
+
     client: int
     request_id: int
     results: Results
+    num_loaded: int = 0
 
 
 class Fault(Command, frozen=True):
@@ -123,21 +141,43 @@ class Fault(Command, frozen=True):
     detail: str
 
 
-class Report(Command, frozen=True):
-    """Objects gained and lost since the report before; seq grows by one."""
+class Report(Command, frozen=True, omit_defaults=True):
+    """Objects that a tier gained and lost since the report before; each tier's seq grows by one."""
 
     epoch: int
     seq: int
     added: tuple[bytes, ...]
     removed: tuple[bytes, ...]
+    tier: Tier = Tier.DRAM
 
 
-class Snapshot(Command, frozen=True):
-    """All objects as of `seq`; reports up to seq are contained."""
+class Snapshot(Command, frozen=True, omit_defaults=True):
+    """All objects of a tier as of `seq`; reports up to seq are contained."""
 
     epoch: int
     seq: int
     keys: tuple[bytes, ...]
+    tier: Tier = Tier.DRAM
+
+
+class SsdJob(Command, frozen=True):
+    """Objects column by column. offsets: in the segment; ssd_offsets: on SSD. checksums: None where there is none. The shell
+    answers every job once, in any order; until then it may touch both ranges of each object."""
+
+    job: int
+    keys: tuple[bytes, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    ssd_offsets: tuple[int, ...]
+    checksums: tuple[int | None, ...]
+
+
+class WriteSsd(SsdJob, frozen=True):
+    """From the segment to SSD. Answered by SsdWritten."""
+
+
+class ReadSsd(SsdJob, frozen=True):
+    """From SSD into the segment. Answered by SsdRead."""
 
 
 def fault_of(event: Request, capacity: int) -> str | None:

@@ -1,6 +1,7 @@
-"""The life of an object's bytes, as a table. A pair that is not in it is illegal and changes nothing.
+"""The life of an object's bytes in one tier, as a table. A pair that is not in it is illegal and changes nothing.
 
-                    reserve              commit               evict, remove while unleased
+                           load ┌▶ LOADING ── loaded ─┐ (load failed: FREE)
+                    reserve     │        commit       ▼      evict, remove while unleased
               FREE ────────▶ RESERVED ──────────▶ COMMITTED ─────────────────────────────▶ FREE
                               │    │                   │ remove while leased
                        cancel │    │ expire            ▼
@@ -10,7 +11,12 @@
 FENCED: the reservation ran out. Its key is free for the next writer, its bytes are not: the late writer may have the
 segment mapped and still be writing. They are freed when that writer says something about them or its connection ends.
 CONDEMNED: removed, so no longer found by its key, but readers that leased it still read it.
+LOADING: it is being read from SSD into the space that was reserved for it; whoever asked for it waits.
 Only COMMITTED objects are found by readers. Leases are a count beside the state: EVICT is for unleased objects only.
+
+An object that is in memory and on SSD has two such lives. On SSD a copy is RESERVED while it is written, COMMITTED when all of
+it is there, leased while it is read, and FENCED if its object was removed during the write. In memory an object that is being
+written is leased by that write, so its bytes stay as they are until the shell says that it is done.
 """
 
 from __future__ import annotations
@@ -24,6 +30,7 @@ class State(enum.IntEnum):
     FENCED = 2
     COMMITTED = 3
     CONDEMNED = 4
+    LOADING = 5
 
 
 class Trigger(enum.IntEnum):
@@ -35,6 +42,9 @@ class Trigger(enum.IntEnum):
     REMOVE = 5
     CONDEMN = 6
     LAST_RELEASE = 7
+    LOAD = 8
+    LOADED = 9
+    LOAD_FAILED = 10
 
 
 TABLE: dict[tuple[State, Trigger], State] = {
@@ -48,6 +58,9 @@ TABLE: dict[tuple[State, Trigger], State] = {
     (State.COMMITTED, Trigger.REMOVE): State.FREE,
     (State.COMMITTED, Trigger.CONDEMN): State.CONDEMNED,
     (State.CONDEMNED, Trigger.LAST_RELEASE): State.FREE,
+    (State.RESERVED, Trigger.LOAD): State.LOADING,
+    (State.LOADING, Trigger.LOADED): State.COMMITTED,
+    (State.LOADING, Trigger.LOAD_FAILED): State.FREE,
 }
 
 

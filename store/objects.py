@@ -7,7 +7,8 @@ is given to another object when its own is gone; a number, which is what clients
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -26,12 +27,16 @@ _RECYCLED = TABLE[_EVICTED, Trigger.RESERVE]
 
 
 class Objects:
-    """Columns by row: keys; numbers; offsets in the segment; sizes in bytes; extents, the bytes taken of the segment; refs,
-    how often it is leased; states.
+    """Of one tier. Columns by row: keys; numbers; offsets in the segment; sizes in bytes; extents, the bytes taken of the
+    segment; refs, how often it is leased; states.
 
     by_key: rows of committed objects. transient: rows that end with their last lease, being ephemeral or removed; the
     directory does not hear of them. checksums: of those that have one. changes: for the directory. idle_bytes: extents of
-    committed objects that nobody leases: what eviction could free."""
+    committed objects that nobody leases: what eviction could free.
+
+    Before objects are evicted from a tier with another one below it, they are saved there, coldest first: `take` leases the
+    policy's next candidates for that, `settle` makes them *ready*, which are evicted before all others, and of which
+    ready_bytes are idle_bytes too. saved: keys in the tier below, if there is one."""
 
     def __init__(self, allocator: BytesAllocator, policy: EvictionPolicy) -> None:
         self.keys: list[bytes] = []
@@ -47,7 +52,14 @@ class Objects:
         self.changes = Changes()
         self.idle_bytes = 0
         self.num_evictions = 0
+        self.num_lost = 0
+        """Evictions of objects that were not in the tier below."""
         self.evicted_bytes = 0
+        self.saved: Mapping[bytes, int] | None = None
+        self.ready: OrderedDict[int, None] = OrderedDict()
+        self.ready_bytes = 0
+        self._leaving: dict[int, None] = {}
+        """Taken, not settled. The policy knows neither these nor those that are ready."""
         self._allocator = allocator
         self._policy = policy
         self._free: list[int] = []
@@ -81,8 +93,8 @@ class Objects:
                 refs[row] = 1
                 woken.append(row)
         if woken:
-            self._policy.hold(woken)
             self.idle_bytes -= sum(pick(self.extents, woken))
+            self._policy.hold(self._recall(woken) if self.ready else woken)
 
     def unhold(self, rows: Sequence[int]) -> None:
         """The opposite of hold, in chain order. What nobody holds can be evicted, or ends if it was waiting to."""
@@ -112,6 +124,82 @@ class Objects:
         for row in [row for row in rows if row in self.transient]:
             self.end(row, Trigger.LAST_RELEASE if self.states[row] is _CONDEMNED else Trigger.REMOVE)
 
+    # ------------------------------------------------------------ to and from the tier below
+
+    @property
+    def spare_bytes(self) -> int:
+        """What can be had at once, and costs nothing that is not saved."""
+        return self._allocator.free_bytes + self.ready_bytes
+
+    def rounded(self, sizes: Sequence[int]) -> int:
+        """Bytes that objects of these sizes take."""
+        return sum([self._allocator.rounded(size) for size in sizes])
+
+    def take(self, num_bytes: int) -> list[int]:
+        """Lease the next candidates, no more than make up so many bytes. It is no use of them."""
+        rows = self._policy.take(num_bytes, self.extents)
+        for row in rows:
+            self.refs[row] = 1
+        self._leaving.update(dict.fromkeys(rows))
+        self.idle_bytes -= sum([self.extents[row] for row in rows])
+        return rows
+
+    def settle(self, rows: Sequence[int]) -> None:
+        """Give back leases that `take` made; what nobody else holds goes next."""
+        rest: list[int] = []
+        for row in rows:
+            if row not in self._leaving:  # removed meanwhile
+                rest.append(row)
+                continue
+            del self._leaving[row]
+            self.refs[row] -= 1
+            if self.refs[row]:
+                self._policy.add((row,), (self.keys[row],), self.extents)
+            else:
+                self.ready[row] = None
+                self.ready_bytes += self.extents[row]
+                self.idle_bytes += self.extents[row]
+        self.unhold(rest)
+
+    def _recall(self, rows: Sequence[int]) -> list[int]:
+        """Those that are ready are the policy's again, as new and leased ones; the others are given back."""
+        others: list[int] = []
+        for row in rows:
+            if row in self.ready:
+                self._unready(row)
+                self._policy.add((row,), (self.keys[row],), self.extents)
+            else:
+                others.append(row)
+        return others
+
+    def _unready(self, row: int) -> None:
+        del self.ready[row]
+        self.ready_bytes -= self.extents[row]
+
+    def _take_ready(self, num_bytes: int) -> list[int]:
+        """As the policies' `take`."""
+        rows: list[int] = []
+        while num_bytes > 0 and self.ready:
+            row = next(iter(self.ready))
+            self._unready(row)
+            rows.append(row)
+            num_bytes -= self.extents[row]
+        return rows
+
+    def start_load(self, rows: Sequence[int]) -> None:
+        """RESERVED to LOADING, leased once by the load."""
+        for row in rows:
+            self.move(row, Trigger.LOAD)
+            self.refs[row] = 1
+
+    def finish_load(self, row: int) -> None:
+        """LOADING to COMMITTED, leased as before."""
+        key = self.keys[row]
+        self.move(row, Trigger.LOADED)
+        self.by_key[key] = row
+        self._policy.add((row,), (key,), self.extents)
+        self.changes.gained.append((key,))
+
     # ------------------------------------------------------------ life
 
     def publish(self, rows: Sequence[int], keys: Sequence[bytes]) -> None:
@@ -138,8 +226,11 @@ class Objects:
 
     def remove(self, row: int) -> None:
         """COMMITTED: nobody finds it any more; it is gone when nobody holds it."""
-        if row not in self.transient and not self.refs[row]:
-            self._policy.hold((row,))
+        if row in self._leaving:
+            del self._leaving[row]
+            self._policy.add((row,), (self.keys[row],), self.extents)
+        elif row not in self.transient and not self.refs[row]:
+            self._policy.hold(self._recall((row,)))
             self.idle_bytes -= self.extents[row]
         if self.refs[row]:
             self.move(row, Trigger.CONDEMN)
@@ -207,7 +298,8 @@ class Objects:
             num_more = min(count - len(rows), (allocator.free_bytes + self.idle_bytes) // extent)
             if not num_more:
                 return rows
-            victims = self._policy.take(max(1, num_more * extent - allocator.free_bytes), self.extents)
+            wanted = max(1, num_more * extent - allocator.free_bytes)
+            victims = self._take_ready(wanted) if self.ready else self._policy.take(wanted, self.extents)
             if not victims:
                 return rows
             extents = pick(self.extents, victims)
@@ -266,6 +358,8 @@ class Objects:
         self.idle_bytes -= num_bytes
         self.evicted_bytes += num_bytes
         self.num_evictions += len(rows)
+        if self.saved is not None:
+            self.num_lost += sum([key not in self.saved for key in keys])
         self.changes.lost.append(keys)
         return keys
 
@@ -299,10 +393,19 @@ class Objects:
         _require(all(self.refs[row] and row in self.transient for row in condemned), "a condemned object nobody holds")
         _require(all(states[row] is not State.FREE for row in self.transient), "a free row is transient")
         _require(all(states[row] is not State.FREE for row in self.checksums), "a free row has a checksum")
+        loading = [row for row in rows if states[row] is State.LOADING]
+        _require(all(self.refs[row] for row in loading), "a load that nobody holds")
         idle = [row for row in committed.values() if not self.refs[row]]
+        _require(self.ready.keys() <= set(idle), "an object that is not idle is ready to go")
+        _require(sum([self.extents[row] for row in self.ready]) == self.ready_bytes, "ready bytes do not add up")
+        leaving_held = all(states[row] is State.COMMITTED and self.refs[row] for row in self._leaving)
+        _require(leaving_held, "an object that is written is not held")
         _require(not any(row in self.transient for row in idle), "an ephemeral object nobody holds")
         _require(sum([self.extents[row] for row in idle]) == self.idle_bytes, "evictable bytes do not add up")
-        _require(len(self._policy) == len(idle), "the policy has other candidates than those that nobody leases")
+        _require(
+            len(self._policy) + len(self.ready) == len(idle),
+            "the policy has other candidates than those that nobody leases",
+        )
 
 
 def pick(column: Any, at: Sequence[Any]) -> Any:
