@@ -378,10 +378,11 @@ class PrefillCore:
             return
         self._reserving = True
         attempt.pending = 1
-        self._out.append(ReserveKv(attempt.seq, attempt.target))
         if attempt.job.source is not None and attempt.job.num_tokens > 1:
             attempt.pending = 2
+            # First, so that what a node has to read from SSD for it need not be reserved and written once more.
             self._out.append(OpenSource(attempt.seq, attempt.job.source))
+        self._out.append(ReserveKv(attempt.seq, attempt.target))
 
     def _reserved(self, event: KvReserved, now: int) -> None:
         self._reserving = False

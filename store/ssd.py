@@ -28,14 +28,15 @@ from mooncake.store.eviction import POLICIES
 from mooncake.store.lifecycle import State, Trigger
 from mooncake.store.objects import Objects, pick
 
-READY_SHARE = 16
-"""By default a 16th of the memory is kept ready: what prefill makes while the disk writes a few jobs."""
+READY_SHARE = 4
+"""By default a quarter of the memory is kept ready, which is no loss to readers. Writers reserve in bursts: with an eighth,
+three times as much was evicted unsaved in a replay, for 6 to 16 % fewer writes."""
 WRITES_MAX = 2
 """Writes under way: one on the disk and one to follow it, so that a read never waits for more."""
 
 
 class SsdConfig(msgspec.Struct, frozen=True):
-    """capacity_bytes: 0, there is no SSD tier. ready_bytes: None, a 16th of the memory."""
+    """capacity_bytes: 0, there is no SSD tier. ready_bytes: None, a quarter of the memory."""
 
     capacity_bytes: int = 0
     alignment: int = 4096

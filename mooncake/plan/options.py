@@ -43,6 +43,10 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: Annotated[_Count | None, _text("unit of reuse; 512")] = None
     kv_tokens: Annotated[_Count | None, _text("KV room of an instance; what fits beside the weights")] = None
     store_memory: Annotated[_Size | None, _text("DRAM of a node's store, such as 1TiB; 3M tokens")] = None
+    store_ssd: Annotated[_Size | None, _text("SSD of a node's store, such as 16TiB; none")] = None
+    ssd_rate: Annotated[
+        _Size | None, _text("what that reads and writes in a second, together, such as 20GiB; 6 GB")
+    ] = None
     nic_gbps: Annotated[
         Annotated[float, Meta(gt=0, le=1e6)] | None, _text("a node's network, gigabits per second; the hardware's")
     ] = None
@@ -81,10 +85,11 @@ def flag(name: str) -> str:
 def parse_options(given: dict[str, str]) -> ReplayOptions:
     """From text by name. Raises ConfigError."""
     values: dict[str, Any] = dict(given)
-    if "store_memory" in given:
-        values["store_memory"] = parse_bytes(given["store_memory"])
-        if values["store_memory"] is None:
-            raise _bad("store_memory", given["store_memory"], "expected a size such as 512GiB or 1TiB")
+    for name in ("store_memory", "store_ssd", "ssd_rate"):
+        if name in given:
+            values[name] = parse_bytes(given[name])
+            if values[name] is None:
+                raise _bad(name, given[name], "expected a size such as 512GiB or 1TiB")
     for name, value in values.items():
         try:
             msgspec.convert({name: value}, ReplayOptions, strict=False)

@@ -37,7 +37,7 @@ _FILE_KEYS = (
 )  # fmt: skip
 """Options that are also keys of the configuration file, which they override."""
 _GC_THRESHOLDS = (20_000, 20, 20)
-_MACHINE_KEYS = ("hardware", "model", "colocated", "nic_gbps", "assumed_nic_gbps")
+_MACHINE_KEYS = ("hardware", "model", "colocated", "nic_gbps", "assumed_nic_gbps", "store_ssd", "ssd_rate")
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -117,6 +117,8 @@ def _from_machines(options: ReplayOptions) -> Target:
         colocated=colocated,
         kv_tokens=options.kv_tokens,
         store_bytes=options.store_memory,
+        ssd_bytes=options.store_ssd or 0,
+        ssd_bytes_per_s=options.ssd_rate,
         nic_bytes_per_s=_bytes_per_s(options.nic_gbps),
         assumed_nic_bytes_per_s=_bytes_per_s(options.assumed_nic_gbps),
         max_step_tokens=options.max_step_tokens,
@@ -258,6 +260,8 @@ def _cluster_section(aim: Target) -> ClusterSection:
         block_tokens=config.block_tokens,
         kv_tokens_per_instance=config.num_pages * config.page_tokens,
         store_bytes_per_node=config.node.capacity_bytes,
+        ssd_bytes_per_node=config.node.ssd_bytes,
+        ssd_bytes_per_s=config.node.ssd_bytes_per_s,
         nic_bytes_per_s=config.node.nic_bytes_per_s,
         host_bytes_per_s=config.node.local_bytes_per_s,
         max_batch=config.decode_batch,

@@ -30,8 +30,13 @@ from mooncake.sim.samples import InstanceSeries, LinkSeries
 _CURVE_POINTS = 160
 _LABEL_ROOM = 2.0
 """To the right of a curve, as a factor: the last percentile has its label there."""
-_TIER_NAMES = {"hbm": "own pages (HBM)", "dram_local": "own machine (DRAM)", "dram_remote": "other machine (DRAM)"}
-_TIER_STYLES = dict(zip(TIERS, ("c1", "c2", "c3"), strict=True))
+_TIER_NAMES = {
+    "hbm": "own pages (HBM)",
+    "dram_local": "own machine (DRAM)",
+    "dram_remote": "other machine (DRAM)",
+    "ssd": "SSD",
+}
+_TIER_STYLES = dict(zip(TIERS, ("c1", "c2", "c3", "c4"), strict=True))
 _COUNT_MIN = 5
 """Of an axis of counts: its ticks are whole numbers."""
 _LINK_NAMES = {"memory": "memory and host to GPU, share of time", "out": "network out", "in": "network in"}
@@ -403,6 +408,9 @@ def _setup(report: Report) -> str:
     outcomes = ", ".join(f"{outcome} {value:,}" for outcome, value in requests.outcomes.items())
     room = f"KV room of {count(cluster.kv_tokens_per_instance)} tokens"
     steps = f"steps of up to {count(cluster.max_step_tokens)} prefill tokens, {cluster.max_batch} sequences decoding"
+    ssd = ""
+    if cluster.ssd_bytes_per_node:
+        ssd = f" and {size(cluster.ssd_bytes_per_node)} of SSD at {size(cluster.ssd_bytes_per_s)}/s"
     rates = f"network {size(cluster.nic_bytes_per_s)}/s, host to GPU {size(cluster.host_bytes_per_s)}/s"
     price = f" at ${cost.usd_per_gpu_hour:.2f}" if cost.usd_per_gpu_hour is not None else ""
     pairs = [
@@ -412,7 +420,7 @@ def _setup(report: Report) -> str:
         ),
         ("requests", f"{count(requests.total)}: {outcomes}; {requests.unfinished} unfinished"),
         ("each instance", f"{room}, {steps}"),
-        ("each node", f"store of {size(cluster.store_bytes_per_node)}, {rates}"),
+        ("each node", f"store of {size(cluster.store_bytes_per_node)}{ssd}, {rates}"),
         ("blocks", f"{cluster.block_tokens} tokens"),
         ("seed", str(setup.seed)),
         ("cost", f"{cost.gpu_hours:,.1f} GPU-hours of {cost.num_gpus} GPUs{price}"),

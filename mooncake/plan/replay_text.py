@@ -34,6 +34,8 @@ def _title(setup: Setup) -> Iterator[str]:
         f"each: KV room {cluster.kv_tokens_per_instance:,} tokens, store {size(cluster.store_bytes_per_node)}, "
         f"network {size(cluster.nic_bytes_per_s)}/s, host to GPU {size(cluster.host_bytes_per_s)}/s"
     )
+    if cluster.ssd_bytes_per_node:
+        yield f"      and an SSD tier of {size(cluster.ssd_bytes_per_node)}, {size(cluster.ssd_bytes_per_s)}/s"
     yield f"objectives: TTFT {objective(setup.ttft_slo_s)}, TBT {objective(setup.tbt_slo_s)}; seed {setup.seed}"
     yield from (f"note: {note}" for note in setup.notes)
 

@@ -357,6 +357,9 @@ class SimCluster:
             held[f"{name} leases"] = metrics["leases"]
             held[f"{name} reservations"] = metrics["reservations"]
             held[f"{name} bytes"] = metrics["used_bytes"] - metrics["evictable_bytes"]
+            if "ssd_used_bytes" in metrics:
+                held[f"{name} ssd bytes"] = metrics["ssd_used_bytes"] - metrics["ssd_evictable_bytes"]
+                held[f"{name} calls"] = metrics["waiting"] + metrics["ssd_jobs"]
         for name, instance in self.instances.items():
             pool = instance.engine.core.pool
             held[f"{name} attempts"] = instance.core.num_attempts

@@ -21,8 +21,8 @@ from mooncake.sim.frontend import RequestRecord
 from mooncake.sim.node import SimSource
 from mooncake.sim.workload import START_NS
 
-TIERS = ("hbm", "dram_local", "dram_remote")
-"""Where reused tokens came from: the instance's own pages, its machine's memory, another machine's."""
+TIERS = ("hbm", "dram_local", "dram_remote", "ssd")
+"""Where reused tokens came from: the instance's own pages, its machine's memory, another machine's, any machine's SSD."""
 NONE = math.nan
 """In a column of times: there is none."""
 
@@ -37,6 +37,7 @@ class Reused(msgspec.Struct, frozen=True):
     hbm: int
     dram_local: int
     dram_remote: int
+    ssd: int
 
 
 class Stages(msgspec.Struct, frozen=True):
@@ -170,8 +171,10 @@ class Collector:
 
     def note_load(self, job: Job, num_tokens: int, source: SimSource) -> None:
         """A prefill begins to load so many tokens."""
-        loads = self._loads.setdefault(job.key.request, [0, 0])
-        loads[not source.is_local] += num_tokens
+        loads = self._loads.setdefault(job.key.request, [0, 0, 0])
+        from_ssd = min(num_tokens, source.ssd_tokens)
+        loads[not source.is_local] += num_tokens - from_ssd
+        loads[2] += from_ssd
 
     def note_end(self, record: RequestRecord) -> None:
         times = record.choices[0].time_array()
@@ -216,8 +219,8 @@ class Collector:
 
     def _take_reused(self, record: RequestRecord) -> Reused:
         """What was loaded is known; the rest of what was reused lay in the instance's own pages."""
-        local, remote = self._loads.pop(record.number, (0, 0))
-        return Reused(max(0, record.cached_tokens - local - remote), local, remote)
+        local, remote, ssd = self._loads.pop(record.number, (0, 0, 0))
+        return Reused(max(0, record.cached_tokens - local - remote - ssd), local, remote, ssd)
 
     def _count(self, record: RequestRecord, reused: Reused | None, effective: bool) -> None:
         """reused: None without a first token."""
@@ -231,6 +234,7 @@ class Collector:
             over_time["hbm"][arrived] += reused.hbm
             over_time["dram_local"][arrived] += reused.dram_local
             over_time["dram_remote"][arrived] += reused.dram_remote
+            over_time["ssd"][arrived] += reused.ssd
 
 
 class Measured(NamedTuple):

@@ -32,6 +32,8 @@ class Hardware(msgspec.Struct, frozen=True):
     """Between DRAM and GPUs."""
     nic_bytes_per_s: float
     usd_per_gpu_hour: float
+    ssd_bytes_per_s: float
+    """Of the SSD tier, if the node is given one: reads and writes together."""
     num_gpus: int = NUM_GPUS
 
 
@@ -44,11 +46,16 @@ class ModelShape(msgspec.Struct, frozen=True):
 def _node(name: str, times: str, gpu_gb: int, nic_gb: float, pcie_gb: float, usd: float) -> Hardware:
     """gpu_gb, pcie_gb: of one GPU; nic_gb: of the node, as measured."""
     pcie = NUM_GPUS * pcie_gb * PCIE_SHARE * 1e9
-    return Hardware(name, HARDWARE[times], NUM_GPUS * gpu_gb * 10**9, DRAM_BYTES, pcie, nic_gb * 1e9, usd)
+    return Hardware(
+        name, HARDWARE[times], NUM_GPUS * gpu_gb * 10**9, DRAM_BYTES, pcie, nic_gb * 1e9, usd, SSD_BYTES_PER_S
+    )
 
 
 DRAM_BYTES = 3_000_000 * 327_680
 """Three million tokens of LLaMA3-70B: the paper's 1 TB, and as much on every other node unless told otherwise."""
+
+SSD_BYTES_PER_S = 6e9
+"""One fast NVMe drive, on every node; the paper says nothing of its own."""
 
 HARDWARES = {
     node.name: node

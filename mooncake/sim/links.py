@@ -8,7 +8,7 @@ from mooncake.core.types import NANOS_PER_S
 
 
 class Link:
-    """One direction of a NIC, a PCIe connection, or a machine's memory."""
+    """One direction of a NIC, a PCIe connection, a machine's memory, or its SSD both ways."""
 
     def __init__(self, name: str, bytes_per_s: float) -> None:
         self.name = name

@@ -19,7 +19,6 @@ from mooncake.sim.hardware import Hardware, ModelShape, kv_tokens
 from mooncake.sim.network import NetworkConfig
 from mooncake.sim.node import NodeConfig
 
-SSD_BYTES_PER_S = 6e9
 WHOLE_PROMPTS = 1 << 20
 """Tokens of a step that no prompt is chunked for."""
 PAGE_TOKENS = 512
@@ -80,6 +79,8 @@ class Machines(msgspec.Struct, frozen=True):
     block_tokens: int = 512
     kv_tokens: int | None = None
     store_bytes: int | None = None
+    ssd_bytes: int = 0
+    ssd_bytes_per_s: float | None = None
     nic_bytes_per_s: float | None = None
     assumed_nic_bytes_per_s: float | None = None
     max_batch: int = 256
@@ -98,7 +99,8 @@ def machines_config(machines: Machines) -> ClusterConfig:
     nic = machines.nic_bytes_per_s or hardware.nic_bytes_per_s
     host = hardware.host_bytes_per_s
     assumed = machines.assumed_nic_bytes_per_s or nic
-    rates = Rates(host, SSD_BYTES_PER_S, min(assumed, host), assumed)
+    ssd = machines.ssd_bytes_per_s or hardware.ssd_bytes_per_s
+    rates = Rates(host, ssd, min(assumed, host), assumed)
     block_tokens = machines.block_tokens
     own = {"block_tokens": block_tokens, "kv_token_bytes": model.kv_token_bytes, "rates": msgspec.to_builtins(rates)}
     step = machines.max_step_tokens or (WHOLE_PROMPTS if machines.colocated else CHUNK_TOKENS)
@@ -122,6 +124,8 @@ def machines_config(machines: Machines) -> ClusterConfig:
             block_tokens=block_tokens,
             local_bytes_per_s=host,
             nic_bytes_per_s=nic,
+            ssd_bytes=machines.ssd_bytes,
+            ssd_bytes_per_s=ssd,
             checked=False,
         ),
         conductor=msgspec.convert(own | machines.conductor, ConductorConfig),

@@ -23,7 +23,7 @@ from mooncake.core.messages import (
     RegisterNode,
     SnapshotRequest,
 )
-from mooncake.core.types import KvSource, Tier
+from mooncake.core.types import KvSource
 from mooncake.sim.links import Link, transfer
 from mooncake.sim.loop import CoreRunner, Loop, Observer
 from mooncake.sim.network import Network
@@ -35,6 +35,7 @@ from mooncake.store.events import (
     Commit,
     Fault,
     Lease,
+    ReadSsd,
     Release,
     Reply,
     Report,
@@ -42,8 +43,13 @@ from mooncake.store.events import (
     Reserve,
     Snapshot,
     SnapshotWanted,
+    SsdJob,
+    SsdRead,
+    SsdWritten,
     Tick,
+    WriteSsd,
 )
+from mooncake.store.ssd import SsdConfig
 from mooncake.store.types import CommitStatus, Location, Places, Puts, PutStatus
 
 SHARD = bytes(SHARD_BYTES)
@@ -65,8 +71,14 @@ class NodeConfig(msgspec.Struct, frozen=True):
     local_bytes_per_s: float = 10e9
     """Between the segment and instances of the same machine."""
     nic_bytes_per_s: float = 5e9
+    ssd_bytes: int = 0
+    """Of the tier below memory; 0: there is none."""
+    ssd_bytes_per_s: float = 6e9
+    """Reads and writes together."""
     fault: float = 0.0
     """Share of transfers that fail, as with a corrupt block or a broken path."""
+    ssd_fault: float = 0.0
+    """Share of objects that cannot be written to SSD or read from it."""
     checked: bool = True
     """Whether every byte's claim and arrival is checked, as memory protection does it live; it takes time for each object."""
 
@@ -101,11 +113,17 @@ class SimNode:
         self.name = name
         self.epoch = epoch
         self.config = config
-        budget = Budget(config.capacity_bytes, config.alignment)
-        self.core = StoreCore(config.capacity_bytes, epoch=epoch, allocator=budget)
+        self.core = StoreCore(
+            config.capacity_bytes,
+            epoch=epoch,
+            allocator=Budget(config.capacity_bytes, config.alignment),
+            ssd=SsdConfig(config.ssd_bytes),
+            ssd_allocator=Budget(config.ssd_bytes, config.alignment),
+        )
         self.memory = Link(f"{name}.memory", config.local_bytes_per_s)
         self.nic_in = Link(f"{name}.in", config.nic_bytes_per_s)
         self.nic_out = Link(f"{name}.out", config.nic_bytes_per_s)
+        self.ssd = Link(f"{name}.ssd", config.ssd_bytes_per_s)
         self.loop = loop
         self.chance = chance
         self._network = network
@@ -118,6 +136,8 @@ class SimNode:
             Fault: self._fault,
             Report: self._report,
             Snapshot: self._snapshot,
+            WriteSsd: self._ssd_job,
+            ReadSsd: self._ssd_job,
         }
         self.runner = CoreRunner(loop, name, self.core, actions, Tick(), observe)
         self.handle = self.runner.handle
@@ -171,6 +191,8 @@ class SimNode:
     def _reply(self, command: Reply) -> None:
         client = self._clients.get(command.client)
         if client is not None and client.awaits(command.request_id):
+            if command.num_loaded:
+                client.note_loaded(command.request_id, command.num_loaded)
             self.loop.after(self.config.call_ns, client.replied, command.request_id, command.results)
 
     def _fault(self, command: Fault) -> None:
@@ -178,10 +200,18 @@ class SimNode:
 
     def _report(self, command: Report) -> None:
         added, removed = block_keys_of(command.added), block_keys_of(command.removed)
-        self._tell(CacheDelta(self.name, command.epoch, command.seq, Tier.DRAM, added, removed))
+        self._tell(CacheDelta(self.name, command.epoch, command.seq, command.tier, added, removed))
 
     def _snapshot(self, command: Snapshot) -> None:
-        self._tell(CacheSnapshot(self.name, command.epoch, command.seq, Tier.DRAM, block_keys_of(command.keys)))
+        self._tell(CacheSnapshot(self.name, command.epoch, command.seq, command.tier, block_keys_of(command.keys)))
+
+    def _ssd_job(self, command: SsdJob) -> None:
+        self.loop.at(transfer([self.ssd], sum(command.sizes), self.loop.now), self._ssd_done, command)
+
+    def _ssd_done(self, command: SsdJob) -> None:
+        failed = tuple([at for at in range(len(command.keys)) if self.chance(self.config.ssd_fault)])
+        done = SsdWritten if isinstance(command, WriteSsd) else SsdRead
+        self.handle(done(command.job, failed))
 
     def _tell(self, message: AnyMessage) -> None:
         self._network.send(self.name, CONDUCTOR, message)
@@ -198,6 +228,8 @@ class NodeClient:
         self.is_local = home is node
         self._ids = itertools.count(1)
         self._pending: dict[int, OnReply] = {}
+        self._num_loaded: dict[int, int] = {}
+        """By request, how many of the objects that it leases come from SSD; until its reply is there."""
         self._path_in, self._path_out = [node.memory], [node.memory]
         if not self.is_local:
             self._path_in += [node.nic_in, *([home.nic_out] if home is not None else [])]
@@ -219,8 +251,8 @@ class NodeClient:
         for on_reply in pending.values():
             on_reply(None)
 
-    def call(self, make: Callable[[int, int], Request], on_reply: OnReply | None) -> None:
-        """make(client, request number) gives the request. on_reply is never called before this returns."""
+    def call(self, make: Callable[[int, int], Request], on_reply: OnReply | None) -> int:
+        """make(client, request number) gives the request, whose number is returned. on_reply is never called before."""
         node, request_id = self.node, next(self._ids)
         if on_reply is not None:
             self._pending[request_id] = on_reply
@@ -228,6 +260,7 @@ class NodeClient:
             node.loop.after(node.config.call_ns, self.replied, request_id, None)
         else:
             node.loop.after(node.config.call_ns, self._arrive, make(self.number, request_id))
+        return request_id
 
     def _arrive(self, request: Request) -> None:
         if not self.lost:
@@ -236,10 +269,18 @@ class NodeClient:
     def awaits(self, request_id: int) -> bool:
         return request_id in self._pending
 
+    def note_loaded(self, request_id: int, num_loaded: int) -> None:
+        self._num_loaded[request_id] = num_loaded
+
+    def num_loaded(self, request_id: int) -> int:
+        """Of a request that is being replied to."""
+        return self._num_loaded.get(request_id, 0)
+
     def replied(self, request_id: int, results: Any) -> None:
         on_reply = self._pending.pop(request_id, None)
         if on_reply is not None:
             on_reply(results)
+        self._num_loaded.pop(request_id, None)
 
     def copy(self, locations: Sequence[Location], num_bytes: int, write: bool, done: Callable[[bool], None]) -> None:
         """Move bytes between the instance and objects, given if claims are checked. done(ok) when the last have arrived."""
@@ -266,14 +307,18 @@ class SimSource:
 
     def __init__(self, client: NodeClient, source: KvSource, on_opened: Callable[[int], None]) -> None:
         self.num_tokens = 0
+        self.ssd_tokens = 0
+        """Of these, those that were read from SSD for it."""
         self._client = client
         self._source = source
         self._locations: list[Location | None] = []
         """If claims are checked."""
         self._held: tuple[int, ...] = ()
         keys = _object_keys(source)
-        # Not kept: it may hold this object, and what is no cycle is freed at once.
-        client.call(lambda number, request: Lease(number, request, keys), lambda found: self._leased(found, on_opened))
+        # on_opened is not kept: it may hold this object, and what is no cycle is freed at once.
+        self._request_id = client.call(
+            lambda number, request: Lease(number, request, keys), lambda found: self._leased(found, on_opened)
+        )
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
         config = self._client.node.config
@@ -300,6 +345,8 @@ class SimSource:
             self.num_tokens = numbers.index(None) * config.block_tokens
         else:
             self.num_tokens = self._source.num_tokens if numbers else 0
+        num_loaded = self._client.num_loaded(self._request_id)
+        self.ssd_tokens = min(self.num_tokens, num_loaded * config.block_tokens)
         if not self.num_tokens:
             self.close()
         on_opened(self.num_tokens)

@@ -123,3 +123,5 @@ def _growth(counter: list[int]) -> list[int]:
 def _links(cluster: SimCluster) -> Iterable[Link]:
     for node in cluster.nodes.values():
         yield from (node.memory, node.nic_in, node.nic_out)
+        if node.config.ssd_bytes:
+            yield node.ssd

@@ -140,7 +140,7 @@ def test_json_has_a_stable_shape(capsys: pytest.CaptureFixture[str], tmp_path: P
         "latency_ms",
     ]
     assert list(report["latency"]["ttft_ms"]) == ["mean", "p50", "p90", "p99", "max"]
-    assert list(report["reuse"]["tokens"]) == ["hbm", "dram_local", "dram_remote", "computed"]
+    assert list(report["reuse"]["tokens"]) == ["hbm", "dram_local", "dram_remote", "ssd", "computed"]
     assert sum(report["reuse"]["tokens"].values()) == 5 * 1500
     assert report["cost"]["num_gpus"] == 32
     assert report["cost"]["usd"] == pytest.approx(report["cost"]["gpu_hours"] * 3.5, abs=1e-3)

@@ -179,7 +179,7 @@ def test_of_what_nobody_will_fetch_nothing_is_told(why: str) -> None:
 def test_the_source_is_opened_beside_the_reservation_and_closed_when_loaded() -> None:
     drive = Driver()
     source = make_source(1, 16)
-    assert [type(c) for c in drive.submit(1, source=source)] == [ReserveKv, OpenSource]
+    assert [type(c) for c in drive.submit(1, source=source)] == [OpenSource, ReserveKv]
     assert drive(KvReserved(1, True)) == []
     [run] = drive(SourceOpened(1, 8))
     assert run.source_tokens == 8
