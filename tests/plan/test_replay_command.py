@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from mooncake.cli import main
+from mooncake.core.errors import ConfigError
 from mooncake.plan.options import flag, parse_options, parse_slo, texts
 from mooncake.plan.replay import LINES, PAGE, SUMMARY, check, replay_trace, target
+from mooncake.plan.replay_text import report_text
 from mooncake.sim.report import DEFINITIONS
 from tests.plan.traces import write_trace
 
@@ -44,6 +46,10 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (
             ("--store-memory", "-"),
             "mooncake: store_memory = '-' (--store-memory): expected a size such as 512GiB or 1TiB",
+        ),
+        (
+            ("--store-ssd", "much"),
+            "mooncake: store_ssd = 'much' (--store-ssd): expected a size such as 512GiB or 1TiB",
         ),
         (("--reuse", "maybe"), "mooncake: reuse = 'maybe' (--reuse): expected on or off"),
         (("--decode", "0"), "mooncake: 8 prefill and 0 decode instances: each pool needs one at least"),
@@ -245,8 +251,24 @@ def test_colocated_instances_stall_decode_for_whole_prompts_and_less_for_chunks(
     assert 60 < chunked < 110
 
 
+def test_an_ssd_tier_reaches_nodes_conductor_and_reports(tmp_path: Path) -> None:
+    trace = check(str(write_trace(tmp_path / "t", 6)))
+    given = {"prefill": "1", "decode": "1", "store_ssd": "2TiB", "ssd_rate": "12GiB"}
+    config = target(parse_options(given)).config
+    assert (config.node.ssd_bytes, config.node.ssd_bytes_per_s) == (2 << 40, 12 << 30)
+    assert config.conductor.rates.ssd_bytes_per_s == 12 << 30
+    outcome = replay_trace(trace, parse_options(given))
+    assert "and an SSD tier of 2.2 TB, 12.9 GB/s" in report_text(outcome.report)
+    assert "ssd_writes" in outcome.report.nodes[0].counters
+    plain = replay_trace(trace, parse_options({}))
+    assert "SSD tier" not in report_text(plain.report) and "ssd_writes" not in plain.report.nodes[0].counters
+    with pytest.raises(ConfigError, match="--store-ssd: the cluster is that of"):
+        target(parse_options({"cluster": "c.toml", "store_ssd": "1TiB"}))
+
+
 def test_options_and_texts() -> None:
     assert [flag(name) for name in texts()][:3] == ["--cluster", "--prefill", "--decode"]
-    assert parse_options({"store_memory": "1TiB"}).store_memory == 1 << 40
+    sized = parse_options({"store_memory": "1TiB", "store_ssd": "16TiB", "ssd_rate": "20GiB"})
+    assert (sized.store_memory, sized.store_ssd, sized.ssd_rate) == (1 << 40, 16 << 40, 20 << 30)
     slo = parse_slo("tbt=0.05")
     assert (slo.ttft_ns, slo.tbt_ns) == (None, 50_000_000)
