@@ -74,6 +74,10 @@ RETRY_RESERVE_NS = 20 * NANOS_PER_MS
 STALE_NS = 3 * NANOS_PER_S
 """Attempts younger than this are not dropped for missing in `LiveAttempts`: that message may have overtaken them."""
 
+LET_GO_NS = 5 * NANOS_PER_S
+"""How long after it was told to change its role an instance that does nothing else goes on holding hand-overs. Who reads one
+has leases of its own; who is not there yet may be waiting for this very instance to become a decode instance."""
+
 # ---------------------------------------------------------------- events and commands of its own
 
 
@@ -209,6 +213,8 @@ class PrefillCore:
         self._retry_at: int | None = None
         self._draining = False
         self._next_role: Role | None = None
+        self._let_go_at: int | None = None
+        self._lets_go = False
         self._out: list[PrefillCommand] = []
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Received: self._received,
@@ -241,15 +247,14 @@ class PrefillCore:
             self._start_next(now)
         if self.reporter.due(now):
             self._out += self.reporter.report(len(self._queue), self._queued_tokens)
-        if self._next_role is not None and self.drained:
-            self._out.append(TakeRole(self._next_role))
-            self._next_role = None
+        if self._next_role is not None:
+            self._leave_role(self._next_role, now)
         out, self._out = self._out, []
         return out
 
     def deadline(self) -> int | None:
         retry_at = self._retry_at if self._queue else None  # who was refused may be gone
-        return earliest(self._table.next_deadline(), retry_at, self.reporter.deadline())
+        return earliest(self._table.next_deadline(), retry_at, self._let_go_at, self.reporter.deadline())
 
     @property
     def num_attempts(self) -> int:
@@ -335,7 +340,7 @@ class PrefillCore:
 
     def _drain(self, message: Drain, now: int) -> None:
         self._draining = True
-        self._next_role = None
+        self._next_role = self._let_go_at = None
         self._out.extend(self.reporter.change_state(InstanceState.DRAINING))
 
     def _change_role(self, message: ChangeRole, now: int) -> None:
@@ -343,7 +348,18 @@ class PrefillCore:
         if message.epoch == info.epoch and message.role is not info.role and not self._draining:
             self._draining = True
             self._next_role = message.role
+            self._let_go_at = now + LET_GO_NS
             self._out.extend(self.reporter.change_state(InstanceState.DRAINING))
+
+    def _leave_role(self, role: Role, now: int) -> None:
+        if self._let_go_at is not None and self._let_go_at <= now:
+            self._lets_go, self._let_go_at = True, None
+        if self._lets_go and all(attempt.state is _State.HELD for attempt in self._table):
+            for attempt in list(self._table):
+                self._leave(attempt)
+        if self.drained:
+            self._out.append(TakeRole(role))
+            self._next_role = self._let_go_at = None
 
     # ------------------------------------------------------------------ queue and room
 

@@ -41,6 +41,7 @@ from mooncake.engine.attempts import (
 from mooncake.engine.core import Drawn, KvLoaded, SequenceFailed, SequenceReleased, SequenceStarted
 from mooncake.engine.reporting import REPORT_NS
 from mooncake.prefill.core import (
+    LET_GO_NS,
     RETRY_RESERVE_NS,
     STALE_NS,
     CommitKv,
@@ -349,6 +350,21 @@ def test_it_takes_another_role_when_its_hand_overs_are_read() -> None:
     assert drive.submit(2) == told(AttemptFailed("i0", key(2), "refused", "draining"))
     assert drive.message(HandoverDone((key(1),))) == [ReleaseKv(1), TakeRole(Role.DECODE)]
     assert drive(Tick()) == []
+
+
+def test_hand_overs_that_nobody_reads_do_not_keep_it_in_its_role() -> None:
+    drive = Driver()
+    drive.hand_over()
+    drive.submit(2)
+    drive(Received(CONDUCTOR, ChangeRole("i0", 1, Role.DECODE)))
+    assert drive.core.deadline() == LET_GO_NS
+    drive.now = LET_GO_NS
+    assert drive(Tick()) == [], "the other one is still to be computed"
+    assert drive.core.deadline() != LET_GO_NS
+    drive(KvReserved(2, granted=True))
+    drive.now += 1
+    assert drive.message(Abort((key(2),)))[-1] == AbortSequence(2)
+    assert drive(progress(SequenceReleased(2))) == [ReleaseKv(2), ReleaseKv(1), TakeRole(Role.DECODE)]
 
 
 def test_who_is_to_stop_takes_no_other_role() -> None:

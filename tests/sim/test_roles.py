@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from mooncake.core.messages import ChangeRole
 from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S, Role
 from mooncake.engine.attempts import TakeRole
+from mooncake.prefill.core import LET_GO_NS
 from mooncake.scheduler.config import ConductorConfig, RolesConfig
 from mooncake.sim.cluster import ClusterConfig, SimCluster
 from mooncake.sim.frontend import SimRequest
@@ -114,6 +116,21 @@ def test_a_death_in_the_midst_of_a_change_loses_nothing(moment: str, victim: str
     cluster._watch = watch
     watched.run(swinging(random.Random(1)))
     assert struck and all(record.completed for record in cluster.records)
+
+
+def test_a_prefill_instance_that_holds_hand_overs_becomes_the_decode_instance_they_wait_for() -> None:
+    """Many do: the batch is small, and its instance is gone for good."""
+    watched = Watched(msgspec.structs.replace(CONFIG, prefill=2, decode=1, decode_batch=2), check=True)
+    cluster = watched.cluster
+    cluster.loop.at(3 * NANOS_PER_S, cluster.kill, "decode-0")
+    rng = random.Random(1)
+    arrivals = [2 * NANOS_PER_S + at * NANOS_PER_S // 10 for at in range(100)]
+    keys = iter(lambda: rng.randbytes(16), b"")
+    watched.run(SimRequest(at, 200, 60, tuple(itertools.islice(keys, 3)), max_tokens=100) for at in arrivals)
+    [(changed_ns, _, role)] = watched.switches
+    told_ns = changed_ns - LET_GO_NS
+    assert role is Role.DECODE and 4 * NANOS_PER_S <= told_ns < 5 * NANOS_PER_S
+    assert all(record.completed for record in cluster.records)
 
 
 RESTLESS = RolesConfig(
