@@ -487,6 +487,8 @@ class StoreCore:
         new = [at for at, row in enumerate(found) if row is None]
         wanted = self._objects.rounded([event.sizes[at] for at in new])
         load_until, room_until = began_at + ssd.config.load_wait_ns, began_at + ssd.config.room_wait_ns
+        if self._waiting.is_full:
+            return self._reserve(event, now)
         if now < load_until and any(event.keys[at] in ssd.loading for at in new):
             return self._put_off(event, began_at, load_until, 0)
         if now < room_until and self._lacks_room(wanted):
@@ -504,7 +506,7 @@ class StoreCore:
         found = objects.find(keys)
         leading = self._num_leading(keys, found)
         missing = list(dict.fromkeys([keys[at] for at in range(leading) if found[at] is None]))
-        if not missing:
+        if not missing or self._waiting.is_full:
             return self._lease(event, now)
         new = [key for key in missing if key not in ssd.loading]
         wanted = objects.rounded(ssd.sizes(new)) if new else 0

@@ -12,6 +12,10 @@ from mooncake.store.events import Lease, Reserve
 from mooncake.store.lifecycle import State
 from mooncake.store.objects import Objects
 
+WAITING_MAX = 1024
+"""Calls that wait at a time, as many as there can be connections. More go ahead with what there is: a client can ask for any
+number of things at once."""
+
 
 class WaitingCall:
     """Tried again after every event, and at the latest at `until`. wanted_bytes: what must be ready."""
@@ -53,9 +57,13 @@ class Waiting:
     def __len__(self) -> int:
         return len(self.calls) + len(self._leases)
 
+    @property
+    def is_full(self) -> bool:
+        return len(self) >= WAITING_MAX
+
     def deadline(self) -> int | None:
         times = [call.until for call in self.calls]
-        times += [lease.until for lease in [*self._leases][:1]]
+        times += [next(iter(self._leases)).until] if self._leases else []
         return min(times, default=None)
 
     def wait(self, lease: WaitingLease) -> None:

@@ -369,6 +369,16 @@ def test_removed_in_both_tiers() -> None:
     assert store(Exists(A, 0, keys(1))) == (False,) and metric(store, "ssd_objects") == 1
 
 
+def test_only_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mooncake.store.waiting.WAITING_MAX", 1)
+    store = tiered(3, 8)
+    demoted(store, 1, 2, room=3)
+    put(store, 3, 4, 5)
+    assert store(Reserve(A, 8, keys(6), (UNIT,))) is None
+    assert hits(store, store(Lease(B, 9, keys(1, 3)))) == [None, key(3)]
+    assert store(Reserve(A, 9, keys(7), (UNIT,)))[0].status is RESERVED and metric(store, "lost_evictions") == 1
+
+
 # ------------------------------------------------------------ writers of what is on SSD
 
 
