@@ -11,10 +11,11 @@ from mooncake.frontend.tokenizer import Tokenizer
 from tests.live.harness import MODEL, Client, Cluster
 
 NUM_REQUESTS = 50
-NUM_PROMPT, NUM_OUTPUT = 600, 100
-KV_TOKENS = 3 * 6 * 128
-STORE = "512KiB"
-"""The simulated engine's KV has 256 bytes a token: 150 KiB a request."""
+NUM_PROMPT, NUM_OUTPUT = 1200, 100
+"""Long enough for decode to be told of a part while the rest is computed."""
+KV_TOKENS = 3 * 11 * 128
+STORE = "1MiB"
+"""The simulated engine's KV has 256 bytes a token: 300 KiB a request."""
 OVERTAKEN_MAX = 8
 
 
@@ -41,4 +42,7 @@ def test_fifty_requests_in_room_for_three() -> None:
         asyncio.run(scenario())
         time.sleep(1)
         cluster.checkpoint("after fifty requests")
+        cluster.stop()
+        [log] = [path for path in cluster.event_logs.iterdir() if path.name.startswith("decode")]
+        assert b"LoadBlocks" in log.read_bytes(), "nothing was loaded ahead"
     assert max(place - at for place, at in enumerate(ended)) <= OVERTAKEN_MAX, ended
