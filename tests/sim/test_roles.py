@@ -53,10 +53,10 @@ class Watched:
         return self.cluster
 
 
-def swinging(rng: random.Random) -> Iterator[SimRequest]:
+def swinging(rng: random.Random, count: int = 600) -> Iterator[SimRequest]:
     """15 requests a second. First long prompts and short answers: work for two and a half prefill instances. Then the
     other way round, for four batches."""
-    for at in range(600):
+    for at in range(count):
         arrival_ns = 2 * NANOS_PER_S + at * NANOS_PER_S // 15
         heavy = arrival_ns < HALF_NS
         num_tokens, num_output = (4000, 3) if heavy else (60, 1200)
@@ -114,7 +114,7 @@ def test_a_death_in_the_midst_of_a_change_loses_nothing(moment: str, victim: str
             cluster.loop.after(NANOS_PER_MS if moment == "taken" else 0, strike, name)
 
     cluster._watch = watch
-    watched.run(swinging(random.Random(1)))
+    watched.run(swinging(random.Random(1), 270))
     assert struck and all(record.completed for record in cluster.records)
 
 
