@@ -172,12 +172,14 @@ class SimEngine:
         run = self._run
         if run is None or not self._members:
             return
+        kept_back, self._times = self._times, {}  # of tokens that are told when the step ends
         # The last step of the run may end sequences; that is told when it ends.
         num_done = min(bisect_right(run.ends, self._loop.now, 0, run.num_steps), run.num_steps - 1)
         done = array("q", run.ends[:num_done])
         for seq, member in self._members.items():
             self._tell_member(seq, member, len(self._step_ends) + num_done, self._step_ends + done)
         self._report(self._perform(self.core.take_outputs(), []), 0)
+        self._times = kept_back
 
     def _replace_core(self, core: EngineCore, on_replaced: Call) -> None:
         assert self.core.idle and not self._members

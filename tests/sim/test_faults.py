@@ -53,3 +53,12 @@ def test_without_faults_nothing_fails_and_nothing_is_tried_twice() -> None:
     )
     assert set(count_outcomes(cluster)) <= {"stop", "length", "cancelled"}
     assert {record.num_attempts for record in cluster.records} == {1}
+
+
+def test_sequences_that_gave_their_pages_back_lose_no_token_when_somebody_dies() -> None:
+    node = msgspec.structs.replace(FAULTY.node, nic_bytes_per_s=4e6, capacity_bytes=4 << 20)
+    few_pages = msgspec.structs.replace(FAULTY, prefill=2, decode=3, nodes=4, num_pages=96, node=node)
+    for seed in (21, 23, 341):
+        rates = HARSH if seed % 2 else FaultRates()
+        cluster = run_with_faults(few_pages, seed, 150, 5 * NANOS_PER_S, rates, num_choices=(1, 1, 2))
+        assert count_outcomes(cluster).total() == 150
