@@ -39,9 +39,9 @@ _HOLDERS_MAX = 16
 
 class BlockCosts:
     """Nanoseconds to load one block with the way to itself, by where it lies. Remote comes on top of dram being read
-    there, so it is the slower of both."""
+    there, so it is the slower of both. nic_ns: of one on a NIC alone."""
 
-    __slots__ = ("_rates", "dram_ns", "num_bytes", "remote_ns", "ssd_ns", "token_bytes", "tokens")
+    __slots__ = ("_rates", "dram_ns", "nic_ns", "num_bytes", "remote_ns", "ssd_ns", "token_bytes", "tokens")
 
     def __init__(self, block_tokens: int, kv_token_bytes: int, rates: Rates) -> None:
         self.tokens = block_tokens
@@ -55,6 +55,7 @@ class BlockCosts:
         self.num_bytes = self.tokens * token_bytes
         block_ns = self.num_bytes * NANOS_PER_S
         self.dram_ns = block_ns / rates.dram_bytes_per_s
+        self.nic_ns = block_ns / rates.nic_bytes_per_s
         self.ssd_ns = block_ns / rates.ssd_bytes_per_s
         self.remote_ns = block_ns / min(rates.remote_bytes_per_s, rates.nic_bytes_per_s, rates.dram_bytes_per_s)
 

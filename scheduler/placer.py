@@ -53,7 +53,7 @@ class Placer:
         self._costs = costs
         self._policy = make_policy(config, Known(view, books, self._costs))
         self._gate = gate
-        self._replication = make_replication(config, view)
+        self._replication = make_replication(config, view, costs)
         self.copies: list[Send] = []
         """Copies of hot prefixes that the last placements asked store nodes for; the core sends them with its answers."""
 

@@ -12,8 +12,8 @@ import math
 
 import msgspec
 
-from mooncake.core.types import NANOS_PER_S
 from mooncake.scheduler.config import ConductorConfig, ReplicationConfig
+from mooncake.scheduler.costs import BlockCosts
 from mooncake.scheduler.placement import Decision
 from mooncake.scheduler.prefix_index import ANY, level_bit
 from mooncake.scheduler.view import View
@@ -36,11 +36,10 @@ class _Prefix(msgspec.Struct):
 
 
 class HotPrefixes:
-    def __init__(self, config: ReplicationConfig, view: View, block_ns: float) -> None:
-        """block_ns: of one block on a NIC."""
+    def __init__(self, config: ReplicationConfig, view: View, costs: BlockCosts) -> None:
         self._config = config
         self._view = view
-        self._block_ns = block_ns
+        self._costs = costs
         self._prefixes: dict[bytes, _Prefix] = {}
 
     def __len__(self) -> int:
@@ -61,7 +60,7 @@ class HotPrefixes:
         target = self._find_target(holders, now)
         if target is None:
             return None
-        prefix.rests_until = now + int(2 * num_blocks * self._block_ns) + self._config.rest_ns
+        prefix.rests_until = now + int(2 * num_blocks * self._costs.nic_ns) + self._config.rest_ns
         return Replicate(block_keys[:num_blocks], source, target)
 
     def _count(self, key: bytes, now: int) -> _Prefix:
@@ -86,7 +85,7 @@ class HotPrefixes:
         """Whether the source's NIC is behind, or what this prefix alone asks of each holder is more than its part of a NIC."""
         if self._view.links.out_until[source] - now > self._config.wait_ns:
             return True
-        per_holder_ns = prefix.num_uses * num_blocks * self._block_ns / max(1, num_holders)
+        per_holder_ns = prefix.num_uses * num_blocks * self._costs.nic_ns / max(1, num_holders)
         return per_holder_ns > self._config.nic_share * self._config.half_life_ns
 
     def _find_target(self, holders: int, now: int) -> str | None:
@@ -99,9 +98,6 @@ class HotPrefixes:
         return min(free)[2] if free else None
 
 
-def make_replication(config: ConductorConfig, view: View) -> HotPrefixes | None:
+def make_replication(config: ConductorConfig, view: View, costs: BlockCosts) -> HotPrefixes | None:
     """None if hot prefixes are not to be copied."""
-    if not config.replicate:
-        return None
-    block_bytes = config.block_tokens * config.kv_token_bytes
-    return HotPrefixes(config.replication, view, block_bytes * NANOS_PER_S / config.rates.nic_bytes_per_s)
+    return HotPrefixes(config.replication, view, costs) if config.replicate else None
