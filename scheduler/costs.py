@@ -9,7 +9,8 @@ prefill  n (b + 2 c (P + n/2)) for n computed tokens after P reused ones, so n (
 TBT      a + b B + c ctx, the step time of the decode batch with this request's choices in it, when its prefill will end
 
 KV is loaded layer by layer while the layers before are computed. So where a policy says that loads are *hidden*, a
-load costs only by how much it is longer than the prefill; the paper's formula adds it whole.
+load costs only by how much it is longer than the prefill; the paper's formula adds it whole. What only an ssd has is
+read into memory before, and never hidden.
 
 Instances are priced one after the other, best prospects first, and most need not be looked at: so a placement costs
 about the same among ten and among a thousand.
@@ -124,7 +125,7 @@ class PrefillPrices(msgspec.Struct, gc=False):
             load, num_slow = self._pull_ns(pool.nodes[row], own, source, queue), source.num_slow
             pull = self._offer(PULL, member, own, expected, source.num_blocks, num_slow, queue, load)
             best = self._better(best, pull)
-        if self.hidden and best.load_ns > best.prefill_ns:
+        if self.hidden and best.ttft_ns > best.queue_ns + best.prefill_ns:
             recompute = self._offer(RECOMPUTE, member, own, expected, own, 0, queue, 0.0)
             best = _first_of(best, recompute) if best.cost_ns <= recompute.cost_ns else _first_of(recompute, best)
         return best
@@ -146,10 +147,15 @@ class PrefillPrices(msgspec.Struct, gc=False):
         if new > member.step_tokens:
             a *= -(-new // member.step_tokens)
         prefill = a + new * (b + c * (whole + reused))
-        work = max(load, prefill) if self.hidden else load + prefill
+        read = self.read_ns(load, num_slow)
+        work = read + max(load - read, prefill) if self.hidden else load + prefill
         ttft = queue + work
         cost = ttft + self.work_weight * work
         return Offer(member.row, way, own, expected, blocks, num_slow, queue, load, prefill, ttft, cost)
+
+    def read_ns(self, load: float, num_slow: int) -> float:
+        """How much of a load is reading so many blocks from an ssd."""
+        return min(load, num_slow * self.costs.ssd_ns) if num_slow else 0.0
 
     def _better(self, local: Offer, pull: Offer) -> Offer:
         if self.threshold is None:

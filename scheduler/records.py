@@ -61,8 +61,11 @@ class Record(msgspec.Struct):
 
     def _sum(self, offers: Offers, offer: Offer) -> str:
         prices, tokens = offers.prices, offer.blocks * self.block_tokens
-        load, prefill = f"load {_ms(offer.load_ns)}", f"prefill {_ms(offer.prefill_ns)}"
+        read = prices.read_ns(offer.load_ns, offer.num_slow) if prices.hidden else 0.0
+        load, prefill = f"load {_ms(offer.load_ns - read)}", f"prefill {_ms(offer.prefill_ns)}"
         both = f"max({load}, {prefill})" if prices.hidden else f"{load} + {prefill}"
+        if read:
+            both = f"read {_ms(read)} + {both}"
         text = (
             f"{_ms(offer.ttft_ns)} ms = queue {_ms(offer.queue_ns)} + {both} ({offer.way}: "
             f"{self.request.num_tokens - tokens} new after {tokens} reused tokens: {offer.own} of {offer.blocks} blocks in own "

@@ -26,7 +26,11 @@ NUM_USES = 9
 BURST = 12
 NUM_ROUNDS = 8
 """Of two pulls the second must come while the first is under way: on a busy machine that takes more than one prefix."""
-OPTIONS = ("--engine", "simulated", "--replicate", "on", "--admission", "off")
+OPTIONS = (
+    "--engine", "simulated", "--replicate", "on", "--admission", "off", "--policy", "algorithm1",
+    "--rates-remote-bytes-per-s", "55MB", "--rates-nic-bytes-per-s", "55MB",
+)  # fmt: skip
+"""Of the simulated engine's 256 bytes a token. By Algorithm 1 a prefix is pulled, whatever it takes."""
 
 
 @contextlib.contextmanager

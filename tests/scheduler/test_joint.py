@@ -112,8 +112,13 @@ def test_recompute_what_takes_longer_to_load() -> None:
     assert (placed.source, placed.prediction.ttft_ns) == (None, 11_500_000)
     cluster.end(1)
     cluster.core.index.expire(100 * S)
-    placed = cluster.place(2, 305, *PREFIX)  # 21.5 ms for the rest, which hides most of the load
-    assert placed.source is not None and placed.prediction.load_ns == 25_000_000 - 21_500_000
+    placed = cluster.place(2, 305, *PREFIX)  # reading comes first, so 21.5 ms for the rest would not hide it
+    assert (placed.source, placed.prediction.ttft_ns) == (None, 31_500_000)
+    cluster.end(2)
+    cluster.core.index.expire(200 * S)
+    cluster.delta("n0", 1, "dram", added=PREFIX)
+    placed = cluster.place(3, 305, *PREFIX)
+    assert placed.source is not None and placed.prediction.ttft_ns == 21_500_000
 
 
 def test_a_prefill_of_many_steps_is_priced_with_all_of_them() -> None:
