@@ -48,6 +48,7 @@ from mooncake.engine.attempts import (
 )
 from mooncake.engine.core import AheadEnded, Drawn, KvLoaded, SequenceFailed, SequenceReleased, SequenceStarted
 from mooncake.engine.reporting import InstanceReporter
+from mooncake.engine.service_life import ServiceLife
 
 STALE_NS = 3 * NANOS_PER_S
 """Attempts younger than this are not dropped for missing in `LiveAttempts`: that message may have overtaken them."""
@@ -82,8 +83,7 @@ class DecodeCore:
         self._ahead: dict[int, LoadAhead] = {}
         self._opening_tokens = 0
         self._num_opening = 0
-        self._draining = False
-        self._next_role: Role | None = None
+        self._life = ServiceLife(info)
         self._out: list[DecodeCommand] = []
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Received: self._received,
@@ -111,9 +111,8 @@ class DecodeCore:
                 self._expire(attempt)
         if self.reporter.due(now):
             self._out += self.reporter.report(self._num_opening, self._opening_tokens)
-        if self._next_role is not None and self.drained:
-            self._out.append(TakeRole(self._next_role))
-            self._next_role = None
+        if self._life.next_role is not None and self.drained:
+            self._out.append(TakeRole(self._life.leave()))
         out, self._out = self._out, []
         return out
 
@@ -135,7 +134,7 @@ class DecodeCore:
 
     @property
     def drained(self) -> bool:
-        return self._draining and not len(self._table) and not self._ahead
+        return self._life.draining and not len(self._table) and not self._ahead
 
     def check_integrity(self) -> None:
         """Raises AssertionError: the counts agree with the attempts, and each attempt waits for somebody."""
@@ -170,9 +169,9 @@ class DecodeCore:
             self._fail(job, "refused", "is a decode instance now")
         elif too_long is not None:
             self._fail(job, "too_long", too_long)
-        elif self._draining or self._table.full:
+        elif self._life.draining or self._table.full:
             self.num_refused += 1
-            self._fail(job, "refused", "draining" if self._draining else f"{len(self._table)} attempts already")
+            self._fail(job, "refused", "draining" if self._life.draining else f"{len(self._table)} attempts already")
         else:
             attempt = _Decode(self._table.new_seq(), job, now)
             self._table.add(attempt)
@@ -184,7 +183,7 @@ class DecodeCore:
             self.reporter.touch(now)
 
     def _load_ahead(self, message: LoadAhead, now: int) -> None:
-        if len(self._ahead) < MAX_AHEAD and not self._draining:
+        if len(self._ahead) < MAX_AHEAD and not self._life.draining:
             seq = self._table.new_seq()
             self._ahead[seq] = message
             self._out.append(OpenSource(seq, message.source))
@@ -203,15 +202,11 @@ class DecodeCore:
             self._leave(attempt)
 
     def _drain(self, message: Drain, now: int) -> None:
-        self._draining = True
-        self._next_role = None
+        self._life.drain()
         self._out.extend(self.reporter.change_state(InstanceState.DRAINING))
 
     def _change_role(self, message: ChangeRole, now: int) -> None:
-        info = self.reporter.info
-        if message.epoch == info.epoch and message.role is not info.role and not self._draining:
-            self._draining = True
-            self._next_role = message.role
+        if self._life.change_role(message):
             self._out.extend(self.reporter.change_state(InstanceState.DRAINING))
 
     # ------------------------------------------------------------------ source and engine

@@ -68,6 +68,7 @@ from mooncake.engine.core import (
     SequenceStarted,
 )
 from mooncake.engine.reporting import InstanceReporter
+from mooncake.engine.service_life import ServiceLife
 
 RETRY_RESERVE_NS = 20 * NANOS_PER_MS
 """A refused reservation is tried again after this; the store has no call-back for room."""
@@ -211,8 +212,7 @@ class PrefillCore:
         self._num_started = 0
         self._reserving = False
         self._retry_at: int | None = None
-        self._draining = False
-        self._next_role: Role | None = None
+        self._life = ServiceLife(info)
         self._let_go_at: int | None = None
         self._lets_go = False
         self._out: list[PrefillCommand] = []
@@ -247,8 +247,8 @@ class PrefillCore:
             self._start_next(now)
         if self.reporter.due(now):
             self._out += self.reporter.report(len(self._queue), self._queued_tokens)
-        if self._next_role is not None:
-            self._leave_role(self._next_role, now)
+        if self._life.next_role is not None:
+            self._leave_role(now)
         out, self._out = self._out, []
         return out
 
@@ -266,7 +266,7 @@ class PrefillCore:
 
     @property
     def drained(self) -> bool:
-        return self._draining and not len(self._table)
+        return self._life.draining and not len(self._table)
 
     def check_integrity(self) -> None:
         """Raises AssertionError: the queue and the counts agree with the attempts."""
@@ -303,9 +303,9 @@ class PrefillCore:
             self._fail(job, "refused", "is a prefill instance now")
         elif too_long is not None:
             self._fail(job, "too_long", too_long)
-        elif self._draining or self._table.full:
+        elif self._life.draining or self._table.full:
             self.num_refused += 1
-            self._fail(job, "refused", "draining" if self._draining else f"{len(self._table)} attempts already")
+            self._fail(job, "refused", "draining" if self._life.draining else f"{len(self._table)} attempts already")
         else:
             attempt = _Prefill(self._table.new_seq(), job, now, self._target(job))
             self._table.add(attempt)
@@ -339,27 +339,24 @@ class PrefillCore:
             self._leave(attempt)
 
     def _drain(self, message: Drain, now: int) -> None:
-        self._draining = True
-        self._next_role = self._let_go_at = None
+        self._life.drain()
+        self._let_go_at = None
         self._out.extend(self.reporter.change_state(InstanceState.DRAINING))
 
     def _change_role(self, message: ChangeRole, now: int) -> None:
-        info = self.reporter.info
-        if message.epoch == info.epoch and message.role is not info.role and not self._draining:
-            self._draining = True
-            self._next_role = message.role
+        if self._life.change_role(message):
             self._let_go_at = now + LET_GO_NS
             self._out.extend(self.reporter.change_state(InstanceState.DRAINING))
 
-    def _leave_role(self, role: Role, now: int) -> None:
+    def _leave_role(self, now: int) -> None:
         if self._let_go_at is not None and self._let_go_at <= now:
             self._lets_go, self._let_go_at = True, None
         if self._lets_go and all(attempt.state is _State.HELD for attempt in self._table):
             for attempt in list(self._table):
                 self._leave(attempt)
         if self.drained:
-            self._out.append(TakeRole(role))
-            self._next_role = self._let_go_at = None
+            self._out.append(TakeRole(self._life.leave()))
+            self._let_go_at = None
 
     # ------------------------------------------------------------------ queue and room
 

@@ -7,6 +7,7 @@ prefix_index  block key -> holders by tier; `feeds` keeps it true by numbered re
 links, lengths  what is booked on NICs and SSDs; what was learnt of output lengths
 placer        one placement from question to answer: `costs` predicts, `placement/` chooses, `admission/` judges, `records`
               explains, `answers` remembers
-replication, roles  which prefixes deserve a copy; which instance should serve in the other pool
+replication   which prefixes deserve a copy
+roles         which instance should serve in the other pool; `switching` tells it
 membership    who is in the cluster: registration, compatibility, loss
 """

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from mooncake.core.errors import StoreError
-from mooncake.core.keys import object_key
+from mooncake.core.keys import object_keys
 from mooncake.core.messages import CopyBlocks
 from mooncake.store.client import StoreClient
 from mooncake.store.copies import Copies
@@ -64,7 +64,7 @@ class Copier:
     async def _copy(self, chunk: CopyBlocks) -> bool:
         """Whether all blocks of the chunk are here now. Raises StoreError."""
         source, node = chunk.source, self._node
-        keys = [object_key(key, chunk.shard) for key in source.block_keys]
+        keys = object_keys(source.block_keys, chunk.shard)
         async with (
             self._client(source.addresses, source.node) as theirs,
             self._client(node.addresses, node.config.node) as ours,

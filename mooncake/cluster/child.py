@@ -23,12 +23,11 @@ import uvloop
 
 from mooncake.config import Config, Launch, RoleConfig, ServiceRole, set_engine_environment
 from mooncake.core.errors import ConfigError, ModelError, MooncakeError, SegmentError
+from mooncake.core.garbage import GC_THRESHOLDS
 from mooncake.status import Status, StatusHandler
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG = 0, 1, 2
 EXIT_MARGIN_S = 3.0
-_GC_THRESHOLDS = (20_000, 20, 20)
-"""Nearly everything here dies by reference count; with the default of 700 the collector took 7 % of a frontend's time."""
 _PR_SET_PDEATHSIG = 1
 _SERVICES: dict[ServiceRole, str] = {
     "conductor": "mooncake.scheduler.service",
@@ -76,7 +75,7 @@ def run_service(config: Config, role: RoleConfig, status: Status) -> int:
     def live() -> None:
         service: Service = importlib.import_module(_SERVICES[role.role]).run
         gc.freeze()  # what imports made stays
-        gc.set_threshold(*_GC_THRESHOLDS)
+        gc.set_threshold(*GC_THRESHOLDS)
         uvloop.run(_until_told(lambda: service(config, role, status), config.timeouts.drain_s + EXIT_MARGIN_S))
 
     set_engine_environment(config)

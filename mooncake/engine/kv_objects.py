@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 from mooncake.core.errors import StoreError
-from mooncake.core.keys import object_key
+from mooncake.core.keys import object_keys
 from mooncake.core.types import KvSource
 from mooncake.engine.base import KvLayout
 from mooncake.store.handles import LeasedObjects, Reservation
@@ -32,7 +32,7 @@ class SourceReader:
 
 async def open_source(client: StoreOperations, source: KvSource, shard: bytes, block_tokens: int) -> SourceReader:
     """Lease what there is of the source. Raises StoreError if the node cannot be asked."""
-    leased = await client.lease([object_key(key, shard) for key in _keys(source)])
+    leased = await client.lease(object_keys(_keys(source), shard))
     return SourceReader(client, leased, source, block_tokens)
 
 
@@ -73,7 +73,7 @@ async def reserve_target(
     if target.partial_key:
         sizes.append(layout.object_bytes(target.num_tokens - num_blocks * block_tokens))
     reservation = await client.reserve(
-        [object_key(key, shard) for key in _keys(target)],
+        object_keys(_keys(target), shard),
         sizes,
         lease_existing=True,
         all_or_nothing=True,

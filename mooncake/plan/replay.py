@@ -15,6 +15,7 @@ import numpy as np
 
 from mooncake.config import load_config
 from mooncake.core.errors import ConfigError
+from mooncake.core.garbage import GC_THRESHOLDS
 from mooncake.core.types import NANOS_PER_S, Slo
 from mooncake.plan.options import ReplayOptions, flag, jitter_s, parse_slo
 from mooncake.sim.cluster import ClusterConfig
@@ -36,7 +37,6 @@ _FILE_KEYS = (
     "max_step_tokens",
 )  # fmt: skip
 """Options that are also keys of the configuration file, which they override."""
-_GC_THRESHOLDS = (20_000, 20, 20)
 _MACHINE_KEYS = ("hardware", "model", "colocated", "nic_gbps", "assumed_nic_gbps", "store_ssd", "ssd_rate")
 
 
@@ -185,9 +185,8 @@ def replay_trace(
 
 @contextlib.contextmanager
 def _rare_collection() -> Iterator[None]:
-    """What a simulation leaves behind goes by reference count; looking for cycles at the usual rate took 6 % of its time."""
     before = gc.get_threshold()
-    gc.set_threshold(*_GC_THRESHOLDS)
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
         yield
     finally:
