@@ -27,6 +27,8 @@ class BytesAllocator(Protocol):
 
     def rounded(self, size: int) -> int: ...
 
+    def occupy(self, extents: Mapping[int, int]) -> None: ...
+
     def allocate(self, size: int, count: int) -> list[int]: ...
 
     def free(self, size: int, offsets: Sequence[int]) -> None: ...
@@ -55,6 +57,22 @@ class Allocator:
     def rounded(self, size: int) -> int:
         """Bytes that an object of `size` bytes takes."""
         return (size + self.alignment - 1) & -self.alignment
+
+    def occupy(self, extents: Mapping[int, int]) -> None:
+        """Take these, offset to size, of a segment of which nothing is taken yet. Raises ValueError if two overlap or one is
+        outside; then nothing is taken."""
+        gaps: list[tuple[int, int]] = []
+        at = 0
+        for offset, size in [*sorted(extents.items()), (self.capacity, 0)]:
+            if offset < at or offset + size > self.capacity or (offset | size) % self.alignment:
+                raise ValueError(f"extent at {offset} of {size} bytes is in another's place, or in none")
+            if offset > at:
+                gaps.append((at, offset - at))
+            at = offset + size
+        self._remove(0, self.capacity)
+        for offset, size in gaps:
+            self._insert(offset, size)
+        self.free_bytes -= sum(extents.values())
 
     def allocate(self, size: int, count: int) -> list[int]:
         """Offsets of `count` new extents of `size` bytes, or of as many as there is room for in one piece each."""
@@ -167,6 +185,9 @@ class Budget:
 
     def rounded(self, size: int) -> int:
         return (size + self.alignment - 1) & -self.alignment
+
+    def occupy(self, extents: Mapping[int, int]) -> None:
+        self.free_bytes -= sum(extents.values())
 
     def allocate(self, size: int, count: int) -> list[int]:
         count = min(count, self.free_bytes // size)

@@ -17,33 +17,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import socket
 from collections.abc import Sequence
 from typing import Any, cast
-
-import msgspec
 
 from mooncake.core.errors import (
     AuthError,
     BadArgument,
     DeadlineExceeded,
     ProtocolError,
-    SegmentError,
     StoreError,
     StoreUnavailable,
 )
 from mooncake.store import wire
 from mooncake.store.events import Request, fault_of
+from mooncake.store.exchange import Exchange
 from mooncake.store.handles import Link
-from mooncake.store.operations import DEADLINE_S, StoreOperations, undo, until
-from mooncake.transport.base import Path, Region
+from mooncake.store.links import open_link
+from mooncake.store.operations import DEADLINE_S, StoreOperations, until
 from mooncake.transport.frames import Frame, FrameReader
-from mooncake.transport.shm import open_segment
-from mooncake.transport.tcp import TcpPath, parse_address
+from mooncake.transport.tcp import parse_address
 
-MAX_PENDING = 4096
-"""Requests without an answer; a node that is so far behind is as good as gone."""
 _BACKOFF_S = (0.05, 1.0)
 
 
@@ -58,9 +52,9 @@ class _Connection(asyncio.Protocol):
         self.error: StoreError | None = None
         self.capacity = 0
         self._client = client
-        self._reader = FrameReader(wire.MAX_CONTROL_BYTES)
-        self._pending: dict[int, tuple[Request, asyncio.Future[Any]]] = {}
-        self._numbers = itertools.count(1)
+        self._greeting: FrameReader | None = FrameReader(wire.MAX_HELLO_BYTES)
+        self._exchange = Exchange()
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -68,10 +62,21 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            for frame in self._reader.feed(data):
-                self._on_frame(frame)
+            if self._greeting is not None:
+                self._on_greeting(self._greeting.feed(data))
+                return
+            answers, undoing = self._exchange.receive(data)
         except StoreError as error:
             self.lose(error)
+            return
+        if undoing:
+            self.send(undoing)
+        for number, outcome in answers:
+            future = self._waiting.pop(number)
+            if isinstance(outcome, StoreError):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
 
     def eof_received(self) -> bool:
         """Keeps our half open: the node frees our claims when it closes, and a copy may still be running."""
@@ -88,13 +93,21 @@ class _Connection(asyncio.Protocol):
         self._transport.write(data)
 
     def request(self, request: Request) -> asyncio.Future[Any]:
+        return self._ask(*self._exchange.ask(request))
+
+    def attach(self, table: str) -> asyncio.Future[Any]:
+        return self._ask(*self._exchange.attach(table))
+
+    def _ask(self, number: int, data: bytes) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if len(self._pending) >= MAX_PENDING:
-            raise StoreUnavailable(f"{MAX_PENDING} requests wait for an answer")
-        number = next(self._numbers) & 0xFFFFFFFF
-        self._pending[number] = request, future
-        self.send(wire.encode_request(msgspec.structs.replace(request, request_id=number)))
+        self._waiting[number] = future
+        future.add_done_callback(lambda future: self._given_up(number) if future.cancelled() else None)
+        self.send(data)
         return future
+
+    def _given_up(self, number: int) -> None:
+        if self._waiting.pop(number, None) is not None:
+            self._exchange.abandon(number)
 
     def lose(self, error: StoreError) -> None:
         """The connection is of no more use. It is closed once no data call uses its claims."""
@@ -104,8 +117,8 @@ class _Connection(asyncio.Protocol):
         if self.link is not None and self.link.lost is None:
             self.link.lose(str(error))
             self._client.connection_lost(self)
-        pending, self._pending = self._pending, {}
-        for _, future in pending.values():
+        waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
             if not future.done():
                 future.set_exception(StoreUnavailable(str(error)))
 
@@ -114,35 +127,20 @@ class _Connection(asyncio.Protocol):
         self.lose(StoreUnavailable("closed"))
         if self.link is not None:
             await until(self.link.idle)
-            self.link.path.close()
+            self.link.close()
         assert self._transport is not None
         self._transport.abort()  # what was not sent yet is of no use: the node frees all there is
         await self.closed
 
-    def _on_frame(self, frame: Frame) -> None:
-        if not self.welcome.done():
-            self.welcome.set_result(wire.decode_welcome(self._raised(frame)))
+    def _on_greeting(self, frames: list[Frame]) -> None:
+        if not frames:
             return
-        if frame.request not in self._pending:
-            self._raised(frame)
-            raise ProtocolError(f"answer to request {frame.request}, which is not waiting for one")
-        request, future = self._pending.pop(frame.request)
-        if wire.is_error(frame):
-            if not future.done():
-                future.set_exception(wire.decode_error(frame))
-            return
-        results = wire.decode_reply(request, frame)
-        if not future.done():
-            future.set_result(results)
-            return
-        for follow_up in undo(request, results):
-            self.request(follow_up).cancel()
-
-    @staticmethod
-    def _raised(frame: Frame) -> Frame:
-        if wire.is_error(frame):
-            raise wire.decode_error(frame)
-        return frame
+        if len(frames) > 1:
+            raise ProtocolError("the node said more than WELCOME")
+        if wire.is_error(frames[0]):
+            raise wire.decode_error(frames[0])
+        self.welcome.set_result(wire.decode_welcome(frames[0]))
+        self._greeting = None
 
 
 class StoreClient(StoreOperations):
@@ -258,20 +256,14 @@ class StoreClient(StoreOperations):
             if self._node and welcome.node != self._node:
                 raise StoreUnavailable(f"is node {welcome.node}, not {self._node}")
             connection.capacity = welcome.capacity
-            path = await asyncio.to_thread(self._open_path, address, family, welcome)
+            link = await asyncio.to_thread(open_link, address, self._hello, welcome)
+            if link.local is not None:
+                await connection.attach(link.local.table.path)
             if connection.error is not None:
-                path.close()
+                link.close()
                 raise connection.error
         except BaseException:
             await connection.close()
             raise
-        connection.link = Link(path)
+        connection.link = link
         return connection
-
-    def _open_path(self, address: str, family: int, welcome: wire.Welcome) -> Path:
-        """The segment itself where it can be mapped, else the socket that leads to it."""
-        if family == socket.AF_UNIX:
-            with contextlib.suppress(SegmentError):
-                return open_segment(Region("shm", welcome.segment, welcome.capacity), welcome.epoch)
-        greeting = msgspec.structs.replace(self._hello, session=welcome.session)
-        return TcpPath(Region("tcp", address, welcome.capacity), wire.encode_hello(greeting))

@@ -27,6 +27,7 @@ from mooncake.store.allocator import Allocator, BytesAllocator
 from mooncake.store.claims import Claims, Reservations
 from mooncake.store.events import (
     MAX_BATCH,
+    Adopted,
     Cancel,
     ClientGone,
     Command,
@@ -47,12 +48,14 @@ from mooncake.store.events import (
     SsdRead,
     SsdWritten,
     Tick,
+    Used,
     fault_of,
     fault_of_reserve,
 )
 from mooncake.store.eviction import EvictionPolicy, Lru
 from mooncake.store.lifecycle import State, Trigger
 from mooncake.store.objects import Objects, pick
+from mooncake.store.readers import NoReaders, Readers
 from mooncake.store.ssd import SsdConfig, SsdTier
 from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
 from mooncake.store.waiting import Waiting, WaitingCall, WaitingLease
@@ -66,10 +69,14 @@ died is seen by its connection long before."""
 _FEW_RESERVED = 64
 REPORT_NS = 20 * NANOS_PER_MS
 """Deltas are gathered this long: a control message costs 100 us, a prediction covers the gap."""
+LOOK_NS = 50 * NANOS_PER_MS
+"""How often it is looked whether what readers have without asking is free again."""
 
 
 class StoreCore:
-    """allocator: of the segment; by default one of `capacity` bytes that places objects. ssd_allocator: likewise."""
+    """allocator: of the segment; by default one of `capacity` bytes that places objects. ssd_allocator: likewise.
+    readers: those who do not ask; by default there are none. last_number: objects are numbered from the next on; readers know
+    them by that, so it must be none of a life before."""
 
     def __init__(
         self,
@@ -83,11 +90,14 @@ class StoreCore:
         report_ns: int = REPORT_NS,
         ssd: SsdConfig | None = None,
         ssd_allocator: BytesAllocator | None = None,
+        readers: Readers | None = None,
+        last_number: int = 0,
     ) -> None:
         self.epoch = epoch
-        self.counters = dict.fromkeys(("hits", "misses", "commits", "refusals", "conflicts", "expired"), 0)
+        self.counters = dict.fromkeys(("hits", "misses", "commits", "refusals", "conflicts", "expired", "damaged"), 0)
+        self.readers = NoReaders() if readers is None else readers
         self._allocator = allocator or Allocator(capacity, alignment)
-        self._objects = Objects(self._allocator, policy or Lru())
+        self._objects = Objects(self._allocator, policy or Lru(), self.readers, last_number)
         self._reservation_ns = reservation_ns
         self._report_ns = report_ns
         self._clients: dict[int, Claims] = {}
@@ -97,6 +107,8 @@ class StoreCore:
         self._writers: Counter[bytes] | None = None
         """Live reservations by key. Only strict writers ask for them, so they are counted from the first strict put on."""
         self._report_at: int | None = None
+        self._look_at: int | None = None
+        """When to see whether objects linger still."""
         self._handlers: dict[type[Event], Callable[[Any, int], list[Command]]] = {
             Reserve: self._reserve,
             Commit: self._commit,
@@ -106,6 +118,8 @@ class StoreCore:
             Exists: self._exists,
             Remove: self._remove,
             ClientGone: self._client_gone,
+            Used: self._used,
+            Adopted: self._adopt,
             SnapshotWanted: self._snapshot,
             Tick: self._tick,
         }
@@ -129,6 +143,8 @@ class StoreCore:
             self._report_at = now + self._report_ns
         if self._report_at is not None and now >= self._report_at:
             commands += self._flush()
+        if self._look_at is None and self._objects.lingering:
+            self._look_at = now + LOOK_NS
         return commands
 
     def deadline(self) -> int | None:
@@ -137,6 +153,8 @@ class StoreCore:
             reserved.popleft()
         if reserved and (earliest is None or reserved[0].expires_at < earliest):
             earliest = reserved[0].expires_at
+        if self._look_at is not None and (earliest is None or self._look_at < earliest):
+            earliest = self._look_at
         if self._ssd is not None:
             until = self._waiting.deadline()
             if until is not None and (earliest is None or until < earliest):
@@ -169,6 +187,7 @@ class StoreCore:
                 "used_bytes": self._allocator.capacity - self._allocator.free_bytes,
                 "evictable_bytes": objects.idle_bytes,
                 "objects": len(objects.by_key),
+                "lingering": len(objects.lingering),
                 "reservations": sum([claims.num_reservations for claims in clients]),
                 "leases": sum([claims.num_leases + len(claims.aliases) for claims in clients]),
             }
@@ -192,7 +211,8 @@ class StoreCore:
             return self._refuse(event, known)
         there = self._lease_known(event, claims, known)
         statuses = (_EXISTS,) * num_known + _statuses_of(made.numbers)
-        puts = Puts(there.offsets + made.offsets, there.sizes + made.sizes, there.numbers + made.numbers, statuses)
+        offsets, sizes, numbers = there.offsets + made.offsets, there.sizes + made.sizes, there.numbers + made.numbers
+        puts = Puts(offsets, sizes, numbers, statuses=statuses)
         return [Reply(event.client, event.request_id, puts)]
 
     def _reserve_any(self, event: Reserve, found: list[int | None], now: int) -> list[Command]:
@@ -428,6 +448,7 @@ class StoreCore:
                 self._objects.remove(row)
             was_below = self._ssd is not None and self._ssd.remove(key)
             results.append(row is not None or was_below)
+            self.counters["damaged"] += event.damaged and results[-1]
         return _reply(event, tuple(results))
 
     # ------------------------------------------------------------ other events
@@ -451,8 +472,26 @@ class StoreCore:
             commands.append(Snapshot(self.epoch, copies.changes.seq, tuple(copies.by_key), Tier.SSD))
         return commands
 
+    def _used(self, event: Used, now: int) -> list[Command]:
+        objects, states = self._objects, self._objects.states
+        for batch in event.batches:
+            rows = [row for row in batch if row < len(states) and states[row] is State.COMMITTED]
+            self.counters["hits"] += len(rows)
+            objects.hold(rows)
+            objects.unhold(rows)
+        return []
+
+    def _adopt(self, event: Adopted, now: int) -> list[Command]:
+        """Raises ValueError if they cannot all be where they are said to be."""
+        if event.keys:
+            self._objects.restore(event.keys, event.sizes, event.offsets, event.numbers, event.checksums)
+        return []
+
     def _tick(self, event: Tick, now: int) -> list[Command]:
         objects = self._objects
+        if self._look_at is not None and self._look_at <= now:
+            self._look_at = None
+            objects.settle_readers()
         while self._reserved and self._reserved[0].expires_at <= now:
             reservations = self._reserved.popleft()
             reservations.is_late = True
@@ -628,6 +667,7 @@ class StoreCore:
         numbers = sum([claims.num_leases + len(claims.aliases) for claims in clients])
         _require(numbers == leased.total(), "leases are miscounted")
         leased.update(self._waiting.held_rows())
+        leased.update(objects.lingering.keys())
         if self._ssd is not None:
             self._ssd.check_integrity()
             leased.update(self._ssd.held_rows())
@@ -639,14 +679,18 @@ def _nowhere(count: int) -> Places:
 
 
 def _with_statuses(places: Places, statuses: tuple[PutStatus, ...]) -> Puts:
-    return Puts(places.offsets, places.sizes, places.numbers, statuses)
+    return Puts(places.offsets, places.sizes, places.numbers, statuses=statuses)
 
 
 def _join(parts: Sequence[Places], at: Sequence[int]) -> Places:
     """One after the other; the i-th of them goes to at[i]."""
     order = sorted(range(len(at)), key=at.__getitem__)
     columns = zip(*[(part.offsets, part.sizes, part.numbers) for part in parts], strict=True)
-    return Places(*[pick(tuple(chain(*column)), order) for column in columns])
+    offsets, sizes, numbers = [pick(tuple(chain(*column)), order) for column in columns]
+    if not any(part.checksums for part in parts):
+        return Places(offsets, sizes, numbers)
+    checksums = [part.checksums or (None,) * len(part) for part in parts]
+    return Places(offsets, sizes, numbers, pick(tuple(chain(*checksums)), order))
 
 
 def _statuses_of(numbers: tuple[int | None, ...]) -> tuple[PutStatus, ...]:

@@ -84,15 +84,34 @@ class Exists(Request, frozen=True):
 
 class Remove(Request, frozen=True):
     """Answered by a bool per key: whether a committed object was removed. Readers that leased it keep it until they
-    release."""
+    release. damaged: what they read does not have its checksum."""
 
     keys: tuple[bytes, ...]
+    damaged: bool = False
 
 
 class ClientGone(Event, frozen=True):
     """The connection ended, and with it every claim of the client."""
 
     client: int
+
+
+class Used(Event, frozen=True):
+    """Readers found these by themselves and read them: rows, a batch each time in chain order. Rows of objects that are gone
+    by now are passed over, or taken for those that have their place."""
+
+    batches: tuple[tuple[int, ...], ...]
+
+
+class Adopted(Event, frozen=True):
+    """The first event of a node that found objects of a life before in its segment: what they are, column by column, those
+    first that are to be evicted first."""
+
+    keys: tuple[bytes, ...]
+    sizes: tuple[int, ...]
+    offsets: tuple[int, ...]
+    numbers: tuple[int, ...]
+    checksums: tuple[int | None, ...]
 
 
 class SnapshotWanted(Event, frozen=True):

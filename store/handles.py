@@ -18,8 +18,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from xxhash import xxh3_64_intdigest
+
 from mooncake.core.errors import (
     BadArgument,
+    Damaged,
     DeadlineExceeded,
     HandleLost,
     OutOfRange,
@@ -28,8 +31,10 @@ from mooncake.core.errors import (
     TransferTimeout,
     TransportError,
 )
-from mooncake.store.types import Location, PutStatus
-from mooncake.transport.base import Path, Piece
+from mooncake.store.local.index import Found
+from mooncake.store.local.reader import LocalReader
+from mooncake.store.types import Location, Places, PutStatus
+from mooncake.transport.base import MappedPath, Path, Piece
 
 DataPiece = tuple[int, int, Any]
 """index in the batch, offset in the object, buffer (C-contiguous; anything that memoryview takes)"""
@@ -45,19 +50,22 @@ class Hold(enum.IntEnum):
 
 
 class Link:
-    """One connection to a node, as its handles see it. `lost`: why it ended."""
+    """One connection to a node, as its handles see it. `lost`: why it ended. local: reads of this machine's node that go
+    without it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, local: LocalReader | None = None) -> None:
         self.path = path
+        self.local = local
         self.lost: str | None = None
         self.num_calls = 0
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def call(self) -> Iterator[Path]:
-        """A data call. The connection must not be closed under it: the node takes that as the client's death."""
+    def call(self, *, outlives: bool = False) -> Iterator[Path]:
+        """A data call. The connection must not be closed under it: the node takes that as the client's death. outlives: the
+        claim does not go with the connection."""
         with self._lock:
-            if self.lost is not None:
+            if self.lost is not None and not outlives:
                 raise HandleLost(f"the claim went with its connection: {self.lost}")
             self.num_calls += 1
         try:
@@ -67,6 +75,26 @@ class Link:
         finally:
             with self._lock:
                 self.num_calls -= 1
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Path]:
+        """A data call that writes."""
+        with self.call() as path:
+            if self.local is None:
+                yield path
+                return
+            if not self.local.begin_write():
+                raise HandleLost("the claim went with its node: the segment has another owner now")
+            try:
+                yield path
+            finally:
+                self.local.end_write()
+
+    def close(self) -> None:
+        """No data call is running. Leases that outlive the connection last until they are released."""
+        if self.local is not None:
+            self.local.retire()
+        self.path.close()
 
     def idle(self) -> bool:
         """Whether no data call is running."""
@@ -86,14 +114,37 @@ def _as_store_error(error: TransportError) -> StoreError:
 
 
 class LeasedObjects:
-    """Leases of one batch; index i belongs to key i. Hold `locations[i] is None`: a miss, nothing to release."""
+    """Leases of one batch; index i belongs to key i. Hold `locations[i] is None`: a miss, nothing to release.
 
-    def __init__(self, link: Link, locations: Sequence[Location | None], holds: Sequence[Hold]) -> None:
+    slots: by index, of leases that the client took by itself (`mooncake.store.local`); they do not go with the connection."""
+
+    def __init__(
+        self,
+        link: Link,
+        locations: Sequence[Location | None],
+        holds: Sequence[Hold],
+        checksums: tuple[int | None, ...] = (),
+        slots: Sequence[int] | None = None,
+    ) -> None:
         self.link = link
+        self.slots = slots
         self.locations = tuple(locations)
+        self.checksums: tuple[int | None, ...] = checksums or (None,) * len(self.locations)
         self._holds = list(holds)
         self._num_running = [0] * len(self._holds)
         self._lock = threading.Lock()
+
+    @classmethod
+    def placed(cls, link: Link, places: Places) -> LeasedObjects:
+        """What a Lease was answered with."""
+        locations = places.locations()
+        return cls(link, locations, [Hold.LEASED if each else Hold.NOTHING for each in locations], places.checksums)
+
+    @classmethod
+    def found(cls, link: Link, found: Sequence[Found], slots: Sequence[int]) -> LeasedObjects:
+        """What the client leased by itself."""
+        locations = [Location(each.offset, each.size, each.number) for each in found]
+        return cls(link, locations, [Hold.LEASED] * len(found), tuple([each.checksum for each in found]), slots)
 
     def __len__(self) -> int:
         return len(self.locations)
@@ -109,14 +160,19 @@ class LeasedObjects:
         self.read_batch(((index, offset, out),))
 
     def read_batch(self, pieces: Sequence[DataPiece]) -> None:
-        """All of them in one call; over TCP in one round trip."""
-        with self._using(pieces, Hold.LEASED) as batch, self.link.call() as path:
+        """All of them in one call; over TCP in one round trip. Raises Damaged if objects that came whole through a socket do
+        not have the checksum that their writers took."""
+        with self._using(pieces, Hold.LEASED) as batch, self._reading() as path:
             path.read(batch).wait()
+            mapped = isinstance(path, MappedPath)
+        damaged = () if mapped else [at for at, _, data in pieces if not self._is_sound(at, data)]
+        if damaged:
+            raise Damaged(f"objects {damaged} of {len(self)} do not match their checksums", damaged)
 
     def view(self, index: int) -> memoryview:
         """The object itself, read-only and without a copy, valid until it is released. Raises BadArgument where the
         segment is not mapped (`mapped`)."""
-        with self._using((), Hold.LEASED), self.link.call() as path:
+        with self._using((), Hold.LEASED), self._reading() as path:
             location = self._location(index, Hold.LEASED)
             view = path.view(location.offset, location.size)
         if view is None:
@@ -126,7 +182,8 @@ class LeasedObjects:
     def use(self, index: int, offset: int, size: int, use: Callable[[memoryview], None]) -> None:
         """Call `use` with [offset, offset + size) of object `index`: the segment itself where it is mapped, else a copy. The
         bytes stay valid during the call only."""
-        with self._mapped(index, offset, size, Hold.LEASED) as view:
+        with self._open(index, offset, size, Hold.LEASED) as start, self._reading() as path:
+            view = path.view(start, size)
             if view is not None:
                 use(view)
                 return
@@ -172,15 +229,22 @@ class LeasedObjects:
                 for index, _, _ in pieces:
                     self._num_running[index] -= 1
 
+    def _is_sound(self, index: int, data: Any) -> bool:
+        checksum, place = self.checksums[index], self.locations[index]
+        whole = place is not None and memoryview(data).nbytes == place.size
+        return checksum is None or not whole or xxh3_64_intdigest(data) == checksum
+
+    def _reading(self) -> contextlib.AbstractContextManager[Path]:
+        return self.link.call(outlives=self.slots is not None)
+
     @contextlib.contextmanager
-    def _mapped(self, index: int, offset: int, size: int, hold: Hold) -> Iterator[memoryview | None]:
-        """That range of the segment, kept claimed meanwhile; None where it is not mapped."""
+    def _open(self, index: int, offset: int, size: int, hold: Hold) -> Iterator[int]:
+        """Where that range of the object is in the segment; it is kept claimed meanwhile."""
         with self._lock:
             start = self._location(index, hold).offset + self._in_bounds(index, offset, size)
             self._num_running[index] += 1
         try:
-            with self.link.call() as path:
-                yield path.view(start, size)
+            yield start
         finally:
             with self._lock:
                 self._num_running[index] -= 1
@@ -231,13 +295,14 @@ class Reservation(LeasedObjects):
 
     def write_batch(self, pieces: Sequence[DataPiece]) -> None:
         """All of them in one call; over TCP in one round trip."""
-        with self._using(pieces, Hold.WRITING) as batch, self.link.call() as path:
+        with self._using(pieces, Hold.WRITING) as batch, self.link.writing() as path:
             path.write(batch).wait()
 
     def fill(self, index: int, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
         """Call `fill` with a buffer for [offset, offset + size) of object `index`: the segment itself where it is mapped, else
         one that is written afterwards."""
-        with self._mapped(index, offset, size, Hold.WRITING) as view:
+        with self._open(index, offset, size, Hold.WRITING) as start, self.link.writing() as path:
+            view = path.view(start, size)
             if view is not None:
                 fill(view)
                 return

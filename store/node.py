@@ -1,7 +1,7 @@
 """The shell of a store node: a shared segment, a data port, and a `StoreCore` that decides.
 
-A connection's first frame is HELLO. Without a session it is a client's control connection, whose end is that client's
-end; with the session's secret it is one of its data connections, handed over to a RangeServer.
+Control connections (`mooncake.store.connection`) are served on the event loop, data connections by threads, which ask the core
+too: so the core has a lock. Clients of this machine read without asking (`mooncake.store.local`).
 """
 
 from __future__ import annotations
@@ -11,29 +11,43 @@ import contextlib
 import hmac
 import os
 import secrets
-import socket
+import threading
 import time
 from collections.abc import Callable
-from typing import cast
 
 import msgspec
 
-from mooncake.core.errors import AuthError, BadArgument, ProtocolError, SegmentError, StoreError, StoreUnavailable
+from mooncake.core.errors import AuthError, BadArgument, SegmentError, StoreError, StoreUnavailable
 from mooncake.core.event_log import EventLogWriter
 from mooncake.core.keys import block_keys_of
 from mooncake.core.messages import CacheDelta, CacheSnapshot, NodeInfo
 from mooncake.core.types import NANOS_PER_S, Tier
 from mooncake.store import wire
+from mooncake.store.connection import Connection
 from mooncake.store.core import StoreCore
-from mooncake.store.events import ClientGone, Command, Event, Fault, Reply, Report, Snapshot, SnapshotWanted, Tick
-from mooncake.transport.frames import Frame, FrameReader, Kind, pack
+from mooncake.store.events import (
+    ClientGone,
+    Command,
+    Event,
+    Fault,
+    Reply,
+    Report,
+    Reserve,
+    Snapshot,
+    SnapshotWanted,
+    Tick,
+    Used,
+)
+from mooncake.store.local.readers import LocalReaders
+from mooncake.store.local.segment import take_segment
 from mooncake.transport.shm import SHM_DIR, ShmSegment
-from mooncake.transport.tcp import RangeServer
 
-HELLO_TIMEOUT_S = 5.0
-MAX_CONNECTIONS = 1024
 MAX_DATA_CONNECTIONS = 16
-"""Of one client."""
+"""Of one client; each is a thread here."""
+LOOK_S = 1.0
+"""How often it is looked what clients have read by themselves, and whether they are still alive."""
+_END_S = 1.0
+"""How long the end waits for data connections."""
 _MAX_UNIX_PATH = 107
 _COUNTERS = ("faults", "auth_errors", "protocol_errors", "bytes_read", "bytes_written", "blocks_copied")
 
@@ -63,7 +77,10 @@ class StoreNode:
         self.config = config
         self.epoch = time.time_ns()
         self.addresses: tuple[str, ...] = ()
-        self.core = StoreCore(config.capacity_bytes, epoch=self.epoch, alignment=config.alignment)
+        self.core: StoreCore
+        self.lock = threading.Lock()
+        """Of the core."""
+        self.readers: LocalReaders | None = None
         self.token = config.token.encode()
         self.segment: ShmSegment | None = None
         self.connections: set[Connection] = set()
@@ -74,6 +91,7 @@ class StoreNode:
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0
+        self._looking: asyncio.TimerHandle | None = None
         self._counters = dict.fromkeys(_COUNTERS, 0)
 
     async def start(self) -> None:
@@ -81,11 +99,25 @@ class StoreNode:
         config = self.config
         if len(os.fsencode(config.unix_path)) > _MAX_UNIX_PATH:
             raise BadArgument(f"unix_path: {config.unix_path} is longer than {_MAX_UNIX_PATH} bytes")
-        create = ShmSegment.create
         try:
-            self.segment = await asyncio.to_thread(
-                create, config.cluster, config.node, self.epoch, config.capacity_bytes, config.shm_dir
+            self.segment, self.readers, adopted = await asyncio.to_thread(
+                take_segment,
+                config.cluster,
+                config.node,
+                self.epoch,
+                config.capacity_bytes,
+                config.alignment,
+                config.shm_dir,
             )
+            self.core = StoreCore(
+                config.capacity_bytes,
+                epoch=self.epoch,
+                alignment=config.alignment,
+                readers=self.readers,
+                last_number=self.epoch,  # a time in nanoseconds: no life can have numbered so many
+            )
+            if adopted is not None:
+                self.handle(adopted)
             self.addresses = (await self._listen_unix(), *await self._listen_tcp())
         except SegmentError as error:
             raise StoreError(str(error)) from error
@@ -108,9 +140,15 @@ class StoreNode:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.config.unix_path)
         self._servers = []
-        await asyncio.sleep(0)  # the connections' ends are events for the core, and may arm the timer
-        if self._timer is not None:
-            self._timer.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END_S):
+                while self._clients or self.connections:  # their ends are events for the core, and may arm the timer
+                    await asyncio.sleep(0.001)
+        for timer in (self._timer, self._looking):
+            if timer is not None:
+                timer.cancel()
+        if self.readers is not None:
+            self.readers.close()
         if self.segment is not None:
             self.segment.close()
 
@@ -130,21 +168,43 @@ class StoreNode:
                 transferred["bytes_read"] += server.bytes_read
                 transferred["bytes_written"] += server.bytes_written
         counters = {name: count + transferred.get(name, 0) for name, count in self._counters.items()}
-        return self.core.metrics() | counters | {"clients": len(self._clients)}
+        num_tables = 0 if self.readers is None else self.readers.num_tables
+        return self.core.metrics() | counters | {"clients": len(self._clients), "local_readers": num_tables}
 
     # ------------------------------------------------------------ from connections
 
     def handle(self, event: Event) -> None:
         """One event through the core, and its commands carried out."""
-        now = time.monotonic_ns()
-        commands = self.core.handle(event, now)
+        if isinstance(event, Reserve):
+            self._take_uses()  # what was read a moment ago should not be what makes room
+        now, readers = time.monotonic_ns(), self.readers
+        with self.lock:
+            if readers is not None:
+                readers.begin()
+            commands = self.core.handle(event, now)
         if self.event_log is not None:
-            self.event_log.append(now, event, commands)
+            self.event_log.append(now, event, commands, readers.answers if readers is not None else ())
         for command in commands:
             self._carry_out(command)
         deadline = self.core.deadline()
         if deadline is not None and (self._timer is None or deadline < self._timer_at):
             self._arm(deadline)
+
+    def allows(self, client: int, number: int, offset: int, size: int, write: bool) -> bool:
+        """For data connections, from their threads."""
+        with self.lock:
+            return self.core.allows(client, number, offset, size, write)
+
+    def attach(self, path: str) -> None:
+        """A client reads by itself from now on, and says in this table what. Raises BadArgument."""
+        if self.readers is None:
+            raise BadArgument("table: this node has no index")
+        try:
+            self.readers.attach(path)
+        except SegmentError as error:
+            raise BadArgument(f"table: {error}") from error
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(LOOK_S, self._look)
 
     def count(self, counter: str, amount: int = 1) -> None:
         self._counters[counter] += amount
@@ -172,18 +232,24 @@ class StoreNode:
     def welcome(self, connection: Connection) -> wire.Welcome:
         assert self.segment is not None
         config = self.config
-        return wire.Welcome(config.node, self.epoch, config.capacity_bytes, self.segment.path, connection.session)
+        num_entries = 0 if self.readers is None else self.readers.index.num_entries
+        return wire.Welcome(
+            config.node, self.epoch, config.capacity_bytes, self.segment.path, connection.session, num_entries
+        )
 
     def gone(self, connection: Connection) -> None:
-        """A connection ended. Data connections of a client are cut before its claims are freed: they write into the
-        segment."""
+        """A connection ended, and its data connections too: they write into the segment as long as they last."""
         self.connections.discard(connection)
         if connection.client:
             del self._clients[connection.client]
-            del self._sessions[connection.session]
-            for server in tuple(connection.data):
-                server.abort()
+            self._sessions.pop(connection.session, None)
+            if self.readers is not None:
+                self.readers.drop_abandoned()
             self.handle(ClientGone(connection.client))
+
+    def refuse_data(self, connection: Connection) -> None:
+        """No more data connections for this client."""
+        self._sessions.pop(connection.session, None)
 
     # ------------------------------------------------------------ commands
 
@@ -211,8 +277,18 @@ class StoreNode:
     def _on_timer(self) -> None:
         self._timer = None
         self.handle(Tick())
-        for client in self._clients.values():
-            client.recheck()
+
+    def _look(self) -> None:
+        assert self.readers is not None
+        self._take_uses()
+        self.readers.drop_abandoned()
+        more = self.readers.num_tables > 0
+        self._looking = asyncio.get_running_loop().call_later(LOOK_S, self._look) if more else None
+
+    def _take_uses(self) -> None:
+        uses = self.readers.take_uses() if self.readers is not None else ()
+        if uses:
+            self.handle(Used(uses))
 
     async def _listen_unix(self) -> str:
         path = self.config.unix_path
@@ -230,117 +306,3 @@ class StoreNode:
         server = await asyncio.get_running_loop().create_server(lambda: Connection(self), host, port)
         self._servers.append(server)
         return [f"tcp://{self.config.advertised_host or host}:{server.sockets[0].getsockname()[1]}"]
-
-
-class Connection(asyncio.Protocol):
-    """The serving end of one connection until it turns out to be a data connection."""
-
-    def __init__(self, node: StoreNode) -> None:
-        self.client = 0
-        self.session = b""
-        self.data: list[RangeServer] = []
-        self._node = node
-        self._reader = FrameReader(wire.MAX_HELLO_BYTES)
-        self._transport: asyncio.Transport | None = None
-        self._hello_timer: asyncio.TimerHandle | None = None
-        self._ended = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are not subclasses of it
-        self._node.connections.add(self)
-        self._hello_timer = asyncio.get_running_loop().call_later(HELLO_TIMEOUT_S, self._hello_late)
-        if len(self._node.connections) > MAX_CONNECTIONS:
-            self._fail(StoreUnavailable(f"the node serves at most {MAX_CONNECTIONS} connections"))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._ended = True
-        self._stop_hello_timer()
-        self._node.gone(self)
-
-    def data_received(self, data: bytes) -> None:
-        if self._ended:
-            return
-        try:
-            for frame in self._reader.feed(data):
-                if self.client:
-                    self._node.handle(wire.decode_request(self.client, frame))
-                    self.recheck()
-                else:
-                    self._on_hello(frame)
-        except StoreError as error:
-            self._fail(error)
-
-    def pause_writing(self) -> None:
-        """The client does not read its answers: it gets no more until it does."""
-        assert self._transport is not None
-        self._transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        assert self._transport is not None
-        self._transport.resume_reading()
-
-    def reply(self, data: bytes) -> None:
-        assert self._transport is not None
-        self._transport.write(data)
-
-    def recheck(self) -> None:
-        for server in tuple(self.data):
-            server.recheck()
-
-    def abort(self) -> None:
-        assert self._transport is not None
-        for server in tuple(self.data):
-            server.abort()
-        self._transport.abort()
-
-    def _on_hello(self, frame: Frame) -> None:
-        if self._ended or self._transport is None:
-            return
-        hello = wire.decode_hello(frame)
-        owner = self._node.admit(self, hello)
-        self._stop_hello_timer()
-        if owner is not None:
-            self._become_data(owner)
-            return
-        self._reader.max_bytes = wire.MAX_CONTROL_BYTES
-        self.reply(wire.encode_welcome(self._node.welcome(self)))
-
-    def _become_data(self, owner: Connection) -> None:
-        node, transport = self._node, self._transport
-        assert node.segment is not None and transport is not None
-
-        def allows(number: int, offset: int, size: int, write: bool) -> bool:
-            return node.core.allows(owner.client, number, offset, size, write)
-
-        def on_lost(server: RangeServer) -> None:
-            owner.data.remove(server)
-            node.count("bytes_read", server.bytes_read)
-            node.count("bytes_written", server.bytes_written)
-
-        server = RangeServer(node.segment.buffer, allows, on_lost)
-        owner.data.append(server)
-        node.connections.discard(self)
-        self._ended = True
-        transport.set_protocol(server)
-        server.connection_made(transport)
-        transport.write(pack(Kind.OK))
-
-    def _fail(self, error: StoreError) -> None:
-        """Say why, and end. A client on this machine may have the segment mapped and a copy running: its claims are
-        freed when it closes its end, so ours is only half closed."""
-        assert self._transport is not None
-        self._ended = True
-        self._node.count("auth_errors" if isinstance(error, AuthError) else "protocol_errors")
-        self._transport.write(wire.encode_error(error))
-        if self.client and self._transport.get_extra_info("socket").family == socket.AF_UNIX:
-            self._transport.write_eof()
-        else:
-            self._transport.close()
-
-    def _hello_late(self) -> None:
-        self._fail(ProtocolError(f"no HELLO in {HELLO_TIMEOUT_S} s"))
-
-    def _stop_hello_timer(self) -> None:
-        if self._hello_timer is not None:
-            self._hello_timer.cancel()
-            self._hello_timer = None

@@ -16,6 +16,7 @@ from typing import Any
 from mooncake.store.allocator import BytesAllocator
 from mooncake.store.eviction import EvictionPolicy
 from mooncake.store.lifecycle import TABLE, State, Trigger, advance
+from mooncake.store.readers import NoReaders, Readers
 from mooncake.store.reports import Changes
 from mooncake.store.types import Places
 
@@ -36,9 +37,16 @@ class Objects:
 
     Before objects are evicted from a tier with another one below it, they are saved there, coldest first: `take` leases the
     policy's next candidates for that, `settle` makes them *ready*, which are evicted before all others, and of which
-    ready_bytes are idle_bytes too. saved: keys in the tier below, if there is one."""
+    ready_bytes are idle_bytes too. saved: keys in the tier below, if there is one.
 
-    def __init__(self, allocator: BytesAllocator, policy: EvictionPolicy) -> None:
+    last_number: they are numbered from the next on.
+
+    Before space is given away, the readers that did not ask for a lease are asked whether they have it. What they have
+    *lingers*: it is held like by a lease until they do not."""
+
+    def __init__(
+        self, allocator: BytesAllocator, policy: EvictionPolicy, readers: Readers | None = None, last_number: int = 0
+    ) -> None:
         self.keys: list[bytes] = []
         self.numbers: list[int] = []
         self.offsets: list[int] = []
@@ -60,10 +68,12 @@ class Objects:
         self.ready_bytes = 0
         self._leaving: dict[int, None] = {}
         """Taken, not settled. The policy knows neither these nor those that are ready."""
+        self.lingering: dict[int, None] = {}
         self._allocator = allocator
         self._policy = policy
+        self._readers = NoReaders() if readers is None else readers
         self._free: list[int] = []
-        self._last_number = 0
+        self._last_number = last_number
 
     def find(self, keys: Sequence[bytes]) -> list[int | None]:
         return list(map(self.by_key.get, keys))
@@ -78,7 +88,8 @@ class Objects:
 
     def places(self, rows: Sequence[int]) -> Places:
         """Not empty."""
-        return Places(pick(self.offsets, rows), pick(self.sizes, rows), pick(self.numbers, rows))
+        checksums = tuple(map(self.checksums.get, rows)) if self.checksums else ()
+        return Places(pick(self.offsets, rows), pick(self.sizes, rows), pick(self.numbers, rows), checksums)
 
     # ------------------------------------------------------------ leases
 
@@ -122,7 +133,7 @@ class Objects:
 
     def _end_transient(self, rows: Sequence[int]) -> None:
         for row in [row for row in rows if row in self.transient]:
-            self.end(row, Trigger.LAST_RELEASE if self.states[row] is _CONDEMNED else Trigger.REMOVE)
+            self._end_committed(row, Trigger.LAST_RELEASE if self.states[row] is _CONDEMNED else Trigger.REMOVE)
 
     # ------------------------------------------------------------ to and from the tier below
 
@@ -198,6 +209,7 @@ class Objects:
         self.move(row, Trigger.LOADED)
         self.by_key[key] = row
         self._policy.add((row,), (key,), self.extents)
+        self._readers.publish(self, (row,))
         self.changes.gained.append((key,))
 
     # ------------------------------------------------------------ life
@@ -209,6 +221,7 @@ class Objects:
             by_key[key] = row
             states[row] = _COMMITTED
             refs[row] = 1
+        self._readers.publish(self, rows)
         if self.transient:
             lasting = self._lasting(rows)
             if len(lasting) < len(rows):
@@ -233,16 +246,31 @@ class Objects:
             self._policy.hold(self._recall((row,)))
             self.idle_bytes -= self.extents[row]
         if self.refs[row]:
-            self.move(row, Trigger.CONDEMN)
-            self._hide(row)
-            self.transient[row] = None
+            self._condemn(row)
+            self._readers.withdraw(self, (row,))
         else:
-            self.end(row, Trigger.REMOVE)
+            self._end_committed(row, Trigger.REMOVE)
 
-    def end(self, row: int, trigger: Trigger) -> None:
-        """Free the bytes of an object or reservation that nobody holds any more."""
+    def _condemn(self, row: int) -> None:
+        self.move(row, Trigger.CONDEMN)
+        self._hide(row)
+        self.transient[row] = None
+
+    def _end_committed(self, row: int, trigger: Trigger) -> None:
+        """COMMITTED or CONDEMNED, and leased by nobody: it is gone, unless it lingers."""
+        is_read = bool(self._readers.withdraw(self, (row,)))
+        if is_read:
+            if self.states[row] is State.COMMITTED:
+                self._condemn(row)
+            self.refs[row] = 1
+            self.lingering[row] = None
+            return
         if self.states[row] is State.COMMITTED:
             self._hide(row)
+        self.end(row, trigger)
+
+    def end(self, row: int, trigger: Trigger) -> None:
+        """Free the bytes of a reservation, or of an object that nobody finds or holds any more."""
         self.move(row, trigger)
         self.transient.pop(row, None)
         self.checksums.pop(row, None)
@@ -257,6 +285,34 @@ class Objects:
             self._policy.discard((row,))
             self.changes.lost.append((key,))
 
+    def restore(
+        self,
+        keys: Sequence[bytes],
+        sizes: Sequence[int],
+        offsets: Sequence[int],
+        numbers: Sequence[int],
+        checksums: Sequence[int | None],
+    ) -> None:
+        """Objects of a life before, at the beginning of this one; those that come first are evicted first. Raises ValueError if
+        two are in one place."""
+        rounded = self._allocator.rounded
+        self._allocator.occupy({offset: rounded(size) for offset, size in zip(offsets, sizes, strict=True)})
+        self._add_rows(len(keys))
+        rows = [self._free.pop() for _ in keys]
+        for row, key, size, offset, number in zip(rows, keys, sizes, offsets, numbers, strict=True):
+            self.keys[row] = key
+            self.numbers[row] = number
+            self.offsets[row] = offset
+            self.sizes[row] = size
+            self.extents[row] = rounded(size)
+            self.states[row] = _RESERVED
+        self.checksums.update(
+            {row: checksum for row, checksum in zip(rows, checksums, strict=True) if checksum is not None}
+        )
+        self._last_number = max(self._last_number, *numbers)
+        self.publish(rows, keys)
+        self.unhold(rows[::-1])
+
     # ------------------------------------------------------------ room
 
     def create(
@@ -269,6 +325,8 @@ class Objects:
         runs = [(size, allocator.rounded(size), count) for size, count in _runs(sizes)]
         if all_or_nothing:
             wanted = sum([extent * count for _, extent, count in runs])
+            if wanted > allocator.free_bytes + self.idle_bytes:
+                self.settle_readers()
             if wanted > allocator.free_bytes + self.idle_bytes:
                 return None
         rows: list[int] = []
@@ -297,11 +355,18 @@ class Objects:
                 rows += self._fill(offsets, keys[len(rows) :], size, extent, numbers[len(rows) :])
             num_more = min(count - len(rows), (allocator.free_bytes + self.idle_bytes) // extent)
             if not num_more:
+                if self.settle_readers():
+                    continue
                 return rows
             wanted = max(1, num_more * extent - allocator.free_bytes)
             victims = self._take_ready(wanted) if self.ready else self._policy.take(wanted, self.extents)
             if not victims:
                 return rows
+            read = self._readers.withdraw(self, victims)
+            if read:
+                victims = self._linger(victims, read)
+                if not victims:
+                    continue
             extents = pick(self.extents, victims)
             if extents.count(extent) == len(victims):
                 self._recycle(victims, keys[len(rows) :], size, numbers[len(rows) :])
@@ -348,6 +413,28 @@ class Objects:
             self.states[row] = _EVICTED
             self._allocator.free(extent, (self.offsets[row],))
         self._free += rows
+
+    def _linger(self, victims: Sequence[int], read: Sequence[int]) -> list[int]:
+        """The rest of the policy's victims, if these are being read; they are no candidates until `settle_readers`."""
+        for row in read:
+            self.refs[row] = 1
+            self.lingering[row] = None
+            self.idle_bytes -= self.extents[row]
+            self._policy.add((row,), (self.keys[row],), self.extents)
+        self._readers.publish(self, read)
+        return [row for row in victims if row not in self.lingering]
+
+    def settle_readers(self) -> bool:
+        """What lingers no more is idle again, or gone if it was removed. Whether there was such."""
+        if not self.lingering:
+            return False
+        rows = list(self.lingering)
+        reading = dict.fromkeys(self._readers.reading(self, rows))
+        done = [row for row in rows if row not in reading]
+        for row in done:
+            del self.lingering[row]
+        self.unhold(done)
+        return bool(done)
 
     def _note_evicted(self, rows: Sequence[int], num_bytes: int) -> Sequence[bytes]:
         """The keys of those that the policy has let go."""
@@ -398,6 +485,10 @@ class Objects:
         idle = [row for row in committed.values() if not self.refs[row]]
         _require(self.ready.keys() <= set(idle), "an object that is not idle is ready to go")
         _require(sum([self.extents[row] for row in self.ready]) == self.ready_bytes, "ready bytes do not add up")
+        lingering_held = all(
+            self.refs[row] and states[row] in (State.COMMITTED, State.CONDEMNED) for row in self.lingering
+        )
+        _require(lingering_held, "an object that lingers is not held")
         leaving_held = all(states[row] is State.COMMITTED and self.refs[row] for row in self._leaving)
         _require(leaving_held, "an object that is written is not held")
         _require(not any(row in self.transient for row in idle), "an ephemeral object nobody holds")

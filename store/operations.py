@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from mooncake.core.errors import BadArgument, DeadlineExceeded
-from mooncake.store.events import Cancel, Commit, Exists, Lease, Release, Remove, Request, Reserve, Results
+from mooncake.store.events import Cancel, Commit, Exists, Lease, Release, Remove, Request, Reserve
 from mooncake.store.handles import Hold, LeasedObjects, Link, Reservation
-from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
+from mooncake.store.types import CommitStatus, Places, PutMode, Puts
 
 DEADLINE_S = 5.0
 _POLL_S = 0.0005
@@ -93,14 +93,20 @@ class StoreOperations(ABC):
     async def lease(self, keys: Sequence[bytes], *, deadline_s: float = DEADLINE_S) -> LeasedObjects:
         """Claim objects for reading: they stay where they are until released."""
         link = self._link_or_raise()
+        leased = link.local.lease(keys) if link.local is not None else None
+        if leased is not None:
+            return LeasedObjects.found(link, *leased)
         places: Places = await self._call(Lease(0, 0, tuple(keys)), deadline_s)
-        locations = places.locations()
-        return LeasedObjects(link, locations, [Hold.LEASED if location else Hold.NOTHING for location in locations])
+        return LeasedObjects.placed(link, places)
 
     async def release(
         self, objects: LeasedObjects, indices: Sequence[int] | None = None, *, deadline_s: float = DEADLINE_S
     ) -> None:
         """Give leases back, those given or all. Leases of a lost connection are gone already."""
+        if objects.slots is not None and objects.link.local is not None:
+            async with self._closing(objects, Hold.LEASED, indices, deadline_s) as open_at:
+                objects.link.local.release([objects.slots[at] for at in open_at])
+            return
         for hold in (Hold.LEASED, Hold.ELSEWHERE):
             async with self._closing(objects, hold, indices, deadline_s) as open_at:
                 if open_at and objects.link.lost is None:
@@ -154,25 +160,3 @@ async def until(condition: Callable[[], bool]) -> None:
     """Waits for copy threads. It is rare that they run then, so a poll is simpler than waking the loop from each copy."""
     while not condition():
         await asyncio.sleep(_POLL_S)
-
-
-def undo(request: Request, results: Results) -> list[Request]:
-    """What takes back a call whose caller did not wait for its results."""
-    reserved: tuple[int, ...] = ()
-    leased: tuple[int, ...] = ()
-    match results:
-        case Puts():
-            pairs = list(zip(results.numbers, results.statuses, strict=True))
-            reserved = tuple([number for number, status in pairs if number and status is PutStatus.RESERVED])
-            leased = tuple([number for number, status in pairs if number and status is PutStatus.EXISTS])
-        case Places():
-            leased = tuple([number for number in results.numbers if number])
-        case _ if isinstance(request, Commit) and request.lease:
-            there = (CommitStatus.COMMITTED, CommitStatus.EXISTS)
-            leased = tuple([number for number, status in zip(request.numbers, results, strict=True) if status in there])
-    undone: list[Request] = []
-    if reserved:
-        undone.append(Cancel(0, 0, reserved))
-    if leased:
-        undone.append(Release(0, 0, leased))
-    return undone

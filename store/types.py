@@ -53,11 +53,13 @@ class Location(msgspec.Struct, frozen=True, gc=False):
 
 
 class Places(msgspec.Struct, frozen=True):
-    """Locations column by column, by key; numbers are generations. None in all three: there is none, as for a miss."""
+    """Locations column by column, by key; numbers are generations. None in all three: there is none, as for a miss. checksums:
+    if they were asked for, of the objects that have one."""
 
     offsets: tuple[int | None, ...]
     sizes: tuple[int | None, ...]
     numbers: tuple[int | None, ...]
+    checksums: tuple[int | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -72,4 +74,4 @@ class Places(msgspec.Struct, frozen=True):
 class Puts(Places, frozen=True):
     """Answer to a reserve call. A place is there for those RESERVED, and for those that EXIST and were leased."""
 
-    statuses: tuple[PutStatus, ...]
+    statuses: tuple[PutStatus, ...] = ()

@@ -32,7 +32,7 @@ from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
 from mooncake.transport.frames import ErrorCode, Frame, Kind, pack, pack_error
 
 _T = TypeVar("_T")
-VERSION = 2
+VERSION = 3
 MAX_CONTROL_BYTES = MAX_BATCH * (OBJECT_KEY_BYTES + 16) + 4096
 MAX_HELLO_BYTES = 4096
 
@@ -48,6 +48,8 @@ class Op(enum.IntEnum):
     RELEASE = 12
     EXISTS = 13
     REMOVE = 14
+    ATTACH = 15
+    """Payload: path of the client's table. Answered by OK or ERROR."""
 
 
 class Flag(enum.IntFlag):
@@ -57,6 +59,7 @@ class Flag(enum.IntFlag):
     STRICT = 8
     CHECKSUMS = 16
     EPHEMERAL_LAST = 32
+    DAMAGED = 64
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -70,13 +73,15 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Welcome(msgspec.Struct, frozen=True):
-    """segment: path of the shared segment. session: a secret that admits data connections."""
+    """segment: path of the shared segment. session: a secret that admits data connections. num_entries: of the index in front
+    of the segment, 0 if there is none."""
 
     node: str
     epoch: int
     capacity: int
     segment: str
     session: bytes
+    num_entries: int = 0
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -127,7 +132,8 @@ def encode_request(event: Request) -> bytes:
         case Cancel() | Release():
             return pack(op, _u64s(event.numbers), count=len(event.numbers), request=event.request_id)
         case Lease() | Exists() | Remove():
-            return pack(op, b"".join(event.keys), count=len(event.keys), request=event.request_id)
+            flags = Flag.DAMAGED * (isinstance(event, Remove) and event.damaged)
+            return pack(op, b"".join(event.keys), flags=flags, count=len(event.keys), request=event.request_id)
     raise TypeError(f"not a request: {event!r}")
 
 
@@ -174,12 +180,17 @@ def _numbers_decoder(make: type[Cancel | Release]) -> Callable[[int, Frame], Req
     return decode
 
 
-def _keys_decoder(make: type[Lease | Exists | Remove]) -> Callable[[int, Frame], Request]:
-    def decode(client: int, frame: Frame) -> Request:
-        _expect_length(frame, frame.count * OBJECT_KEY_BYTES)
-        return make(client, frame.request, struct.unpack("<" + "24s" * frame.count, frame.payload))
+def _keys_decoder(make: type[Lease | Exists]) -> Callable[[int, Frame], Request]:
+    return lambda client, frame: make(client, frame.request, _decode_keys(frame))
 
-    return decode
+
+def _decode_remove(client: int, frame: Frame) -> Request:
+    return Remove(client, frame.request, _decode_keys(frame), bool(frame.flags & Flag.DAMAGED))
+
+
+def _decode_keys(frame: Frame) -> tuple[bytes, ...]:
+    _expect_length(frame, frame.count * OBJECT_KEY_BYTES)
+    return struct.unpack("<" + "24s" * frame.count, frame.payload)
 
 
 _OPS: dict[type[Request], Op] = {
@@ -198,7 +209,7 @@ _DECODERS: dict[int, Callable[[int, Frame], Request]] = {
     Op.LEASE: _keys_decoder(Lease),
     Op.RELEASE: _numbers_decoder(Release),
     Op.EXISTS: _keys_decoder(Exists),
-    Op.REMOVE: _keys_decoder(Remove),
+    Op.REMOVE: _decode_remove,
 }
 
 
@@ -206,13 +217,16 @@ _DECODERS: dict[int, Callable[[int, Frame], Request]] = {
 
 
 def encode_reply(request_id: int, results: Results) -> bytes:
-    if isinstance(results, Places):
+    flags = 0
+    if isinstance(results, Puts):
+        payload = bytes(results.statuses) + _encode_places(results)
+    elif isinstance(results, Places):
         payload = _encode_places(results)
-        if isinstance(results, Puts):
-            payload = bytes(results.statuses) + payload
+        if results.checksums:
+            flags, payload = Flag.CHECKSUMS, payload + _encode_checksums(results.checksums)
     else:
         payload = bytes(results)  # statuses and bools are small integers
-    return pack(Op.REPLY, payload, count=len(results), request=request_id)
+    return pack(Op.REPLY, payload, flags=flags, count=len(results), request=request_id)
 
 
 def decode_reply(event: Request, frame: Frame) -> Results:
@@ -223,10 +237,10 @@ def decode_reply(event: Request, frame: Frame) -> Results:
             raise ValueError(f"{n} results")
         match event:
             case Reserve():
-                offsets, sizes, numbers = _decode_places(n, payload[n:])
-                return Puts(offsets, sizes, numbers, tuple(map(PutStatus, payload[:n])))
+                places = _decode_places(n, payload[n:], checksums=False)
+                return Puts(places.offsets, places.sizes, places.numbers, statuses=tuple(map(PutStatus, payload[:n])))
             case Lease():
-                return Places(*_decode_places(n, payload))
+                return _decode_places(n, payload, checksums=bool(frame.flags & Flag.CHECKSUMS))
             case Commit():
                 return tuple(map(CommitStatus, payload))
             case _:
@@ -241,15 +255,27 @@ def _encode_places(places: Places) -> bytes:
     return _u64s(values if None not in values else tuple([value or 0 for value in values]))  # type: ignore[arg-type]
 
 
-def _decode_places(n: int, data: bytes) -> list[tuple[int | None, ...]]:
+def _encode_checksums(checksums: tuple[int | None, ...]) -> bytes:
+    """Each a byte that says whether there is one; then the numbers."""
+    known = bytes([checksum is not None for checksum in checksums])
+    return known + _u64s(tuple([checksum or 0 for checksum in checksums]))
+
+
+def _decode_places(n: int, data: bytes, *, checksums: bool) -> Places:
+    sums: tuple[int | None, ...] = ()
+    if checksums:
+        known, values = data[24 * n : 25 * n], struct.unpack(f"<{n}Q", data[25 * n :])
+        sums = tuple([value if is_known else None for is_known, value in zip(known, values, strict=True)])
+        data = data[: 24 * n]
     values = struct.unpack(f"<{3 * n}Q", data)
     columns: list[tuple[int | None, ...]] = [values[:n], values[n : 2 * n], values[2 * n :]]
-    if 0 not in columns[2]:
-        return columns
-    return [
-        tuple([value if number else None for value, number in zip(column, columns[2], strict=True)])
-        for column in columns
-    ]
+    if 0 in columns[2]:
+        columns = [
+            tuple([value if number else None for value, number in zip(column, columns[2], strict=True)])
+            for column in columns
+        ]
+    offsets, sizes, numbers = columns
+    return Places(offsets, sizes, numbers, sums)
 
 
 # ---------------------------------------------------------------- errors

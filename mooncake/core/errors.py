@@ -8,6 +8,7 @@
     │   │   └── HandleLost     the connection that held this reservation or lease is gone, and with it the claim
     │   ├── DeadlineExceeded   no answer in time; claims the node took for the call are given back when it comes
     │   ├── AuthError          wrong cluster token
+    │   ├── Damaged            what was read does not have the checksum that its writer took
     │   ├── ProtocolError      the peer broke the protocol, or says that we did
     │   └── BadArgument        the caller's fault; the message names the argument
     ├── TransportError
@@ -29,6 +30,8 @@ OutOfRange to BadArgument, TransferTimeout to DeadlineExceeded, PathLost to Stor
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class MooncakeError(Exception):
@@ -61,6 +64,14 @@ class DeadlineExceeded(StoreError):
 
 class AuthError(StoreError):
     pass
+
+
+class Damaged(StoreError):
+    """indices: of the objects, in the batch that was read."""
+
+    def __init__(self, detail: str, indices: Sequence[int]) -> None:
+        super().__init__(detail)
+        self.indices = tuple(indices)
 
 
 class ProtocolError(StoreError):

@@ -28,9 +28,12 @@ class LogHeader(msgspec.Struct, frozen=True):
 
 
 class LogEntry(msgspec.Struct, frozen=True, array_like=True):
+    """answers: what the core was told by those it asked during the event (`mooncake.store.readers`)."""
+
     now: int
     event: msgspec.Raw
     commands: bytes
+    answers: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 def encode_commands(commands: list[Any]) -> bytes:
@@ -46,8 +49,10 @@ class EventLogWriter:
         self._file = file
         self._write(LogHeader(LOG_VERSION, core, seed, msgspec.to_builtins(settings)))
 
-    def append(self, now: int, event: Any, commands: list[Any]) -> None:
-        self._write(LogEntry(now, msgspec.Raw(msgspec.msgpack.encode(event)), encode_commands(commands)))
+    def append(
+        self, now: int, event: Any, commands: list[Any], answers: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    ) -> None:
+        self._write(LogEntry(now, msgspec.Raw(msgspec.msgpack.encode(event)), encode_commands(commands), answers))
 
     def close(self) -> None:
         self._file.close()

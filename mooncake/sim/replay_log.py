@@ -33,6 +33,7 @@ from mooncake.scheduler.config import ConductorConfig
 from mooncake.scheduler.dispatcher import Dispatcher, DispatcherEvent, DispatcherSettings, Ended, hashed_keys
 from mooncake.store import events as store
 from mooncake.store.core import StoreCore
+from mooncake.store.readers import Answers, RecordedReaders
 from mooncake.store.service import StoreSettings
 
 _BRIEF_CHARS = 300
@@ -48,6 +49,8 @@ _StoreEvent = (
     | store.Exists
     | store.Remove
     | store.ClientGone
+    | store.Used
+    | store.Adopted
     | store.SnapshotWanted
     | store.Tick
 )
@@ -82,7 +85,13 @@ def _frontend(settings: DispatcherSettings, seed: int) -> Dispatcher:
 
 
 def _store(settings: StoreSettings, seed: int) -> StoreCore:
-    return StoreCore(settings.capacity_bytes, epoch=settings.epoch, alignment=settings.alignment)
+    return StoreCore(
+        settings.capacity_bytes,
+        epoch=settings.epoch,
+        alignment=settings.alignment,
+        readers=RecordedReaders(),
+        last_number=settings.epoch,
+    )
 
 
 def _refusal(info: InstanceInfo, max_tokens: int) -> Callable[[Job], str | None]:
@@ -135,7 +144,10 @@ class Replayed:
         self.load: EngineLoad | None = None
         self.ended: list[Ended] = []
 
-    def tell(self, event: Any, now: int) -> list[Any]:
+    def tell(self, event: Any, now: int, answers: Answers = ()) -> list[Any]:
+        """answers: what it was told by those it asked meanwhile, if it is a store."""
+        if isinstance(self.core, StoreCore) and isinstance(self.core.readers, RecordedReaders):
+            self.core.readers.begin(answers)
         commands: list[Any] = self.core.handle(event, now)
         self.num_events += 1
         if isinstance(event, EngineProgress):
@@ -223,7 +235,7 @@ def _events(path: str, entries: Iterator[LogEntry], events: Any) -> Iterator[tup
 def _compare(where: str, replayed: Replayed, entry: LogEntry, event: Any) -> list[Any]:
     """Tells it the event; its commands, which must be those of the log."""
     try:
-        told = replayed.tell(event, entry.now)
+        told = replayed.tell(event, entry.now, entry.answers)
         commands = encode_commands(told)
     except Exception as error:  # an event that is in a log was handled when it was written
         raise ReplayMismatch(f"{where}: {type(error).__name__}: {error}") from error

@@ -22,6 +22,14 @@ COPY_WITHOUT_GIL_BYTES = 16 * 1024
 """From here on numpy's copy, which releases the GIL, beats assigning to a memoryview, which holds it (FACTS 6)."""
 
 
+def copy(target: memoryview, source: memoryview) -> None:
+    """Of the same size."""
+    if source.nbytes < COPY_WITHOUT_GIL_BYTES:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
 class Region(msgspec.Struct, frozen=True):
     """A registered buffer, as its owner describes it to peers. handle: what the transport needs to find it, such as a
     path in shared memory or an address. device: cpu, or a device's name."""
@@ -93,34 +101,21 @@ class MappedPath:
     def __init__(self, region: Region, buffer: memoryview) -> None:
         self.region = region
         self._buffer = buffer
-        self._array = np.frombuffer(buffer, np.uint8)
 
     def read(self, pieces: Sequence[Piece]) -> Completion:
         for offset, local, _ in pieces:
-            size = self._checked(offset, local.nbytes)
-            if size < COPY_WITHOUT_GIL_BYTES:
-                local[:] = self._buffer[offset : offset + size]
-            else:
-                np.copyto(np.frombuffer(local, np.uint8), self._array[offset : offset + size])
+            copy(local, self.view(offset, local.nbytes))
         return DONE
 
     def write(self, pieces: Sequence[Piece]) -> Completion:
         for offset, local, _ in pieces:
-            size = self._checked(offset, local.nbytes)
-            if size < COPY_WITHOUT_GIL_BYTES:
-                self._buffer[offset : offset + size] = local
-            else:
-                np.copyto(self._array[offset : offset + size], np.frombuffer(local, np.uint8))
+            copy(self.view(offset, local.nbytes), local)
         return DONE
 
-    def view(self, offset: int, size: int) -> memoryview | None:
-        self._checked(offset, size)
+    def view(self, offset: int, size: int) -> memoryview:
+        if offset < 0 or offset + size > self.region.size:
+            raise OutOfRange(f"[{offset}, {offset + size}) is outside of a region of {self.region.size} bytes")
         return self._buffer[offset : offset + size]
 
     def close(self) -> None:
         """The mapping itself goes with its last view."""
-
-    def _checked(self, offset: int, size: int) -> int:
-        if offset < 0 or offset + size > self.region.size:
-            raise OutOfRange(f"[{offset}, {offset + size}) is outside of a region of {self.region.size} bytes")
-        return size

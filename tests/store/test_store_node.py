@@ -163,7 +163,7 @@ def test_ranges_are_served_to_their_claimant_only() -> None:
     run(main())
 
 
-def test_a_claim_that_ends_cuts_the_transfer_into_it() -> None:
+def test_a_claim_given_up_under_a_transfer_ends_the_connection_and_then_the_claim() -> None:
     async def main() -> None:
         async with running_node() as node:
             client = await connect(node, 1)
@@ -179,10 +179,11 @@ def test_a_claim_that_ends_cuts_the_transfer_into_it() -> None:
                 table = PIECE.pack(location.generation, location.offset, location.size)
                 await eventually(lambda: len(node_side.data) == 1)
                 stream.sendall(HEADER.pack(Kind.WRITE, 0, 1, 0, len(table) + location.size) + table + bytes(50_000))
-                await eventually(lambda: bool(node_side.data[0]._active))
-                await client.cancel(held)
+                await eventually(lambda: node_side.data[0].uses([location.generation]))
+                with pytest.raises(StoreUnavailable, match="a transfer under way relies on one of these claims"):
+                    await client.cancel(held)
                 await eventually(lambda: not node_side.data)
-            assert node.metrics()["reservations"] == 0
+            await eventually(lambda: node.metrics()["reservations"] == 0)
             await client.close()
 
     run(main())
@@ -266,7 +267,7 @@ def test_a_stopped_node_meets_deadlines_and_what_it_did_late_is_undone() -> None
             client = await connect(node)
             await client.commit(await client.reserve(keys(1), [64]))
             handle, node.handle = node.handle, lambda event: asyncio.get_running_loop().call_later(0.1, handle, event)  # type: ignore[method-assign]
-            for call in (client.lease(keys(1)), client.reserve(keys(1, 2), [64, 64], lease_existing=True)):
+            for call in (client.lease(keys(1, 9)), client.reserve(keys(1, 2), [64, 64], lease_existing=True)):
                 with pytest.raises(DeadlineExceeded, match=r"no answer in 0\.02"):
                     async with asyncio.timeout(5):
                         await _with_deadline(client, call)

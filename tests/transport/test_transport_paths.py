@@ -2,60 +2,59 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path as FilePath
-from typing import Any
 
 import pytest
 
 from mooncake.core.errors import OutOfRange, PathLost, SegmentError, TransferTimeout
 from mooncake.transport.base import Path, Piece, Region
-from mooncake.transport.frames import MAX_PIECES, Kind, pack
+from mooncake.transport.frames import MAX_PIECES, pack
 from mooncake.transport.memory import MemoryTransport
+from mooncake.transport.ranges import RangeServer
 from mooncake.transport.shm import ShmSegment, cleanup_stale, open_segment, segment_path
-from mooncake.transport.tcp import RangeServer, TcpPath
+from mooncake.transport.tcp import TcpPath
 
 SIZE = 3 << 20
 
 
 @contextlib.contextmanager
 def range_server(buffer: memoryview, limit: int | None = None) -> Iterator[str]:
-    """A RangeServer on its own loop and thread; claims equal to 13 are nobody's."""
-    loop = asyncio.new_event_loop()
+    """RangeServers behind one listening socket; claims equal to 13 are nobody's. limit: greet nobody."""
 
     def allows(claim: int, offset: int, size: int, write: bool) -> bool:
         return claim != 13 and offset + size <= buffer.nbytes
 
-    class Door(asyncio.Protocol):
-        def connection_made(self, transport: Any) -> None:
-            self.transport = transport
+    def listen() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                stream, _ = door.accept()
+                streams.append(stream)
+                if limit is None:
+                    stream.recv(4096)  # the greeting
+                    RangeServer(stream, buffer, allows, lambda server: None).start()
 
-        def data_received(self, data: bytes) -> None:
-            if limit is not None:
-                return
-            server = RangeServer(buffer, allows, lambda server: None)
-            self.transport.set_protocol(server)
-            server.connection_made(self.transport)
-            self.transport.write(pack(Kind.OK))
-
-    server = loop.run_until_complete(loop.create_server(Door, "127.0.0.1", 0))
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        loop.call_soon_threadsafe(server.close)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
-        loop.run_until_complete(asyncio.sleep(0.01))
-        loop.close()
+    streams: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        try:
+            yield f"tcp://127.0.0.1:{door.getsockname()[1]}"
+        finally:
+            door.shutdown(socket.SHUT_RDWR)
+            thread.join(5)
+            for stream in streams:
+                with contextlib.suppress(OSError):
+                    stream.shutdown(socket.SHUT_RDWR)
+                if limit is not None:
+                    stream.close()
 
 
 @pytest.fixture(params=["memory", "shm", "tcp"])

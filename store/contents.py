@@ -1,0 +1,66 @@
+"""Bytes into objects and out of them, with their checksums: xxh3-64 of the whole object.
+
+Copied and hashed piece by piece, so that a piece is hashed while it is in the cache: hashing whole objects afterwards costs a
+quarter of the speed of a copy, this a tenth. Both release the GIL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from mooncake.core.errors import BadArgument
+from mooncake.store.handles import Link
+from mooncake.transport.base import COPY_WITHOUT_GIL_BYTES, MappedPath, Piece
+
+PIECE_BYTES = 256 * 1024
+_digest = xxhash.xxh3_64_intdigest
+
+
+def as_bytes(data: Any, name: str, *, writable: bool = False) -> memoryview:
+    """As a flat view. Raises BadArgument, which calls it by that name, if it is no contiguous buffer, or empty."""
+    try:
+        view = memoryview(data)
+        if view.format != "B" or view.ndim != 1:
+            view = view.cast("B")
+    except TypeError as error:
+        raise BadArgument(f"{name}: must be a C-contiguous buffer: {error}") from None
+    if not view.nbytes:
+        raise BadArgument(f"{name}: is empty; an object has at least one byte")
+    if writable and view.readonly:
+        raise BadArgument(f"{name}: the buffer is read-only")
+    return view
+
+
+def copy_hashed(target: memoryview, source: memoryview) -> int:
+    """The checksum of what was copied."""
+    size = source.nbytes
+    if size < COPY_WITHOUT_GIL_BYTES:
+        target[:] = source
+        return _digest(source)
+    into, data = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
+    if size <= PIECE_BYTES:
+        np.copyto(into, data)
+        return _digest(source)
+    state = xxhash.xxh3_64()
+    for start in range(0, size, PIECE_BYTES):
+        piece = data[start : start + PIECE_BYTES]
+        np.copyto(into[start : start + PIECE_BYTES], piece)
+        state.update(piece.data)
+    return state.intdigest()
+
+
+def checksum(data: memoryview) -> int:
+    return _digest(data)
+
+
+def write(link: Link, pieces: Sequence[Piece]) -> tuple[int, ...]:
+    """Whole objects to where they are reserved; their checksums. Raises StoreError."""
+    with link.writing() as path:
+        if isinstance(path, MappedPath):
+            return tuple([copy_hashed(path.view(offset, local.nbytes), local) for offset, local, _ in pieces])
+        path.write(pieces).wait()
+        return tuple([_digest(local) for _, local, _ in pieces])

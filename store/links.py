@@ -1,0 +1,36 @@
+"""How a client reaches the memory of a node that has welcomed it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+import msgspec
+
+from mooncake.core.errors import SegmentError
+from mooncake.store import wire
+from mooncake.store.handles import Link
+from mooncake.store.local.reader import LocalReader
+from mooncake.transport.base import Region
+from mooncake.transport.shm import ShmPath, open_segment
+from mooncake.transport.tcp import TcpPath, parse_address
+
+
+def open_link(address: str, hello: wire.Hello, welcome: wire.Welcome) -> Link:
+    """The segment itself where it can be mapped, else the socket that leads to it. A link with a local reader may be used when
+    its table is attached. Blocks while the pages are mapped."""
+    family, _ = parse_address(address)
+    if family == socket.AF_UNIX:
+        with contextlib.suppress(SegmentError):
+            path = open_segment(Region("shm", welcome.segment, welcome.capacity), welcome.epoch)
+            return Link(path, _local_reader(path, welcome))
+    greeting = msgspec.structs.replace(hello, session=welcome.session)
+    return Link(TcpPath(Region("tcp", address, welcome.capacity), wire.encode_hello(greeting)))
+
+
+def _local_reader(path: ShmPath, welcome: wire.Welcome) -> LocalReader | None:
+    """None where there is no index, or no room for a table: then the node is asked."""
+    if welcome.num_entries:
+        with contextlib.suppress(SegmentError):
+            return LocalReader(path, welcome.epoch, welcome.num_entries)
+    return None

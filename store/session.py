@@ -1,0 +1,198 @@
+"""One control connection to a store node for blocking callers: what `StoreClient` is to an event loop.
+
+A call is a request and its answer, one after the other; threads take turns. After an error the connection is no more, and
+the next call makes a new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from mooncake.core.errors import (
+    AuthError,
+    BadArgument,
+    DeadlineExceeded,
+    HandleLost,
+    ProtocolError,
+    StoreError,
+    StoreUnavailable,
+)
+from mooncake.store import wire
+from mooncake.store.events import Request, fault_of
+from mooncake.store.exchange import Exchange
+from mooncake.store.handles import Link
+from mooncake.store.links import open_link
+from mooncake.store.operations import DEADLINE_S
+from mooncake.transport.frames import Frame, FrameReader
+from mooncake.transport.sockets import limit_time
+from mooncake.transport.tcp import parse_address
+
+_READ_BYTES = 1 << 18
+_TIMED_OUT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ETIMEDOUT)
+_RETRY_S = 0.2
+"""After a failed attempt to connect: callers that ask again at once must not make a storm of it."""
+
+
+class _Connection:
+    def __init__(self, stream: socket.socket, link: Link, capacity: int) -> None:
+        self.stream = stream
+        self.link = link
+        self.capacity = capacity
+        self.exchange = Exchange()
+        self.deadline_s = 0.0
+
+    def limit(self, seconds: float) -> None:
+        """A system call that is saved if nothing changes."""
+        if seconds != self.deadline_s:
+            limit_time(self.stream, seconds)
+            self.deadline_s = seconds
+
+
+class NodeSession:
+    """addresses: of one node, the cheapest to use first. node: the name it must have, if given."""
+
+    def __init__(self, addresses: Sequence[str], *, token: str, name: str, tenant: str = "", node: str = "") -> None:
+        if not addresses:
+            raise BadArgument("addresses: at least one is needed")
+        self.addresses = tuple(sorted(addresses, key=lambda address: not address.startswith("unix:")))
+        self._hello = wire.Hello(wire.VERSION, token, name, tenant)
+        self._node = node
+        self._lock = threading.Lock()
+        self._connection: _Connection | None = None
+        self._failed_at = 0.0
+        self._failure = ""
+        self._closed = False
+        self._buffer = bytearray(_READ_BYTES)
+
+    def link(self, deadline_s: float = DEADLINE_S) -> Link:
+        """Raises AuthError, StoreUnavailable or DeadlineExceeded."""
+        connection = self._connection
+        if connection is not None:
+            return connection.link
+        with self._lock:
+            return self._connected(deadline_s).link
+
+    def call(self, request: Request, deadline_s: float = DEADLINE_S, *, link: Link | None = None) -> Any:
+        """The results. link: of the claims that the request speaks of. Raises BadArgument, StoreUnavailable, DeadlineExceeded,
+        or HandleLost where that link is gone."""
+        with self._lock:
+            connection = self._connected(deadline_s)
+            if link is not None and link is not connection.link:
+                raise HandleLost("the claim went with its connection")
+            fault = fault_of(request, connection.capacity)
+            if fault is not None:
+                raise BadArgument(fault)
+            number, data = connection.exchange.ask(request)
+            return self._answer(connection, number, data, deadline_s)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._connection is not None:
+                self._lose(self._connection, "closed")
+
+    # ------------------------------------------------------------ one exchange
+
+    def _answer(self, connection: _Connection, number: int, data: bytes, deadline_s: float) -> Any:
+        until = time.monotonic() + deadline_s
+        connection.limit(deadline_s)
+        stream, exchange, view = connection.stream, connection.exchange, memoryview(self._buffer)
+        try:
+            stream.sendall(data)
+            while True:
+                num_bytes = stream.recv_into(view)
+                if not num_bytes:
+                    raise StoreUnavailable("the node closed the connection")
+                answers, undoing = exchange.receive(bytes(view[:num_bytes]))
+                if undoing:
+                    stream.sendall(undoing)
+                for answered, outcome in answers:
+                    if answered == number:
+                        if isinstance(outcome, StoreError):
+                            raise outcome
+                        return outcome
+                if time.monotonic() > until:
+                    raise TimeoutError
+        except OSError as error:
+            if isinstance(error, TimeoutError) or error.errno in _TIMED_OUT:
+                exchange.abandon(number)
+                raise DeadlineExceeded(f"no answer in {deadline_s} s") from None
+            self._lose(connection, str(error))
+            raise StoreUnavailable(f"the connection broke: {error}") from error
+        except (StoreUnavailable, ProtocolError) as error:
+            self._lose(connection, str(error))
+            raise
+
+    def _lose(self, connection: _Connection, why: str) -> None:
+        """Data calls that run go on: the node sees the end when the socket is closed, so that waits for them."""
+        self._connection = None
+        link = connection.link
+        link.lose(why)
+        until = time.monotonic() + DEADLINE_S
+        while not link.idle() and time.monotonic() < until:
+            time.sleep(0.001)
+        link.close()
+        connection.stream.close()
+
+    # ------------------------------------------------------------ connecting
+
+    def _connected(self, deadline_s: float) -> _Connection:
+        if self._connection is not None:
+            return self._connection
+        if self._closed:
+            raise StoreUnavailable("the client is closed")
+        now = time.monotonic()
+        if self._failure and now < self._failed_at + _RETRY_S:
+            raise StoreUnavailable(self._failure)
+        failures = []
+        for address in self.addresses:
+            try:
+                self._connection = self._connect_to(address, deadline_s)
+                self._failure = ""
+                return self._connection
+            except AuthError:
+                raise
+            except (StoreError, OSError) as error:
+                failures.append(f"{address}: {error}")
+        self._failed_at, self._failure = now, f"no address leads to the store node: {'; '.join(failures)}"
+        raise StoreUnavailable(self._failure)
+
+    def _connect_to(self, address: str, deadline_s: float) -> _Connection:
+        family, target = parse_address(address)
+        stream = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            limit_time(stream, deadline_s)
+            stream.connect(target)
+            if family != socket.AF_UNIX:
+                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream.sendall(wire.encode_hello(self._hello))
+            frame = _first_frame(stream)
+            if wire.is_error(frame):
+                raise wire.decode_error(frame)
+            welcome = wire.decode_welcome(frame)
+            if self._node and welcome.node != self._node:
+                raise StoreUnavailable(f"is node {welcome.node}, not {self._node}")
+            connection = _Connection(stream, open_link(address, self._hello, welcome), welcome.capacity)
+        except BaseException:
+            stream.close()
+            raise
+        if connection.link.local is not None:
+            number, data = connection.exchange.attach(connection.link.local.table.path)
+            self._answer(connection, number, data, deadline_s)
+        return connection
+
+
+def _first_frame(stream: socket.socket) -> Frame:
+    reader = FrameReader(wire.MAX_HELLO_BYTES)
+    while True:
+        data = stream.recv(4096)
+        if not data:
+            raise StoreUnavailable("the node closed the connection")
+        frames = reader.feed(data)
+        if frames:
+            return frames[0]
