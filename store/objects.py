@@ -355,7 +355,7 @@ class Objects:
                 rows += self._fill(offsets, keys[len(rows) :], size, extent, numbers[len(rows) :])
             num_more = min(count - len(rows), (allocator.free_bytes + self.idle_bytes) // extent)
             if not num_more:
-                if self.settle_readers():
+                if len(rows) < count and self.settle_readers():
                     continue
                 return rows
             wanted = max(1, num_more * extent - allocator.free_bytes)

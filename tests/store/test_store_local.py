@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from mooncake.core.errors import HandleLost, SegmentError
+from mooncake.core.event_log import EventLogWriter
+from mooncake.sim.replay_log import replay_log
 from mooncake.store.api import PutResult, Store
 from mooncake.store.client import StoreClient
 from mooncake.store.local.index import Found, IndexReader, IndexWriter, index_bytes
@@ -24,6 +26,7 @@ from mooncake.store.local.memory import Fence, ordered, words
 from mooncake.store.local.segment import take_segment
 from mooncake.store.local.table import CLAIMS, USES, ClientTable, TableReader
 from mooncake.store.node import StoreNode
+from mooncake.store.service import StoreSettings
 from tests.store.helpers import TOKEN, eventually, key, keys, node_config, run, running_node
 
 pytestmark = pytest.mark.skipif(not ordered(), reason="this processor may reorder stores: clients ask the node instead")
@@ -275,6 +278,57 @@ def test_claims_of_a_killed_client_are_free_within_a_second_or_two() -> None:
             await asyncio.to_thread(store.close)
 
     run(main())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_history_of_puts_reads_views_and_removes_is_right_and_replays_the_same(seed: int, tmp_path: Path) -> None:
+    """A tiny store that evicts all the time. A read gives what was put under that key, or a miss; a view never changes."""
+
+    def act(node: StoreNode) -> None:
+        rng, store = random.Random(seed), _connect(node)
+        views: list[tuple[int, contextlib.AbstractContextManager[memoryview | None], memoryview]] = []
+        for _ in range(500):
+            number, choice = rng.randrange(60), rng.random()
+            if choice < 0.5:
+                numbers = rng.sample(range(60), 3)
+                store.put_batch([key(each) for each in numbers], [_content(each) for each in numbers])
+            elif choice < 0.6:
+                store.remove(key(number))
+            elif choice < 0.8:
+                assert store.get(key(number)) in (None, _content(number))
+            elif choice < 0.9:
+                opened = store.view(key(number))
+                view = opened.__enter__()
+                if view is not None:
+                    views.append((number, opened, view))
+            elif views:
+                number, opened, view = views.pop(rng.randrange(len(views)))
+                assert view == _content(number)
+                opened.__exit__(None, None, None)
+        for number, opened, view in views:
+            assert view == _content(number)
+            opened.__exit__(None, None, None)
+        store.close()
+
+    async def main() -> None:
+        config, log = node_config(capacity_bytes=64 * 64), tmp_path / "log"
+        node = StoreNode(config, lambda report: None)
+        settings = StoreSettings(config.capacity_bytes, node.epoch, config.alignment)
+        node.event_log = EventLogWriter(log.open("wb"), "store", 0, settings)
+        await node.start()
+        await asyncio.to_thread(act, node)
+        await node.close()
+        node.event_log.close()
+        metrics = node.core.metrics()
+        assert metrics["evictions"] > 100 and metrics["leases"] == metrics["reservations"] == 0
+        node.core.check_integrity()
+        replay_log(log)
+
+    run(main())
+
+
+def _content(number: int) -> bytes:
+    return bytes([number]) * (64, 100, 200)[number % 3]
 
 
 # ---------------------------------------------------------------- adoption
