@@ -215,6 +215,9 @@ _DECODERS: dict[int, Callable[[int, Frame], Request]] = {
 
 # ---------------------------------------------------------------- results
 
+_PUT_STATUSES = tuple(PutStatus).__getitem__  # a tenth of the time of calling the class
+_COMMIT_STATUSES = tuple(CommitStatus).__getitem__
+
 
 def encode_reply(request_id: int, results: Results) -> bytes:
     flags = 0
@@ -238,14 +241,14 @@ def decode_reply(event: Request, frame: Frame) -> Results:
         match event:
             case Reserve():
                 places = _decode_places(n, payload[n:], checksums=False)
-                return Puts(places.offsets, places.sizes, places.numbers, statuses=tuple(map(PutStatus, payload[:n])))
+                return Puts(places.offsets, places.sizes, places.numbers, statuses=tuple(map(_PUT_STATUSES, payload[:n])))
             case Lease():
                 return _decode_places(n, payload, checksums=bool(frame.flags & Flag.CHECKSUMS))
             case Commit():
-                return tuple(map(CommitStatus, payload))
+                return tuple(map(_COMMIT_STATUSES, payload))
             case _:
                 return tuple(map(bool, payload))
-    except (ValueError, struct.error) as error:
+    except (ValueError, IndexError, struct.error) as error:
         raise ProtocolError(f"reply of {len(payload)} bytes does not answer {type(event).__name__}: {error}") from error
 
 
