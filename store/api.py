@@ -1,19 +1,22 @@
 """The store for programs of their own: put, get and what goes with them, in blocking calls from any thread.
 
-    with Store.connect(["unix:/run/mooncake/n0.sock"], token=...) as store:
-        store.put(key, data)                            # PutResult.STORED, EXISTS, REFUSED, BUSY or CONFLICT
-        data = store.get(key)                           # bytes, or None for a miss
+    with Store.connect(["unix:/run/mooncake/n0.sock"], token=...) as store:        # one node
+    with Store.connect(directory=["tcp://10.0.0.1:7200"], cluster=..., token=...) as store:    # all nodes of a cluster
+        store.put(key, data)                            # PutResult.STORED, EXISTS, REFUSED, BUSY, CONFLICT or LOST
+        data = store.get(key)                           # bytes, or Absent.MISS or UNKNOWN, which are false
         size = store.get_into(key, buffer)              # without another copy
         with store.view(key) as view: ...               # the object itself, leased, without any copy; same machine
 
 Keys are 24 bytes (`mooncake.core.keys.object_key`); `named_key` makes one of a name. Objects are immutable and at least one
-byte long. Batches are in chain order, prefix first, if their objects are a chain. What a call gives is of one of three kinds: a
-*miss* is None, a *refusal* a value of PutResult, and an *error* is raised, always a StoreError: BadArgument names the argument,
-StoreUnavailable and DeadlineExceeded the node.
+byte long. Batches are in chain order, prefix first, if their objects are a chain.
 
-On the node's own machine reads ask nobody (`mooncake.store.local`), and bytes are copied once, by the caller's thread. From
-elsewhere they go through sockets, straight from and into the segment, and are checked against the checksum that the writer
-took.
+What a call gives is of one of four kinds: a *miss* and *unknown* are values of Absent, a *refusal* is one of PutResult, and an
+*error* is raised, always a StoreError: BadArgument names the argument, StoreUnavailable and DeadlineExceeded the node.
+
+Objects are put to the *home* node, that of this machine if there is one. Reads look there first, and then, with a directory,
+where it says that replicas are, the next one as soon as one fails. On the home node's own machine they ask nobody
+(`mooncake.store.local`), and bytes are copied once, by the caller's thread. From elsewhere they go through sockets, straight
+from and into the segment. Both ways they are checked against the checksum that the writer took; a view is not.
 """
 
 from __future__ import annotations
@@ -21,21 +24,32 @@ from __future__ import annotations
 import contextlib
 import enum
 import hashlib
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import msgspec
 
-from mooncake.core.errors import BadArgument, Damaged, StoreUnavailable
+from mooncake.core.errors import BadArgument, DeadlineExceeded, StoreUnavailable
 from mooncake.core.keys import OBJECT_KEY_BYTES
-from mooncake.store import contents
-from mooncake.store.events import Cancel, Commit, Exists, Lease, Release, Remove, Reserve
+from mooncake.core.messages import NodeInfo
+from mooncake.core.types import Tier
+from mooncake.store import contents, reading
+from mooncake.store.directory.core import REPLICAS_MAX, Found
+from mooncake.store.directory.session import DirectorySession
+from mooncake.store.events import Cancel, Commit, Exists, Remove, Reserve
 from mooncake.store.handles import Hold, LeasedObjects, Link, Reservation
+from mooncake.store.local.reader import LocalReader
 from mooncake.store.operations import DEADLINE_S
+from mooncake.store.peers import Peers
+from mooncake.store.reading import LAST_ATTEMPT_S, Absent
 from mooncake.store.session import NodeSession
-from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
-from mooncake.transport.base import Piece
+from mooncake.store.types import CommitStatus, PutMode, Puts, PutStatus
+from mooncake.transport.base import MappedPath, Piece
+
+_POLL_S = 0.01
 
 
 class PutResult(enum.IntEnum):
@@ -64,13 +78,20 @@ _OF_COMMIT = {
     CommitStatus.EXPIRED: PutResult.LOST,
     CommitStatus.UNKNOWN: PutResult.LOST,
 }
+_THERE = (PutResult.STORED, PutResult.EXISTS)
 
 
 class Stat(msgspec.Struct, frozen=True):
-    """checksum: xxh3-64, if the writer took one."""
+    """node: who was asked. checksum: xxh3-64, if the writer took one."""
 
     size: int
     checksum: int | None
+    node: str
+
+
+class Replica(msgspec.Struct, frozen=True):
+    node: str
+    tier: Tier
 
 
 def named_key(name: str | bytes) -> bytes:
@@ -80,28 +101,47 @@ def named_key(name: str | bytes) -> bytes:
 
 
 class Store:
-    """deadline_s: of every call, unless it is given another."""
+    """deadline_s: of every call."""
 
-    def __init__(self, session: NodeSession, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(
+        self, home: NodeSession, directory: DirectorySession | None, peers: Peers, deadline_s: float = DEADLINE_S
+    ) -> None:
         self.deadline_s = deadline_s
-        self._session = session
+        self._home = home
+        self._directory = directory
+        self._peers = peers
         self._pins: dict[bytes, LeasedObjects] = {}
         self._lock = threading.Lock()
 
     @classmethod
     def connect(
         cls,
-        addresses: Sequence[str],
+        addresses: Sequence[str] = (),
         *,
         token: str,
+        directory: Sequence[str] = (),
+        cluster: str = "",
         name: str = "store-client",
         tenant: str = "",
         deadline_s: float = DEADLINE_S,
-    ) -> Store:
-        """To the node behind these addresses. Raises AuthError, StoreUnavailable or DeadlineExceeded."""
-        session = NodeSession(addresses, token=token, name=name, tenant=tenant)
-        session.link(deadline_s)
-        return cls(session, deadline_s)
+    ) -> Self:
+        """addresses: of the home node; by default the directory's node on this machine, or any. Raises AuthError,
+        StoreUnavailable, DeadlineExceeded, or BadArgument if there is neither."""
+
+        def session(addresses: Sequence[str], node: str = "") -> NodeSession:
+            stall_s = min(deadline_s, LAST_ATTEMPT_S) if directory else deadline_s
+            return NodeSession(addresses, token=token, name=name, tenant=tenant, node=node, stall_s=stall_s)
+
+        found = DirectorySession(directory, cluster=cluster, token=token, name=name) if directory else None
+        if not addresses:
+            if found is None:
+                raise BadArgument("addresses: neither a node nor a directory is given")
+            info = _choose_home(found.nodes(deadline_s), name)
+            home = session(info.addresses, info.name)
+        else:
+            home = session(addresses)
+        home.link(deadline_s)
+        return cls(home, found, Peers(lambda info: session(info.addresses, info.name)), deadline_s)
 
     def __enter__(self) -> Self:
         return self
@@ -111,40 +151,39 @@ class Store:
 
     def close(self) -> None:
         """Leases, pins and what is not committed go with it."""
-        self._session.close()
+        self._home.close()
+        self._peers.close()
+        if self._directory is not None:
+            self._directory.close()
 
     # ------------------------------------------------------------ put
 
-    def put(self, key: bytes, data: Any, *, strict: bool = False) -> PutResult:
+    def put(self, key: bytes, data: Any, *, strict: bool = False, replicas: int = 1) -> PutResult:
         """data: a C-contiguous buffer, which is not needed afterwards."""
-        return self.put_batch((key,), (data,), strict=strict)[0]
+        return self.put_batch((key,), (data,), strict=strict, replicas=replicas)[0]
 
-    def put_batch(self, keys: Sequence[bytes], data: Sequence[Any], *, strict: bool = False) -> list[PutResult]:
-        """By key, what became of it. strict: contents are compared with what exists."""
+    def put_batch(
+        self, keys: Sequence[bytes], data: Sequence[Any], *, strict: bool = False, replicas: int = 1
+    ) -> list[PutResult]:
+        """By key, what became of it. strict: contents are compared with what exists. replicas: on how many nodes they are to
+        be; further ones are made behind the call (`replicate` waits for them). With a directory, it knows them afterwards."""
         if len(data) != len(keys):
             raise BadArgument(f"data: {len(data)} buffers for {len(keys)} keys")
+        self._check_replicas(replicas)
         buffers = [contents.as_bytes(each, f"data[{at}]") for at, each in enumerate(data)]
         checksums = tuple([contents.checksum(each) for each in buffers]) if strict else ()
         mode = PutMode.STRICT if strict else PutMode.EQUIVALENT
         reservation = self._reserve(keys, [each.nbytes for each in buffers], mode, checksums)
-        new = reservation.held(Hold.WRITING)
         results = [_OF_PUT.get(status, PutResult.LOST) for status in reservation.statuses]
-        if not new:
-            return results
-        try:
-            places = [reservation.locations[at] for at in new]
-            pieces = [
-                Piece(place.offset, buffers[at], place.generation)
-                for at, place in zip(new, places, strict=True)
-                if place is not None
-            ]
-            written = contents.write(reservation.link, pieces)
-            statuses = self._commit(reservation, new, written)
-        except BaseException:
-            self._cancel(reservation, new)
-            raise
-        for at, status in zip(new, statuses, strict=True):
-            results[at] = _OF_COMMIT[status]
+        new = reservation.held(Hold.WRITING)
+        if new:
+            for at, status in zip(new, self._fill(reservation, new, buffers), strict=True):
+                results[at] = _OF_COMMIT[status]
+            if self._directory is not None:
+                self._home.sync(self.deadline_s)
+        there = [key for key, result in zip(keys, results, strict=True) if result in _THERE]
+        if replicas > 1 and there and self._directory is not None:
+            self._directory.want(there, replicas, self.deadline_s)
         return results
 
     @contextlib.contextmanager
@@ -164,88 +203,119 @@ class Store:
 
     # ------------------------------------------------------------ get
 
-    def get(self, key: bytes) -> bytes | None:
+    def get(self, key: bytes) -> bytes | Absent:
         return self.get_batch((key,))[0]
 
-    def get_batch(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """None for those that are missed."""
-        with self.leased(keys) as objects:
-            sizes = [None if place is None else place.size for place in objects.locations]
-            buffers = [bytearray(size or 0) for size in sizes]
-            self._read(keys, objects, sizes, [memoryview(each) for each in buffers])
-        return [None if size is None else bytes(each) for size, each in zip(sizes, buffers, strict=True)]
+    def get_batch(self, keys: Sequence[bytes]) -> list[bytes | Absent]:
+        buffers = [bytearray()] * len(keys)
 
-    def get_into(self, key: bytes, buffer: Any) -> int | None:
-        """The object's size, or None for a miss. buffer: writable and at least as long."""
+        def make(at: int, size: int) -> memoryview:
+            buffers[at] = bytearray(size)
+            return memoryview(buffers[at])
+
+        sizes = self._read(keys, make)
+        return [
+            size if isinstance(size, Absent) else bytes(buffer) for size, buffer in zip(sizes, buffers, strict=True)
+        ]
+
+    def get_into(self, key: bytes, buffer: Any) -> int | Absent:
+        """The object's size. buffer: writable and at least as long."""
         return self.get_into_batch((key,), (buffer,))[0]
 
-    def get_into_batch(self, keys: Sequence[bytes], buffers: Sequence[Any]) -> list[int | None]:
-        """By key, the object's size, or None for a miss, whose buffer is as it was or holds bytes of no meaning."""
+    def get_into_batch(self, keys: Sequence[bytes], buffers: Sequence[Any]) -> list[int | Absent]:
+        """By key, the object's size. Where there is none, the buffer is as it was or holds bytes of no meaning."""
         if len(buffers) != len(keys):
             raise BadArgument(f"buffers: {len(buffers)} for {len(keys)} keys")
         views = [contents.as_bytes(each, f"buffers[{at}]", writable=True) for at, each in enumerate(buffers)]
-        local = self._link().local
-        copied = local.copy_out(keys, views) if local is not None else None
-        if copied is not None:
-            return list(copied)
-        with self.leased(keys) as objects:
-            sizes = [None if place is None else place.size for place in objects.locations]
-            for at, size in enumerate(sizes):
-                if size is not None and views[at].nbytes < size:
-                    raise BadArgument(f"buffers[{at}]: {views[at].nbytes} bytes for an object of {size}")
-            self._read(keys, objects, sizes, [view[:size] for view, size in zip(views, sizes, strict=True)])
-        return sizes
+
+        def choose(at: int, size: int) -> memoryview:
+            if views[at].nbytes < size:
+                raise BadArgument(f"buffers[{at}]: {views[at].nbytes} bytes for an object of {size}")
+            return views[at][:size]
+
+        return self._read(keys, choose)
 
     @contextlib.contextmanager
-    def view(self, key: bytes) -> Iterator[memoryview | None]:
-        """The object itself, read-only, or None for a miss; it stays as it is until the end. Raises BadArgument where the
-        node's memory is not mapped, as on another machine."""
+    def view(self, key: bytes) -> Iterator[memoryview | Absent]:
+        """The home node's object itself, read-only; it stays as it is until the end. Raises BadArgument where the node's memory
+        is not mapped, as on another machine."""
         with self.leased((key,)) as objects:
-            yield objects.view(0) if objects.hits else None
+            yield objects.view(0) if objects.hits else Absent.MISS
 
     @contextlib.contextmanager
     def leased(self, keys: Sequence[bytes]) -> Iterator[LeasedObjects]:
-        """Objects that stay where they are until the end, to be read in ranges (`LeasedObjects.read`)."""
-        objects = self._lease(keys)
-        try:
+        """Objects of the home node that stay where they are until the end, to be read in ranges (`LeasedObjects.read`)."""
+        with reading.leased(self._home, keys, self.deadline_s) as objects:
             yield objects
-        finally:
-            self._release(objects)
 
     # ------------------------------------------------------------ about objects
 
     def exists(self, key: bytes) -> bool:
         """Whether it can be read. Does not count as a use."""
-        local = self._link().local
+        local = self._local()
         if local is not None and local.index.contains(key):
             return True
         return self.exists_batch((key,))[0]
 
     def exists_batch(self, keys: Sequence[bytes]) -> list[bool]:
-        return list(self._session.call(Exists(0, 0, tuple(keys)), self.deadline_s))
+        found = list(self._home.call(Exists(0, 0, tuple(keys)), self.deadline_s))
+        rest = [at for at, is_there in enumerate(found) if not is_there]
+        if rest and self._directory is not None:
+            answer = self._directory.find([keys[at] for at in rest], self.deadline_s)
+            home = self._home.node_name(self.deadline_s)
+            for at, replicas in zip(rest, _replicas(answer), strict=True):
+                found[at] = any(replica.node != home for replica in replicas)
+        return found
 
     def stat(self, key: bytes) -> Stat | None:
         return self.stat_batch((key,))[0]
 
     def stat_batch(self, keys: Sequence[bytes]) -> list[Stat | None]:
-        """None for those that are missed."""
+        """Of the home node's objects; None for those that it does not have."""
+        name = self._home.node_name(self.deadline_s)
         with self.leased(keys) as objects:
             pairs = zip(objects.locations, objects.checksums, strict=True)
-            return [None if place is None else Stat(place.size, checksum) for place, checksum in pairs]
+            return [None if place is None else Stat(place.size, checksum, name) for place, checksum in pairs]
+
+    def locate(self, keys: Sequence[bytes]) -> list[list[Replica]]:
+        """Where the directory knows replicas of each. Raises BadArgument without one."""
+        return _replicas(self._directory_or_raise().find(keys, self.deadline_s))
+
+    def replicate(self, keys: Sequence[bytes], replicas: int, deadline_s: float | None = None) -> list[int]:
+        """Have each on so many nodes, now and when one of them is lost; waits until they are there or the time is over. On how
+        many each is. Raises BadArgument without a directory."""
+        self._check_replicas(replicas)
+        directory, until = self._directory_or_raise(), time.monotonic() + (deadline_s or self.deadline_s)
+        found = directory.want(keys, replicas, self.deadline_s)
+        while True:
+            counts = [len({replica.node for replica in each}) for each in _replicas(found)]
+            if min(counts) >= replicas or time.monotonic() > until:
+                return counts
+            time.sleep(_POLL_S)
+            found = directory.find(keys, self.deadline_s)
 
     def remove(self, key: bytes) -> bool:
         return self.remove_batch((key,))[0]
 
     def remove_batch(self, keys: Sequence[bytes]) -> list[bool]:
-        """By key, whether there was such an object. Who leased it before keeps it until it is released."""
-        return list(self._session.call(Remove(0, 0, tuple(keys)), self.deadline_s))
+        """By key, whether there was such an object anywhere. Who leased it before keeps it until it is released."""
+        request = Remove(0, 0, tuple(keys))
+        removed = list(self._home.call(request, self.deadline_s))
+        if self._directory is not None:
+            found = self._directory.want(keys, 1, self.deadline_s)
+            home = self._home.node_name(self.deadline_s)
+            for info in found.nodes.values():
+                if info.name != home:
+                    elsewhere = self._peers.session(info).call(request, self.deadline_s)
+                    removed = [one or other for one, other in zip(removed, elsewhere, strict=True)]
+        return removed
 
     def pin(self, key: bytes) -> bool:
-        """Whether it was there; then it is not evicted until `unpin`, or until this client closes."""
+        """Whether it was at the home node; then it is not evicted there until `unpin`, or until this client closes."""
         with self._lock:
             if key in self._pins:
                 return True
-            objects = self._lease((key,))
+            objects = reading.lease(self._home, (key,), self.deadline_s)
             if objects.hits:
                 self._pins[key] = objects
             return objects.hits > 0
@@ -255,64 +325,74 @@ class Store:
         with self._lock:
             objects = self._pins.pop(key, None)
         if objects is not None:
-            self._release(objects)
+            reading.release(self._home, objects, self.deadline_s)
         return objects is not None
 
-    # ------------------------------------------------------------ calls
-
-    def _link(self) -> Link:
-        return self._session.link(self.deadline_s)
+    # ------------------------------------------------------------ writing
 
     def _reserve(
         self, keys: Sequence[bytes], sizes: Sequence[int], mode: PutMode, checksums: tuple[int, ...]
     ) -> Reservation:
-        link = self._link()
+        link = self._home.link(self.deadline_s)
         request = Reserve(0, 0, tuple(keys), tuple(sizes), mode, checksums=checksums)
-        puts: Puts = self._session.call(request, self.deadline_s, link=link)
+        puts: Puts = self._home.call(request, self.deadline_s, link=link)
         return Reservation(link, puts.locations(), puts.statuses)
+
+    def _fill(
+        self, reservation: Reservation, indices: Sequence[int], buffers: Sequence[memoryview]
+    ) -> tuple[CommitStatus, ...]:
+        """Write and commit these; what goes wrong is given up."""
+        pairs = [(at, reservation.locations[at]) for at in indices]
+        pieces = [Piece(place.offset, buffers[at], place.generation) for at, place in pairs if place is not None]
+        try:
+            written = _write(reservation.link, pieces)
+            return self._commit(reservation, indices, written)
+        except BaseException:
+            self._cancel(reservation, indices)
+            raise
 
     def _commit(
         self, reservation: Reservation, indices: Sequence[int], checksums: tuple[int, ...]
     ) -> tuple[CommitStatus, ...]:
         reservation.mark(indices, Hold.CLOSED)
         request = Commit(0, 0, reservation.numbers(indices), False, checksums)
-        statuses: tuple[CommitStatus, ...] = self._session.call(request, self.deadline_s, link=reservation.link)
+        statuses: tuple[CommitStatus, ...] = self._home.call(request, self.deadline_s, link=reservation.link)
         return statuses
 
     def _cancel(self, reservation: Reservation, indices: Sequence[int]) -> None:
         """If the node cannot be told, it sees the connection end."""
         reservation.mark(indices, Hold.CLOSED)
-        with contextlib.suppress(StoreUnavailable):
-            self._session.call(Cancel(0, 0, reservation.numbers(indices)), self.deadline_s, link=reservation.link)
+        with contextlib.suppress(StoreUnavailable, DeadlineExceeded):
+            self._home.call(Cancel(0, 0, reservation.numbers(indices)), self.deadline_s, link=reservation.link)
 
-    def _lease(self, keys: Sequence[bytes]) -> LeasedObjects:
-        link = self._link()
-        leased = link.local.lease(keys) if link.local is not None else None
-        if leased is not None:
-            return LeasedObjects.found(link, *leased)
-        places: Places = self._session.call(Lease(0, 0, tuple(keys)), self.deadline_s, link=link)
-        return LeasedObjects.placed(link, places)
+    # ------------------------------------------------------------ helpers
 
-    def _release(self, objects: LeasedObjects) -> None:
-        held = objects.held(Hold.LEASED)
-        objects.mark(held, Hold.CLOSED)
-        if objects.slots is not None and objects.link.local is not None:
-            objects.link.local.release([objects.slots[at] for at in held])
-        elif held and objects.link.lost is None:
-            with contextlib.suppress(StoreUnavailable):
-                self._session.call(Release(0, 0, objects.numbers(held)), self.deadline_s, link=objects.link)
-
-    def _read(
-        self, keys: Sequence[bytes], objects: LeasedObjects, sizes: list[int | None], buffers: Sequence[memoryview]
-    ) -> None:
-        """Fill the buffers. A damaged object is a miss, whose size is None then, and gone."""
+    def _local(self) -> LocalReader | None:
+        """None if the home node cannot be reached, too: then whoever asks it hears why."""
         try:
-            objects.read_batch([(at, 0, buffers[at]) for at, size in enumerate(sizes) if size is not None])
-        except Damaged as error:
-            for at in error.indices:
-                sizes[at] = None
-            damaged = tuple([keys[at] for at in error.indices])
-            self._session.call(Remove(0, 0, damaged, damaged=True), self.deadline_s)
+            return self._home.link(self.deadline_s).local
+        except StoreUnavailable:
+            return None
+
+    def _read(self, keys: Sequence[bytes], buffer_for: reading.BufferFor) -> list[int | Absent]:
+        local = self._local()
+        copied = local.copy_out(keys, buffer_for) if local is not None else None
+        if copied is not None:
+            return list(copied)
+        batch = reading.Read(keys, buffer_for)
+        reading.read(self._home, self._directory, self._peers, batch, self.deadline_s)
+        return batch.sizes
+
+    def _directory_or_raise(self) -> DirectorySession:
+        if self._directory is None:
+            raise BadArgument("directory: this client was connected without one")
+        return self._directory
+
+    def _check_replicas(self, replicas: int) -> None:
+        if not 1 <= replicas <= REPLICAS_MAX:
+            raise BadArgument(f"replicas: must be 1 to {REPLICAS_MAX}, got {replicas}")
+        if replicas > 1:
+            self._directory_or_raise()
 
 
 class WriteSession:
@@ -334,3 +414,31 @@ class WriteSession:
     def commit(self) -> PutResult:
         """What was never written is undefined."""
         return self._commit()
+
+
+def _write(link: Link, pieces: Sequence[Piece]) -> tuple[int, ...]:
+    """Whole objects to where they are reserved; their checksums. Raises StoreError."""
+    with link.writing() as path:
+        if isinstance(path, MappedPath):
+            return tuple([contents.copy_hashed(path.view(at, local.nbytes), local) for at, local, _ in pieces])
+        path.write(pieces).wait()
+        return tuple([contents.checksum(local) for _, local, _ in pieces])
+
+
+def _replicas(found: Found) -> list[list[Replica]]:
+    return [
+        [Replica(found.nodes[holder.node].name, holder.tier) for holder in found.sets.get(number, ())]
+        for number in found.numbers
+    ]
+
+
+def _choose_home(nodes: Sequence[NodeInfo], name: str) -> NodeInfo:
+    """One whose socket is on this machine, else one by a hash of the client's name: clients spread, and each stays."""
+    if not nodes:
+        raise StoreUnavailable("the directory knows no node")
+    here = [info for info in nodes if any(_is_here(address) for address in info.addresses)]
+    return max(here or nodes, key=lambda info: hashlib.blake2b(f"{name}/{info.name}".encode()).digest())
+
+
+def _is_here(address: str) -> bool:
+    return address.startswith("unix:") and os.path.exists(address[5:])

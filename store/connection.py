@@ -76,6 +76,8 @@ class Connection(asyncio.Protocol):
                     self._on_hello(frame)
                 elif frame.kind == wire.Op.ATTACH:
                     self._on_attach(frame)
+                elif frame.kind == wire.Op.SYNC:
+                    self._node.sync(self, frame.request)
                 else:
                     self._requests.append(wire.decode_request(self.client, frame))
             if self._waits_since is None:

@@ -6,15 +6,13 @@ quarter of the speed of a copy, this a tenth. Both release the GIL.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from mooncake.core.errors import BadArgument
-from mooncake.store.handles import Link
-from mooncake.transport.base import COPY_WITHOUT_GIL_BYTES, MappedPath, Piece
+from mooncake.transport.base import COPY_WITHOUT_GIL_BYTES
 
 PIECE_BYTES = 256 * 1024
 _digest = xxhash.xxh3_64_intdigest
@@ -55,12 +53,3 @@ def copy_hashed(target: memoryview, source: memoryview) -> int:
 
 def checksum(data: memoryview) -> int:
     return _digest(data)
-
-
-def write(link: Link, pieces: Sequence[Piece]) -> tuple[int, ...]:
-    """Whole objects to where they are reserved; their checksums. Raises StoreError."""
-    with link.writing() as path:
-        if isinstance(path, MappedPath):
-            return tuple([copy_hashed(path.view(offset, local.nbytes), local) for offset, local, _ in pieces])
-        path.write(pieces).wait()
-        return tuple([_digest(local) for _, local, _ in pieces])

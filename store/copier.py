@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Sequence
 
 from mooncake.core.errors import StoreError
 from mooncake.core.keys import object_keys
-from mooncake.core.messages import CopyBlocks
+from mooncake.core.messages import CopyBlocks, NodeInfo
+from mooncake.store import contents
 from mooncake.store.client import StoreClient
-from mooncake.store.copies import Copies
-from mooncake.store.handles import LeasedObjects, Reservation
+from mooncake.store.copies import Copies, Wish
+from mooncake.store.handles import Hold, LeasedObjects, Reservation
 from mooncake.store.node import StoreNode
 from mooncake.store.types import PutStatus
 
@@ -35,8 +36,15 @@ class Copier:
         self._wished = asyncio.Event()
         self._task = asyncio.create_task(self._run())
 
-    def wish(self, message: CopyBlocks) -> None:
-        self.copies.wish(message, time.monotonic_ns())
+    def wish_blocks(self, message: CopyBlocks) -> None:
+        source = message.source
+        self.wish(Wish(source.node, source.addresses, object_keys(source.block_keys, message.shard)))
+
+    def wish_objects(self, source: NodeInfo, keys: tuple[bytes, ...]) -> None:
+        self.wish(Wish(source.name, source.addresses, keys, is_chain=False))
+
+    def wish(self, wish: Wish) -> None:
+        self.copies.wish(wish, time.monotonic_ns())
         self._wished.set()
 
     async def close(self) -> None:
@@ -56,32 +64,33 @@ class Copier:
                 async with asyncio.timeout(_CHUNK_S):
                     whole = await self._copy(chunk)
             except TimeoutError:
-                log.warning("copy from %s: not done within %g s", chunk.source.node, _CHUNK_S)
+                log.warning("copy from %s: not done within %g s", chunk.node, _CHUNK_S)
             except StoreError as error:
-                log.warning("copy from %s: %s", chunk.source.node, error)
+                log.warning("copy from %s: %s", chunk.node, error)
             self.copies.done(whole=whole)
 
-    async def _copy(self, chunk: CopyBlocks) -> bool:
-        """Whether all blocks of the chunk are here now. Raises StoreError."""
-        source, node = chunk.source, self._node
-        keys = object_keys(source.block_keys, chunk.shard)
+    async def _copy(self, chunk: Wish) -> bool:
+        """Whether all objects of the chunk are here now. Raises StoreError."""
+        node = self._node
         async with (
-            self._client(source.addresses, source.node) as theirs,
+            self._client(chunk.addresses, chunk.node) as theirs,
             self._client(node.addresses, node.config.node) as ours,
         ):
-            leased = await theirs.lease(keys)
-            there = [location for location in leased.locations[: leased.hits] if location is not None]
-            if not there:
+            leased = await theirs.lease(chunk.keys)
+            found = leased.held(Hold.LEASED, range(leased.hits) if chunk.is_chain else None)
+            places = [place for place in (leased.locations[at] for at in found) if place is not None]
+            if not places:
                 return False
-            sizes = [location.size for location in there]
-            reserved = await ours.reserve(keys[: len(there)], sizes, all_or_nothing=True)
-            wanted = [at for at, status in enumerate(reserved.statuses) if status is PutStatus.RESERVED]
-            if len(wanted) + reserved.statuses.count(PutStatus.EXISTS) < len(there):
+            keys, sizes = [chunk.keys[at] for at in found], [place.size for place in places]
+            reserved = await ours.reserve(keys, sizes, all_or_nothing=chunk.is_chain)
+            wanted = reserved.held(Hold.WRITING)
+            if not wanted and PutStatus.REFUSED in reserved.statuses:
                 return False
-            await asyncio.to_thread(_transfer, leased, reserved, [(at, sizes[at]) for at in wanted])
-            await ours.commit(reserved, wanted)
+            pairs = [(found[at], at, sizes[at]) for at in wanted]
+            checksums = await asyncio.to_thread(_transfer, leased, reserved, pairs)
+            await ours.commit(reserved, wanted, checksums=checksums)
             node.count("blocks_copied", len(wanted))
-            return len(there) == len(keys)
+            return len(wanted) + reserved.statuses.count(PutStatus.EXISTS) == len(chunk.keys)
 
     @contextlib.asynccontextmanager
     async def _client(self, addresses: Sequence[str], node: str) -> AsyncIterator[StoreClient]:
@@ -93,7 +102,16 @@ class Copier:
             await client.close()
 
 
-def _transfer(leased: LeasedObjects, reserved: Reservation, wanted: Sequence[tuple[int, int]]) -> None:
-    """From segment to segment, without a copy in between where ours is mapped."""
-    for at, size in wanted:
-        reserved.fill(at, 0, size, lambda view, at=at: leased.read(at, 0, view))  # type: ignore[misc]
+def _transfer(leased: LeasedObjects, reserved: Reservation, pairs: Sequence[tuple[int, int, int]]) -> list[int]:
+    """From segment to segment, without a copy in between where ours is mapped. pairs: an object's index there, here, and its
+    size. Checksums, which are looked at on the way; taken now where there was none. Raises StoreError."""
+    checksums: list[int] = []
+
+    def receive(view: memoryview, there: int) -> None:
+        leased.read(there, 0, view)
+        checksum = leased.checksums[there]
+        checksums.append(contents.checksum(view) if checksum is None else checksum)
+
+    for there, here, size in pairs:
+        reserved.fill(here, 0, size, lambda view, there=there: receive(view, there))  # type: ignore[misc]
+    return checksums

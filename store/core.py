@@ -35,6 +35,7 @@ from mooncake.store.events import (
     Event,
     Exists,
     Fault,
+    Flush,
     Lease,
     Release,
     Remove,
@@ -121,6 +122,7 @@ class StoreCore:
             Used: self._used,
             Adopted: self._adopt,
             SnapshotWanted: self._snapshot,
+            Flush: lambda event, now: self._flush(),
             Tick: self._tick,
         }
         self._ssd: SsdTier | None = None
@@ -160,6 +162,10 @@ class StoreCore:
             if until is not None and (earliest is None or until < earliest):
                 earliest = until
         return earliest
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        return (Tier.DRAM,) if self._ssd is None else (Tier.DRAM, Tier.SSD)
 
     def allows(self, client: int, number: int, offset: int, size: int, write: bool) -> bool:
         """Whether [offset, offset + size) of the segment lies in an object that the client may write (its live

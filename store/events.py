@@ -96,6 +96,10 @@ class ClientGone(Event, frozen=True):
     client: int
 
 
+class Flush(Event, frozen=True):
+    """Report what has changed now, and not later."""
+
+
 class Used(Event, frozen=True):
     """Readers found these by themselves and read them: rows, a batch each time in chain order. Rows of objects that are gone
     by now are passed over, or taken for those that have their place."""

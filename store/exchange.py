@@ -21,7 +21,7 @@ MAX_PENDING = 4096
 
 
 class Answer(NamedTuple):
-    """outcome: what the request's type says, an error, or None for an ATTACH that went well."""
+    """outcome: what the request's type says, an error, or None for an ATTACH or SYNC that went well."""
 
     number: int
     outcome: Results | StoreError | None
@@ -44,6 +44,11 @@ class Exchange:
         number = self._next_number()
         self._pending[number] = None
         return number, pack(wire.Op.ATTACH, table.encode(), request=number)
+
+    def sync(self) -> tuple[int, bytes]:
+        number = self._next_number()
+        self._pending[number] = None
+        return number, pack(wire.Op.SYNC, request=number)
 
     def abandon(self, number: int) -> None:
         """Nobody waits for this one any more."""
@@ -88,7 +93,7 @@ def _outcome(request: Request | None, frame: Frame) -> Results | StoreError | No
     if request is not None:
         return wire.decode_reply(request, frame)
     if frame.kind != Kind.OK:
-        raise ProtocolError(f"ATTACH must be answered by OK, got kind {frame.kind}")
+        raise ProtocolError(f"ATTACH and SYNC must be answered by OK, got kind {frame.kind}")
     return None
 
 

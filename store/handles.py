@@ -34,7 +34,7 @@ from mooncake.core.errors import (
 from mooncake.store.local.index import Found
 from mooncake.store.local.reader import LocalReader
 from mooncake.store.types import Location, Places, PutStatus
-from mooncake.transport.base import MappedPath, Path, Piece
+from mooncake.transport.base import Path, Piece
 
 DataPiece = tuple[int, int, Any]
 """index in the batch, offset in the object, buffer (C-contiguous; anything that memoryview takes)"""
@@ -160,12 +160,11 @@ class LeasedObjects:
         self.read_batch(((index, offset, out),))
 
     def read_batch(self, pieces: Sequence[DataPiece]) -> None:
-        """All of them in one call; over TCP in one round trip. Raises Damaged if objects that came whole through a socket do
-        not have the checksum that their writers took."""
+        """All of them in one call; over TCP in one round trip. Raises Damaged if objects that were read whole do not have the
+        checksum that their writers took."""
         with self._using(pieces, Hold.LEASED) as batch, self._reading() as path:
             path.read(batch).wait()
-            mapped = isinstance(path, MappedPath)
-        damaged = () if mapped else [at for at, _, data in pieces if not self._is_sound(at, data)]
+        damaged = [at for at, _, data in pieces if not self._is_sound(at, data)]
         if damaged:
             raise Damaged(f"objects {damaged} of {len(self)} do not match their checksums", damaged)
 

@@ -13,19 +13,20 @@ from mooncake.store.handles import Link
 from mooncake.store.local.reader import LocalReader
 from mooncake.transport.base import Region
 from mooncake.transport.shm import ShmPath, open_segment
-from mooncake.transport.tcp import TcpPath, parse_address
+from mooncake.transport.tcp import TIMEOUT_S, TcpPath, parse_address
 
 
-def open_link(address: str, hello: wire.Hello, welcome: wire.Welcome) -> Link:
+def open_link(address: str, hello: wire.Hello, welcome: wire.Welcome, stall_s: float = TIMEOUT_S) -> Link:
     """The segment itself where it can be mapped, else the socket that leads to it. A link with a local reader may be used when
-    its table is attached. Blocks while the pages are mapped."""
+    its table is attached. stall_s: how long a socket may be without progress. Blocks while the pages are mapped."""
     family, _ = parse_address(address)
     if family == socket.AF_UNIX:
         with contextlib.suppress(SegmentError):
             path = open_segment(Region("shm", welcome.segment, welcome.capacity), welcome.epoch)
             return Link(path, _local_reader(path, welcome))
     greeting = msgspec.structs.replace(hello, session=welcome.session)
-    return Link(TcpPath(Region("tcp", address, welcome.capacity), wire.encode_hello(greeting)))
+    region = Region("tcp", address, welcome.capacity)
+    return Link(TcpPath(region, wire.encode_hello(greeting), timeout_s=stall_s))
 
 
 def _local_reader(path: ShmPath, welcome: wire.Welcome) -> LocalReader | None:

@@ -14,14 +14,14 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 
 from mooncake.core.errors import AuthError, BadArgument, SegmentError, StoreError, StoreUnavailable
 from mooncake.core.event_log import EventLogWriter
-from mooncake.core.keys import block_keys_of
-from mooncake.core.messages import CacheDelta, CacheSnapshot, NodeInfo
-from mooncake.core.types import NANOS_PER_S, Tier
+from mooncake.core.messages import NodeInfo
+from mooncake.core.types import NANOS_PER_S
 from mooncake.store import wire
 from mooncake.store.connection import Connection
 from mooncake.store.core import StoreCore
@@ -30,6 +30,7 @@ from mooncake.store.events import (
     Command,
     Event,
     Fault,
+    Flush,
     Reply,
     Report,
     Reserve,
@@ -40,12 +41,15 @@ from mooncake.store.events import (
 )
 from mooncake.store.local.readers import LocalReaders
 from mooncake.store.local.segment import take_segment
+from mooncake.transport.frames import Kind, pack
 from mooncake.transport.shm import SHM_DIR, ShmSegment
 
 MAX_DATA_CONNECTIONS = 16
 """Of one client; each is a thread here."""
 LOOK_S = 1.0
 """How often it is looked what clients have read by themselves, and whether they are still alive."""
+SYNC_S = 5.0
+"""How long a client may wait for the directory."""
 _END_S = 1.0
 """How long the end waits for data connections."""
 _MAX_UNIX_PATH = 107
@@ -68,12 +72,21 @@ class NodeConfig(msgspec.Struct, frozen=True):
     compat: str = ""
 
 
+class Directory(Protocol):
+    """As a node sees it."""
+
+    async def synced(self, deadline_s: float) -> bool:
+        """Whether, within that time, it knows what was reported until now."""
+        ...
+
+
 class StoreNode:
-    """`on_report` is called on the event loop with every delta and snapshot; it must not block."""
+    """`on_report` is called on the event loop with every report and snapshot of the core; it must not block."""
 
     event_log: EventLogWriter | None = None
+    directory: Directory | None = None
 
-    def __init__(self, config: NodeConfig, on_report: Callable[[CacheDelta | CacheSnapshot], None]) -> None:
+    def __init__(self, config: NodeConfig, on_report: Callable[[Report | Snapshot], None]) -> None:
         self.config = config
         self.epoch = time.time_ns()
         self.addresses: tuple[str, ...] = ()
@@ -91,6 +104,7 @@ class StoreNode:
         self._servers: list[asyncio.Server] = []
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0
+        self._syncs: set[asyncio.Task[None]] = set()
         self._looking: asyncio.TimerHandle | None = None
         self._counters = dict.fromkeys(_COUNTERS, 0)
 
@@ -206,6 +220,21 @@ class StoreNode:
         if self._looking is None:
             self._looking = asyncio.get_running_loop().call_later(LOOK_S, self._look)
 
+    def sync(self, connection: Connection, request_id: int) -> None:
+        """Answer when the directory knows what is committed now."""
+        self.handle(Flush())
+        task = asyncio.get_running_loop().create_task(self._sync(connection, request_id))
+        self._syncs.add(task)
+        task.add_done_callback(self._syncs.discard)
+
+    async def _sync(self, connection: Connection, request_id: int) -> None:
+        if self.directory is None or await self.directory.synced(SYNC_S):
+            answer = pack(Kind.OK, request=request_id)
+        else:
+            answer = wire.encode_error(StoreUnavailable("the directory does not answer"), request_id)
+        if connection.client in self._clients:
+            connection.reply(answer)
+
     def count(self, counter: str, amount: int = 1) -> None:
         self._counters[counter] += amount
 
@@ -260,12 +289,8 @@ class StoreNode:
             case Fault():
                 self.count("faults")
                 self._clients[command.client].reply(wire.encode_error(BadArgument(command.detail), command.request_id))
-            case Report():  # the directory speaks of blocks: one node holds one shard of each
-                added, removed = block_keys_of(command.added), block_keys_of(command.removed)
-                self._on_report(CacheDelta(self.config.node, command.epoch, command.seq, Tier.DRAM, added, removed))
-            case Snapshot():
-                keys = block_keys_of(command.keys)
-                self._on_report(CacheSnapshot(self.config.node, command.epoch, command.seq, Tier.DRAM, keys))
+            case Report() | Snapshot():
+                self._on_report(command)
 
     def _arm(self, deadline: int) -> None:
         if self._timer is not None:

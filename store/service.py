@@ -8,11 +8,13 @@ import msgspec
 
 from mooncake.config import Config, RoleConfig
 from mooncake.core.errors import ConfigError, MooncakeError, StoreError
+from mooncake.core.keys import block_keys_of
 from mooncake.core.messages import AnyMessage, CacheDelta, CacheSnapshot, CopyBlocks, RegisterNode, SnapshotRequest
 from mooncake.rpc.driver import open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcClient
 from mooncake.status import Status
 from mooncake.store.copier import Copier
+from mooncake.store.events import Report, Snapshot
 from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.transport.tcp import parse_address
 
@@ -68,9 +70,9 @@ class _Reporter:
     def __init__(self) -> None:
         self._link: Link | None = None
 
-    def report(self, message: CacheDelta | CacheSnapshot) -> None:
+    def report(self, command: Report | Snapshot) -> None:
         if self._link is not None:
-            self._link.send(message)
+            self._link.send(to_message(self.node.config.node, command))
 
     def opened(self, link: Link) -> None:
         self._link = link
@@ -82,11 +84,19 @@ class _Reporter:
             self.node.snapshot()
         for message in messages:
             if isinstance(message, CopyBlocks):
-                self.copier.wish(message)
+                self.copier.wish_blocks(message)
 
     def closed(self, link: Link) -> None:
         if self._link is link:
             self._link = None
+
+
+def to_message(node: str, command: Report | Snapshot) -> CacheDelta | CacheSnapshot:
+    """For the Conductor, who speaks of blocks: one node holds one shard of each."""
+    if isinstance(command, Snapshot):
+        return CacheSnapshot(node, command.epoch, command.seq, command.tier, block_keys_of(command.keys))
+    added, removed = block_keys_of(command.added), block_keys_of(command.removed)
+    return CacheDelta(node, command.epoch, command.seq, command.tier, added, removed)
 
 
 def _node_config(config: Config, role: RoleConfig) -> NodeConfig:

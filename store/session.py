@@ -30,7 +30,7 @@ from mooncake.store.links import open_link
 from mooncake.store.operations import DEADLINE_S
 from mooncake.transport.frames import Frame, FrameReader
 from mooncake.transport.sockets import limit_time
-from mooncake.transport.tcp import parse_address
+from mooncake.transport.tcp import TIMEOUT_S, parse_address
 
 _READ_BYTES = 1 << 18
 _TIMED_OUT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ETIMEDOUT)
@@ -39,10 +39,10 @@ _RETRY_S = 0.2
 
 
 class _Connection:
-    def __init__(self, stream: socket.socket, link: Link, capacity: int) -> None:
+    def __init__(self, stream: socket.socket, link: Link, welcome: wire.Welcome) -> None:
         self.stream = stream
         self.link = link
-        self.capacity = capacity
+        self.welcome = welcome
         self.exchange = Exchange()
         self.deadline_s = 0.0
 
@@ -54,14 +54,24 @@ class _Connection:
 
 
 class NodeSession:
-    """addresses: of one node, the cheapest to use first. node: the name it must have, if given."""
+    """addresses: of one node. node: the name it must have, if given. stall_s: how long data sockets may be without progress."""
 
-    def __init__(self, addresses: Sequence[str], *, token: str, name: str, tenant: str = "", node: str = "") -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        token: str,
+        name: str,
+        tenant: str = "",
+        node: str = "",
+        stall_s: float = TIMEOUT_S,
+    ) -> None:
         if not addresses:
             raise BadArgument("addresses: at least one is needed")
         self.addresses = tuple(sorted(addresses, key=lambda address: not address.startswith("unix:")))
         self._hello = wire.Hello(wire.VERSION, token, name, tenant)
         self._node = node
+        self._stall_s = stall_s
         self._lock = threading.Lock()
         self._connection: _Connection | None = None
         self._failed_at = 0.0
@@ -84,11 +94,22 @@ class NodeSession:
             connection = self._connected(deadline_s)
             if link is not None and link is not connection.link:
                 raise HandleLost("the claim went with its connection")
-            fault = fault_of(request, connection.capacity)
+            fault = fault_of(request, connection.welcome.capacity)
             if fault is not None:
                 raise BadArgument(fault)
             number, data = connection.exchange.ask(request)
             return self._answer(connection, number, data, deadline_s)
+
+    def node_name(self, deadline_s: float = DEADLINE_S) -> str:
+        with self._lock:
+            return self._connected(deadline_s).welcome.node
+
+    def sync(self, deadline_s: float = DEADLINE_S) -> None:
+        """Returns when the directory knows all that was committed until now. Raises as call."""
+        with self._lock:
+            connection = self._connected(deadline_s)
+            number, data = connection.exchange.sync()
+            self._answer(connection, number, data, deadline_s)
 
     def close(self) -> None:
         with self._lock:
@@ -177,7 +198,8 @@ class NodeSession:
             welcome = wire.decode_welcome(frame)
             if self._node and welcome.node != self._node:
                 raise StoreUnavailable(f"is node {welcome.node}, not {self._node}")
-            connection = _Connection(stream, open_link(address, self._hello, welcome), welcome.capacity)
+            link = open_link(address, self._hello, welcome, self._stall_s)
+            connection = _Connection(stream, link, welcome)
         except BaseException:
             stream.close()
             raise

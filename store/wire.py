@@ -50,6 +50,8 @@ class Op(enum.IntEnum):
     REMOVE = 14
     ATTACH = 15
     """Payload: path of the client's table. Answered by OK or ERROR."""
+    SYNC = 16
+    """Answered by OK as soon as the directory knows all that was committed until now, or by ERROR."""
 
 
 class Flag(enum.IntFlag):
@@ -241,7 +243,9 @@ def decode_reply(event: Request, frame: Frame) -> Results:
         match event:
             case Reserve():
                 places = _decode_places(n, payload[n:], checksums=False)
-                return Puts(places.offsets, places.sizes, places.numbers, statuses=tuple(map(_PUT_STATUSES, payload[:n])))
+                return Puts(
+                    places.offsets, places.sizes, places.numbers, statuses=tuple(map(_PUT_STATUSES, payload[:n]))
+                )
             case Lease():
                 return _decode_places(n, payload, checksums=bool(frame.flags & Flag.CHECKSUMS))
             case Commit():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from mooncake.core.messages import CopyBlocks
 from mooncake.core.types import KvSource
 from mooncake.sim.node import NodeClient, SimNode, SimSource, SimTarget
-from mooncake.store.copies import Copies
+from mooncake.store.copies import Copies, Wish
 
 ConnectNode = Callable[[str, str], NodeClient | None]
 """A new client at (node, for a process), or None if the node cannot be reached."""
@@ -21,7 +21,9 @@ class SimCopier:
         self.running: _Copy | None = None
 
     def wish(self, message: CopyBlocks) -> None:
-        self.copies.wish(message, self._node.loop.now)
+        """The keys of such a wish are block keys: a simulated node has one shard."""
+        source = message.source
+        self.copies.wish(Wish(source.node, source.addresses, source.block_keys), self._node.loop.now)
         self._next()
 
     def kill(self) -> None:
@@ -36,12 +38,13 @@ class SimCopier:
         chunk = self.copies.next(self._node.loop.now)
         if chunk is None:
             return
-        theirs = self._connect(chunk.source.node, self._node.name)
+        theirs = self._connect(chunk.node, self._node.name)
         if theirs is None:
             self._node.loop.after(0, self._ended, False)
             return
         ours = self._node.attach(self._node.name, self._node)
-        self.running = _Copy(chunk.source, theirs, ours, self._ended)
+        source = KvSource(chunk.node, len(chunk.keys) * self._node.config.block_tokens, chunk.keys)
+        self.running = _Copy(source, theirs, ours, self._ended)
 
     def _ended(self, whole: bool) -> None:
         if self._node.runner.alive:

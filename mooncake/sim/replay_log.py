@@ -50,6 +50,7 @@ _StoreEvent = (
     | store.Remove
     | store.ClientGone
     | store.Used
+    | store.Flush
     | store.Adopted
     | store.SnapshotWanted
     | store.Tick

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from mooncake.core.errors import BadArgument
+from mooncake.store.contents import copy_hashed
 from mooncake.store.local.index import Found, IndexReader
 from mooncake.store.local.table import ClientTable
-from mooncake.transport.base import copy
 from mooncake.transport.shm import ShmPath
 
 
@@ -45,24 +44,22 @@ class LocalReader:
             self.table.use([each.row for each in found])
         return found, slots
 
-    def copy_out(self, keys: Sequence[bytes], buffers: Sequence[memoryview]) -> list[int] | None:
-        """Sizes of all these objects, which are in the buffers now; None if one of them is not here. Raises BadArgument if one
-        is longer than its buffer."""
+    def copy_out(self, keys: Sequence[bytes], buffer_for: Callable[[int, int], memoryview]) -> list[int] | None:
+        """Sizes of all these objects, which are now where buffer_for(index, size) says; None if one of them is not here, or not
+        what its writer put."""
         find, view = self.index.find, self._path.view
         found: list[Found] = []
-        for at, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+        for at, key in enumerate(keys):
             each = find(key)
             if each is None:
                 return None
-            _, _, offset, size, _ = each
-            if buffer.nbytes != size:
-                if buffer.nbytes < size:
-                    raise BadArgument(f"buffers[{at}]: {buffer.nbytes} bytes for an object of {size}")
-                buffer = buffer[:size]
-            copy(buffer, view(offset, size))
+            _, _, offset, size, checksum = each
+            copied = copy_hashed(buffer_for(at, size), view(offset, size))
+            if checksum is not None and copied != checksum:
+                return None  # damaged, or evicted under the copy
             found.append(each)
         if not self.index.are_current(found):
-            return None  # something was evicted under the copy
+            return None
         with self._lock:
             if not self._retired:
                 self.table.use([each.row for each in found])

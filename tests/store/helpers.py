@@ -10,10 +10,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
-from mooncake.core.messages import CacheDelta, CacheSnapshot
 from mooncake.store.client import StoreClient
 from mooncake.store.core import StoreCore
-from mooncake.store.events import Event, Reply
+from mooncake.store.events import Event, Reply, Report, Snapshot
 from mooncake.store.memory import MemoryNode, MemoryStore
 from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.store.operations import StoreOperations
@@ -94,9 +93,7 @@ def node_config(**options: Any) -> NodeConfig:
 
 
 @asynccontextmanager
-async def running_node(
-    reports: list[CacheDelta | CacheSnapshot] | None = None, **options: Any
-) -> AsyncIterator[StoreNode]:
+async def running_node(reports: list[Report | Snapshot] | None = None, **options: Any) -> AsyncIterator[StoreNode]:
     node = StoreNode(node_config(**options), (reports if reports is not None else []).append)
     await node.start()
     try:

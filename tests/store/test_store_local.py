@@ -19,7 +19,7 @@ import pytest
 from mooncake.core.errors import HandleLost, SegmentError
 from mooncake.core.event_log import EventLogWriter
 from mooncake.sim.replay_log import replay_log
-from mooncake.store.api import PutResult, Store
+from mooncake.store.api import Absent, PutResult, Store
 from mooncake.store.client import StoreClient
 from mooncake.store.local.index import Found, IndexReader, IndexWriter, index_bytes
 from mooncake.store.local.memory import Fence, ordered, words
@@ -194,7 +194,7 @@ def test_what_is_viewed_is_neither_evicted_nor_freed_when_it_is_removed() -> Non
                     assert await ask(store.put, key(3), bytes(64)) is PutResult.REFUSED
                     assert node.core.metrics()["lingering"] >= 1
                     node.core.check_integrity()
-                assert two is not None and await ask(store.put, key(3), b"3" * 64) is PutResult.STORED
+                assert two and await ask(store.put, key(3), b"3" * 64) is PutResult.STORED
                 assert await ask(store.remove, key(1)) and not await ask(store.exists, key(1))
                 assert await ask(store.put, key(4), b"4" * 64) is PutResult.STORED  # in the place of 3
                 assert await ask(store.put, key(5), b"5" * 64) is PutResult.STORED
@@ -286,7 +286,7 @@ def test_a_history_of_puts_reads_views_and_removes_is_right_and_replays_the_same
 
     def act(node: StoreNode) -> None:
         rng, store = random.Random(seed), _connect(node)
-        views: list[tuple[int, contextlib.AbstractContextManager[memoryview | None], memoryview]] = []
+        views: list[tuple[int, contextlib.AbstractContextManager[memoryview | Absent], memoryview]] = []
         for _ in range(500):
             number, choice = rng.randrange(60), rng.random()
             if choice < 0.5:
@@ -295,11 +295,11 @@ def test_a_history_of_puts_reads_views_and_removes_is_right_and_replays_the_same
             elif choice < 0.6:
                 store.remove(key(number))
             elif choice < 0.8:
-                assert store.get(key(number)) in (None, _content(number))
+                assert store.get(key(number)) in (Absent.MISS, _content(number))
             elif choice < 0.9:
                 opened = store.view(key(number))
                 view = opened.__enter__()
-                if view is not None:
+                if isinstance(view, memoryview):
                     views.append((number, opened, view))
             elif views:
                 number, opened, view = views.pop(rng.randrange(len(views)))
@@ -351,7 +351,7 @@ def test_a_dead_nodes_objects_are_adopted_under_a_new_epoch(tmp_path: Path) -> N
         await second.start()
         again = await asyncio.to_thread(_connect, second)
         there = [await asyncio.to_thread(again.get, key(number)) for number in range(10)]
-        assert there == [bytes([number]) * 1000 if number != 3 else None for number in range(10)]
+        assert there == [bytes([number]) * 1000 if number != 3 else Absent.MISS for number in range(10)]
         assert leased.view(0) == bytes([4]) * 1000
         second.core.check_integrity()
         for number in range(100, 1300):

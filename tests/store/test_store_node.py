@@ -27,8 +27,10 @@ from mooncake.core.keys import KEY_BYTES, object_key
 from mooncake.core.messages import CacheDelta, CacheSnapshot
 from mooncake.store import wire
 from mooncake.store.client import StoreClient
+from mooncake.store.events import Report, Snapshot
 from mooncake.store.handles import Link
 from mooncake.store.node import StoreNode
+from mooncake.store.service import to_message
 from mooncake.store.types import CommitStatus, PutMode, PutStatus
 from mooncake.transport.base import Piece, Region
 from mooncake.transport.frames import HEADER, PIECE, ErrorCode, Kind
@@ -191,7 +193,7 @@ def test_a_claim_given_up_under_a_transfer_ends_the_connection_and_then_the_clai
 
 def test_reports_and_snapshots_tell_the_directory_everything() -> None:
     async def main() -> None:
-        reports: list[CacheDelta | CacheSnapshot] = []
+        reports: list[Report | Snapshot] = []
         async with running_node(reports) as node:
             client = await connect(node)
             one, two = bytes([1] * KEY_BYTES), bytes([2] * KEY_BYTES)
@@ -200,7 +202,7 @@ def test_reports_and_snapshots_tell_the_directory_everything() -> None:
             await eventually(lambda: len(reports) == 1)
             await client.remove(objects[:1])
             node.snapshot()
-            assert reports == [
+            assert [to_message("n0", report) for report in reports] == [
                 CacheDelta("n0", node.epoch, 1, "dram", (one, two), ()),
                 CacheDelta("n0", node.epoch, 2, "dram", (), (one,)),
                 CacheSnapshot("n0", node.epoch, 2, "dram", (two,)),
