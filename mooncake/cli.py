@@ -20,7 +20,8 @@ _ROLE_HELP: dict[ServiceRole, str] = {
     "conductor": "run the global scheduler",
     "prefill": "run one prefill instance",
     "decode": "run one decode instance",
-    "store": "run this machine's store node",
+    "store": "run this machine's store node, or with --nodes a store of its own",
+    "directory": "run the directory of a store of its own",
     "frontend": "run the HTTP frontend",
 }
 
@@ -59,6 +60,8 @@ def _build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(role, help=_ROLE_HELP[role], allow_abbrev=False)
         command.set_defaults(run=_run_role, role=role)
         _add_role_options(command)
+        if role == "store":
+            _add_store_options(command)
         _add_options(command)
     prepare = commands.add_parser(
         "prepare", help="fetch and convert the model of a configuration file", allow_abbrev=False
@@ -119,6 +122,12 @@ def _add_role_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--store", metavar="ADDRESS", help="data port of that node: unix:/path or tcp://host:port")
 
 
+def _add_store_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a store of its own, without a Conductor")
+    group.add_argument("--directory", metavar="ADDRESS", help="report to this directory, and to no Conductor")
+    group.add_argument("--nodes", metavar="N", type=_positive, help="run a directory and so many nodes on this machine")
+
+
 def _add_trace_commands(commands: Any) -> None:
     trace = commands.add_parser("trace", help="what a trace is like, or one like it", allow_abbrev=False)
     kinds = trace.add_subparsers(metavar="COMMAND", required=True)
@@ -169,6 +178,8 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _run_role(arguments: argparse.Namespace) -> int:
+    if getattr(arguments, "nodes", None):
+        return _serve_stores(arguments)
     from mooncake.cluster.child import run_service, start_child
     from mooncake.cluster.local import refuse_foreign_package
     from mooncake.cluster.run_dir import make_private
@@ -186,14 +197,25 @@ def _run_role(arguments: argparse.Namespace) -> int:
     return run_service(config, _role_config(config, arguments), status)
 
 
+def _serve_stores(arguments: argparse.Namespace) -> int:
+    from mooncake.cluster.screen import Screen
+    from mooncake.cluster.stores import NODES_MAX, serve_stores
+
+    if arguments.nodes > NODES_MAX:
+        raise ConfigError(f"--nodes {arguments.nodes}: a machine has up to {NODES_MAX}")
+    return serve_stores(_load(arguments), arguments.nodes, Screen())
+
+
 def _role_config(config: Config, arguments: argparse.Namespace) -> RoleConfig:
     """Addresses as given, the others as on one machine."""
     from mooncake.cluster.local import NODE, local_role
 
     role = cast(ServiceRole, arguments.role)
     node = arguments.node or (arguments.name if role == "store" and arguments.name else NODE)
-    default_name = {"conductor": "conductor", "store": node}.get(role, f"{role}-0")
+    default_name = {"conductor": "conductor", "store": node, "directory": "directory"}.get(role, f"{role}-0")
     found = local_role(config, role, arguments.name or default_name, node)
+    if getattr(arguments, "directory", None):
+        found = msgspec.structs.replace(found, conductor="", directory=arguments.directory)
     given = {key: getattr(arguments, key) for key in ("listen", "conductor", "store") if getattr(arguments, key)}
     return msgspec.structs.replace(found, **given)
 

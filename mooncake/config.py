@@ -173,7 +173,7 @@ class Config(msgspec.Struct, frozen=True):
     tls: TlsConfig = TlsConfig()
 
 
-ServiceRole = Literal["conductor", "prefill", "decode", "store", "frontend"]
+ServiceRole = Literal["conductor", "prefill", "decode", "store", "directory", "frontend"]
 
 
 class RoleConfig(msgspec.Struct, frozen=True):
@@ -185,10 +185,13 @@ class RoleConfig(msgspec.Struct, frozen=True):
     listen: str
     """Where this process serves: gRPC, or the store node's data port. A frontend listens on Config.host and port."""
     conductor: str
+    """Empty for a store node that belongs to none."""
     node: str
     """Name of this machine's store node."""
     store: str
     """Data port of that node."""
+    directory: str = ""
+    """Of a store node: the directory that it reports to, and is asked for copies by; empty: the Conductor only."""
 
 
 class Launch(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from mooncake.rpc.driver import open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcClient
 from mooncake.status import Status
 from mooncake.store.copier import Copier
+from mooncake.store.directory.reporter import DirectoryReporter
 from mooncake.store.events import Report, Snapshot
 from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.transport.tcp import parse_address
@@ -40,6 +41,26 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
         raise ConfigError(str(error)) from None
     reporter.node = node
     reporter.copier = Copier(node)
+    client = _conductor_client(config, role, reporter) if role.conductor else None
+    if role.directory:
+        directory = DirectoryReporter(node, role.directory.split(","), reporter.copier.wish_objects)
+        node.directory = reporter.directory = directory
+    try:
+        adopted = node.core.metrics()["objects"]
+        status.ready(f"{config.store_memory >> 20} MiB of DRAM" + (f", {adopted} objects found" if adopted else ""))
+        await asyncio.Event().wait()
+    finally:
+        if client is not None:
+            await client.close()
+        if reporter.directory is not None:
+            await reporter.directory.close()
+        await reporter.copier.close()
+        await node.close()
+        if node.event_log is not None:
+            node.event_log.close()
+
+
+def _conductor_client(config: Config, role: RoleConfig, reporter: _Reporter) -> RpcClient:
     hello = Hello(peer=role.name, kind=role.role, token=config.token, compat="")
     client = RpcClient(
         role.conductor,
@@ -50,27 +71,23 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
         on_close=reporter.closed,
     )
     client.start()
-    try:
-        status.ready(f"{config.store_memory >> 20} MiB of DRAM")
-        await asyncio.Event().wait()
-    finally:
-        await client.close()
-        await reporter.copier.close()
-        await node.close()
-        if node.event_log is not None:
-            node.event_log.close()
+    return client
 
 
 class _Reporter:
-    """Passes the node's reports on while there is a connection; a new connection starts with a snapshot."""
+    """Passes the node's reports on, to the Conductor while there is a connection, which starts with a snapshot, and to the
+    directory if there is one."""
 
     node: StoreNode
     copier: Copier
 
     def __init__(self) -> None:
+        self.directory: DirectoryReporter | None = None
         self._link: Link | None = None
 
     def report(self, command: Report | Snapshot) -> None:
+        if self.directory is not None:
+            self.directory.report(command)
         if self._link is not None:
             self._link.send(to_message(self.node.config.node, command))
 

@@ -34,6 +34,7 @@ _SERVICES: dict[ServiceRole, str] = {
     "prefill": "mooncake.cluster.instance",
     "decode": "mooncake.cluster.instance",
     "store": "mooncake.store.service",
+    "directory": "mooncake.store.directory.service",
     "frontend": "mooncake.frontend.service",
 }
 

@@ -40,14 +40,14 @@ from mooncake.transport.shm import cleanup_stale
 NODE = "node-0"
 STOP_MARGIN_S = 5.0
 """A child ends itself a little after timeouts.drain_s; only one that cannot is killed after this much more."""
-_RANKS: dict[ServiceRole, int] = {"store": 0, "conductor": 1, "prefill": 2, "decode": 2, "frontend": 3}
+_RANKS: dict[ServiceRole, int] = {"store": 0, "directory": 0, "conductor": 1, "prefill": 2, "decode": 2, "frontend": 3}
 _FOREIGN = "mooncake-transfer-engine"
 
 
 def serve(config: Config, screen: Screen) -> int:
     """Run until told to stop; gives the exit code. Raises ConfigError or ProcessError if the start fails."""
     refuse_foreign_package()
-    with open_run_dir(config.run_dir, config.cluster) as run_dir, _shared_memory(config.cluster):
+    with open_run_dir(config.run_dir, config.cluster) as run_dir, shared_memory(config.cluster):
         config = msgspec.structs.replace(
             config,
             port=_free_port(config),
@@ -107,7 +107,7 @@ def child_spec(config: Config, file: Path, role: RoleConfig) -> ChildSpec:
 
 async def _serve(config: Config, run_dir: RunDir, screen: Screen) -> int:
     stop, hurry = asyncio.Event(), asyncio.Event()
-    _handle_signals(stop, hurry, screen)
+    handle_signals(stop, hurry, screen)
     save_config(config, run_dir.config)
     screen.say(f"mooncake {config.cluster}: preparing {config.model}")
     if not await _prepare(config, run_dir, screen, stop, hurry):
@@ -146,7 +146,7 @@ async def _prepare(config: Config, run_dir: RunDir, screen: Screen, stop: asynci
     return True
 
 
-def _handle_signals(stop: asyncio.Event, hurry: asyncio.Event, screen: Screen) -> None:
+def handle_signals(stop: asyncio.Event, hurry: asyncio.Event, screen: Screen) -> None:
     def told() -> None:
         if stop.is_set():
             hurry.set()
@@ -162,7 +162,7 @@ def _handle_signals(stop: asyncio.Event, hurry: asyncio.Event, screen: Screen) -
 
 
 @contextmanager
-def _shared_memory(cluster: str) -> Iterator[None]:
+def shared_memory(cluster: str) -> Iterator[None]:
     """Free what a killed predecessor left, and at the end what killed children left."""
     cleanup_stale(cluster)
     try:

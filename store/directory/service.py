@@ -4,6 +4,7 @@ of another one."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import itertools
 import logging
@@ -12,8 +13,10 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
-from mooncake.core.errors import AuthError, ProtocolError, StoreError, StoreUnavailable
+from mooncake.config import Config, RoleConfig
+from mooncake.core.errors import AuthError, ConfigError, ProtocolError, StoreError, StoreUnavailable
 from mooncake.core.types import NANOS_PER_S
+from mooncake.status import Status
 from mooncake.store.directory import wire
 from mooncake.store.directory.core import (
     Copy,
@@ -39,6 +42,20 @@ SILENT_S = 10.0
 """A node that says nothing for so long, not even that it lives, is gone."""
 
 
+async def run(config: Config, role: RoleConfig, status: Status) -> None:
+    """Until cancelled."""
+    server = DirectoryServer(config.cluster, config.token, role.listen.split(","), DirectoryConfig())
+    try:
+        await server.start()
+    except StoreError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        status.ready(", ".join(server.addresses))
+        await asyncio.Event().wait()
+    finally:
+        await server.close()
+
+
 class DirectoryServer:
     """addresses: where it listens, unix:/path or tcp://host:port, port 0 for any free one; real ones after `start`."""
 
@@ -61,6 +78,8 @@ class DirectoryServer:
             _, target = parse_address(address)
             try:
                 if isinstance(target, str):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(target)  # of a life before; one that lives holds the cluster's run folder
                     old_mask = os.umask(0o177)
                     try:
                         server: asyncio.Server = await loop.create_unix_server(lambda: _Connection(self), target)
