@@ -333,9 +333,9 @@ class Store:
     def _reserve(
         self, keys: Sequence[bytes], sizes: Sequence[int], mode: PutMode, checksums: tuple[int, ...]
     ) -> Reservation:
-        link = self._home.link(self.deadline_s)
         request = Reserve(0, 0, tuple(keys), tuple(sizes), mode, checksums=checksums)
-        puts: Puts = self._home.call(request, self.deadline_s, link=link)
+        puts: Puts
+        puts, link = self._home.claim(request, self.deadline_s)
         return Reservation(link, puts.locations(), puts.statuses)
 
     def _fill(

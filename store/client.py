@@ -122,12 +122,12 @@ class _Connection(asyncio.Protocol):
             if not future.done():
                 future.set_exception(StoreUnavailable(str(error)))
 
-    async def close(self) -> None:
-        """Waits for data calls first; their time limits bound that."""
+    async def close(self, *, release: bool = True) -> None:
+        """Waits for data calls first; their time limits bound that. release: leases that would outlive the connection."""
         self.lose(StoreUnavailable("closed"))
         if self.link is not None:
             await until(self.link.idle)
-            self.link.close()
+            self.link.close(release=release)
         assert self._transport is not None
         self._transport.abort()  # what was not sent yet is of no use: the node frees all there is
         await self.closed
@@ -220,7 +220,7 @@ class StoreClient(StoreOperations):
         return self._current
 
     async def _replace(self, lost: _Connection) -> None:
-        await lost.close()
+        await lost.close(release=False)
         delay_s, longest_s = _BACKOFF_S
         while True:
             with contextlib.suppress(StoreError, TimeoutError):
@@ -260,7 +260,7 @@ class StoreClient(StoreOperations):
             if link.local is not None:
                 await connection.attach(link.local.table.path)
             if connection.error is not None:
-                link.close()
+                link.close(release=True)
                 raise connection.error
         except BaseException:
             await connection.close()

@@ -90,9 +90,12 @@ class Link:
             finally:
                 self.local.end_write()
 
-    def close(self) -> None:
-        """No data call is running. Leases that outlive the connection last until they are released."""
-        if self.local is not None:
+    def close(self, *, release: bool) -> None:
+        """No data call is running. Leases that outlive the connection last until they are released, unless all are released with
+        it."""
+        if self.local is not None and release:
+            self.local.close()
+        elif self.local is not None:
             self.local.retire()
         self.path.close()
 

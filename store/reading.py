@@ -43,7 +43,8 @@ def lease(session: NodeSession, keys: Sequence[bytes], deadline_s: float) -> Lea
     leased = link.local.lease(keys) if link.local is not None else None
     if leased is not None:
         return LeasedObjects.found(link, *leased)
-    places: Places = session.call(Lease(0, 0, tuple(keys)), deadline_s, link=link)
+    places: Places
+    places, link = session.claim(Lease(0, 0, tuple(keys)), deadline_s)
     return LeasedObjects.placed(link, places)
 
 

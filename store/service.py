@@ -47,7 +47,8 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
         node.directory = reporter.directory = directory
     try:
         adopted = node.core.metrics()["objects"]
-        status.ready(f"{config.store_memory >> 20} MiB of DRAM" + (f", {adopted} objects found" if adopted else ""))
+        found = f", {adopted} objects found" if adopted else ""
+        status.ready(f"{config.store_memory >> 20} MiB of DRAM{found} at {node.addresses[-1]}")
         await asyncio.Event().wait()
     finally:
         if client is not None:

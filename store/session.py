@@ -29,7 +29,7 @@ from mooncake.store.handles import Link
 from mooncake.store.links import open_link
 from mooncake.store.operations import DEADLINE_S
 from mooncake.transport.frames import Frame, FrameReader
-from mooncake.transport.sockets import limit_time
+from mooncake.transport.sockets import has_ended, limit_time
 from mooncake.transport.tcp import TIMEOUT_S, parse_address
 
 _READ_BYTES = 1 << 18
@@ -90,7 +90,13 @@ class NodeSession:
     def call(self, request: Request, deadline_s: float = DEADLINE_S, *, link: Link | None = None) -> Any:
         """The results. link: of the claims that the request speaks of. Raises BadArgument, StoreUnavailable, DeadlineExceeded,
         or HandleLost where that link is gone."""
+        return self.claim(request, deadline_s, link=link)[0]
+
+    def claim(self, request: Request, deadline_s: float = DEADLINE_S, *, link: Link | None = None) -> tuple[Any, Link]:
+        """As call, with the link of the claims that the results may be."""
         with self._lock:
+            if self._connection is not None and has_ended(self._connection.stream):
+                self._lose(self._connection, "the node closed the connection")
             connection = self._connected(deadline_s)
             if link is not None and link is not connection.link:
                 raise HandleLost("the claim went with its connection")
@@ -98,7 +104,7 @@ class NodeSession:
             if fault is not None:
                 raise BadArgument(fault)
             number, data = connection.exchange.ask(request)
-            return self._answer(connection, number, data, deadline_s)
+            return self._answer(connection, number, data, deadline_s), connection.link
 
     def node_name(self, deadline_s: float = DEADLINE_S) -> str:
         with self._lock:
@@ -115,7 +121,7 @@ class NodeSession:
         with self._lock:
             self._closed = True
             if self._connection is not None:
-                self._lose(self._connection, "closed")
+                self._lose(self._connection, "closed", release=True)
 
     # ------------------------------------------------------------ one exchange
 
@@ -149,7 +155,7 @@ class NodeSession:
             self._lose(connection, str(error))
             raise
 
-    def _lose(self, connection: _Connection, why: str) -> None:
+    def _lose(self, connection: _Connection, why: str, *, release: bool = False) -> None:
         """Data calls that run go on: the node sees the end when the socket is closed, so that waits for them."""
         self._connection = None
         link = connection.link
@@ -157,7 +163,7 @@ class NodeSession:
         until = time.monotonic() + DEADLINE_S
         while not link.idle() and time.monotonic() < until:
             time.sleep(0.001)
-        link.close()
+        link.close(release=release)
         connection.stream.close()
 
     # ------------------------------------------------------------ connecting

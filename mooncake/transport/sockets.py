@@ -18,6 +18,16 @@ def limit_time(stream: socket.socket, timeout_s: float) -> None:
         stream.setsockopt(socket.SOL_SOCKET, option, timeout)
 
 
+def has_ended(stream: socket.socket) -> bool:
+    """Whether the peer has closed it, or it broke. Nothing is expected to be in it."""
+    try:
+        return not stream.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
 def send(stream: socket.socket, buffers: Sequence[memoryview | bytes]) -> None:
     """All of them. Raises OSError."""
     for first in range(0, len(buffers), _MAX_BUFFERS):

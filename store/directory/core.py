@@ -36,7 +36,7 @@ TIERS = (Tier.DRAM, Tier.SSD)
 
 
 class DirectoryConfig(msgspec.Struct, frozen=True):
-    settle_ns: int = 5 * NANOS_PER_S
+    settle_ns: int = 3 * NANOS_PER_S
     """From the start, and for each node from its registration."""
     retry_ns: int = 2 * NANOS_PER_S
     step_ns: int = 5 * NANOS_PER_MS

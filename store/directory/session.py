@@ -14,7 +14,7 @@ from mooncake.store.directory import wire
 from mooncake.store.directory.core import Found
 from mooncake.store.wire import decode_error, is_error
 from mooncake.transport.frames import Frame, FrameReader, pack
-from mooncake.transport.sockets import limit_time
+from mooncake.transport.sockets import has_ended, limit_time
 from mooncake.transport.tcp import parse_address
 
 _TIMED_OUT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ETIMEDOUT)
@@ -51,6 +51,8 @@ class DirectorySession:
 
     def _ask(self, data: bytes, number: int, deadline_s: float) -> Frame:
         with self._lock:
+            if self._stream is not None and has_ended(self._stream):
+                self._drop()  # the directory began anew, perhaps
             try:
                 stream = self._connected(deadline_s)
                 limit_time(stream, deadline_s)

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mooncake.core.errors import SegmentError
 from mooncake.store.local.index import IndexWriter
 from mooncake.store.local.table import TableReader, table_prefix
@@ -51,11 +49,10 @@ class LocalReaders:
         self._num_asked += 1
         if not self._tables:
             return ()
-        numbers = np.array([objects.numbers[row] for row in rows], dtype=np.uint64)
-        found = [claimed for table in self._tables.values() if (claimed := table.claimed(numbers)) is not None]
-        if not found:
+        claimed = self.claimed_numbers()
+        if not claimed:
             return ()
-        answer = tuple([rows[at] for at in np.flatnonzero(np.logical_or.reduce(found)).tolist()])
+        answer = tuple([row for row in rows if objects.numbers[row] in claimed])
         if answer:
             self._answers.append((self._num_asked - 1, answer))
         return answer
@@ -101,7 +98,11 @@ class LocalReaders:
         return sum([table.num_copies for table in self._tables.values()])
 
     def claimed_numbers(self) -> set[int]:
-        return {number for table in self._tables.values() for number in table.all_claims()}
+        claimed: set[int] = set()
+        for table in self._tables.values():
+            claimed.update(table.claims())
+        claimed.discard(0)
+        return claimed
 
     @property
     def num_tables(self) -> int:

@@ -17,8 +17,6 @@ import secrets
 import stat
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from mooncake.core.errors import SegmentError
 from mooncake.store.local.memory import Fence, words
 from mooncake.transport.shm import try_lock
@@ -141,18 +139,11 @@ class TableReader:
         except BaseException:
             os.close(self._fd)
             raise
-        self._numbers = np.frombuffer(self._claims, np.uint64)
         self._seen = 0
 
-    def claimed(self, numbers: np.ndarray) -> np.ndarray | None:
-        """Which of these, an array of u64, the client has claimed; None for none, which is most often so."""
-        in_use = min(self._header[_IN_USE], CLAIMS)
-        if not in_use:
-            return None
-        return np.isin(numbers, self._numbers[:in_use])
-
-    def all_claims(self) -> list[int]:
-        return [int(number) for number in self._numbers if number]
+    def claims(self) -> list[int]:
+        """What the client has claimed now, and zeros: a copy, as it may change at any moment."""
+        return self._claims[: min(self._header[_IN_USE], CLAIMS)].tolist()
 
     @property
     def num_copies(self) -> int:
@@ -182,7 +173,6 @@ class TableReader:
         if unlink:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
-        del self._numbers
         for view in (self._header, self._claims, self._uses):
             view.release()
         os.close(self._fd)

@@ -110,13 +110,12 @@ def segment_path(tmp_path: Path) -> str:
 def test_claims_and_uses_reach_the_node(segment_path: str) -> None:
     client = ClientTable(segment_path)
     node = TableReader(client.path, segment_path)
-    assert node.claimed(np.array([5], np.uint64)) is None and not node.is_abandoned()
+    assert node.claims() == [] and not node.is_abandoned()
     slots = client.claim([5, 6, 7])
     assert slots is not None
-    claimed = node.claimed(np.array([4, 5, 7, 8], np.uint64))
-    assert claimed is not None and claimed.tolist() == [False, True, True, False]
+    assert sorted(node.claims()) == [5, 6, 7]
     client.release(slots[:2])
-    assert sorted(node.all_claims()) == [7]
+    assert sorted(node.claims()) == [0, 0, 7]
     client.use([1, 2, 3])
     client.use([9])
     assert node.take_uses() == [[1, 2, 3], [9]] and node.take_uses() == []
