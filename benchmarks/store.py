@@ -2,8 +2,8 @@
 
 Two processes: this one, with one thread, and a node, which it starts. memcpy copies objects of the same size between distinct
 buffers, through 1 GiB; the raw socket is a stream between two processes that sends straight from memory and receives straight
-into it. Each figure is the median of rounds in which the system and its baseline take turns; the spread is printed. Checksums are
-on. Segments are populated before. Run it on quiet cores.
+into it. Each figure is the median of rounds in which the system and its baseline take turns; the spread is printed. Checksums
+are on. Segments are populated before. Run it on quiet cores.
 
 --system NAME: another store under the same loops, a module with a class `System` of the same methods as `Mooncake` here.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import multiprocessing
 import os
 import shutil
 import signal
@@ -24,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from mooncake.transport.shm import cleanup_stale
 from mooncake.transport.sockets import receive
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+PUT_GET = ("put", "get")
 ROUNDS = 9
 BYTES_OF_A_ROUND = 256 * MIB
 NODE_BYTES = 2 * GIB
@@ -123,6 +124,11 @@ def names(count: int) -> list[bytes]:
     return [os.urandom(24) for _ in range(count)]
 
 
+def repeat(call: Callable[[Any, Any, Any], None], store: Any, keys: list[Any], data: list[Any]) -> None:
+    for some, parts in zip(keys, data, strict=True):
+        call(store, some, parts)
+
+
 def timed(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
@@ -130,30 +136,26 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def measure_puts_and_gets(
-    system: Any, store: Any, size: int, batch: int, baseline: Callable[[int, int], float], rounds: int
+    buffers: Buffers, system: Any, store: Any, size: int, batch: int, baseline: Callable[[int, int], float], rounds: int
 ) -> dict[str, list[float]]:
     """Bytes per second of the system and its baseline (baseline(size, total) gives seconds), and the ratios of each round."""
-    buffers, total = BUFFERS, min(BYTES_OF_A_ROUND, 8192 * size)
+    total = min(BYTES_OF_A_ROUND, 8192 * size)
     found: dict[str, list[float]] = {name: [] for name in ("put", "get", "baseline", "put_ratio", "get_ratio")}
     for at in range(rounds + 1):
         parts = buffers.batches(size, batch, total)
         keys = [names(batch) for _ in parts]
         moved = len(parts) * batch * size
-
-        def put() -> None:
-            for some, where in zip(keys, parts, strict=True):
-                system.put(store, some, [buffers.source[each] for each in where])
-
-        def get() -> None:
-            for some, where in zip(keys, parts, strict=True):
-                system.get(store, some, [buffers.target[each] for each in where])
-
-        seconds = baseline(size, moved), timed(put), timed(get), baseline(size, moved)
+        sources = [[buffers.source[each] for each in where] for where in parts]
+        targets = [[buffers.target[each] for each in where] for where in parts]
+        before = baseline(size, moved)
+        put_s = timed(partial(repeat, system.put, store, keys, sources))
+        get_s = timed(partial(repeat, system.get, store, keys, targets))
+        after = baseline(size, moved)
         last = parts[-1][-1]
         assert np.array_equal(buffers.source[last], buffers.target[last])
         if at:  # the first is a warm-up
-            base = moved * 2 / (seconds[0] + seconds[3])
-            for name, value in (("put", moved / seconds[1]), ("get", moved / seconds[2]), ("baseline", base)):
+            base = moved * 2 / (before + after)
+            for name, value in (("put", moved / put_s), ("get", moved / get_s), ("baseline", base)):
                 found[name].append(value)
             found["put_ratio"].append(found["put"][-1] / base)
             found["get_ratio"].append(found["get"][-1] / base)
@@ -163,9 +165,8 @@ def measure_puts_and_gets(
     return found
 
 
-def memcpy(size: int, total: int) -> float:
+def memcpy(buffers: Buffers, size: int, total: int) -> float:
     """Seconds to copy so many bytes, object by object."""
-    buffers = BUFFERS
     parts = [part for batch in buffers.batches(size, 1, total) for part in batch]
     began = time.perf_counter()
     for part in parts:
@@ -178,24 +179,28 @@ class RawSocket:
 
     def __init__(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as door:
-            context = multiprocessing.get_context("fork")
-            self._peer = context.Process(target=self._receive, args=(door,), daemon=True)
-            self._peer.start()
-            self._stream = socket.create_connection(door.getsockname())
+            argv = [sys.executable, __file__, "--raw-peer", str(door.getsockname()[1])]
+            self._peer = subprocess.Popen(argv, cwd=ROOT)
+            self._stream, _ = door.accept()
         self._stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def __call__(self, size: int, total: int) -> float:
-        parts = [part for batch in BUFFERS.batches(size, 1, total) for part in batch]
+    def close(self) -> None:
+        self._stream.close()
+        self._peer.wait(10)
+
+    def __call__(self, buffers: Buffers, size: int, total: int) -> float:
+        parts = [part for batch in buffers.batches(size, 1, total) for part in batch]
         began = time.perf_counter()
         self._stream.sendall(size.to_bytes(8, "little") + len(parts).to_bytes(8, "little"))
         for part in parts:
-            self._stream.sendall(BUFFERS.source[part])
+            self._stream.sendall(buffers.source[part])
         receive(self._stream, [memoryview(bytearray(1))])
         return time.perf_counter() - began
 
     @staticmethod
-    def _receive(door: socket.socket) -> None:
-        stream, _ = door.accept()
+    def receive(port: int) -> None:
+        """The peer's whole life."""
+        stream = socket.create_connection(("127.0.0.1", port))
         memory = memoryview(np.ones(BYTES_OF_A_ROUND, np.uint8))
         head = bytearray(16)
         while stream.recv_into(head, 16, socket.MSG_WAITALL) == 16:
@@ -219,13 +224,13 @@ def rate(call: Callable[[], int], rounds: int) -> float:
     return statistics.median(rates)
 
 
-def measure_small_calls(system: Any, rounds: int) -> dict[str, float]:
+def measure_small_calls(buffers: Buffers, system: Any, rounds: int) -> dict[str, float]:
     big = names(1)
-    system.put(system.local, big, [BUFFERS.source[: 64 * MIB]])
+    system.put(system.local, big, [buffers.source[: 64 * MIB]])
     views = [timed(lambda: system.view(system.local, big[0])) for _ in range(2000)]
     keys = names(4096)
     for first in range(0, len(keys), 128):
-        system.put(system.local, keys[first : first + 128], [BUFFERS.source[:4096]] * 128)
+        system.put(system.local, keys[first : first + 128], [buffers.source[:4096]] * 128)
 
     def one_by_one() -> int:
         exists = system.exists(system.local)
@@ -245,12 +250,13 @@ def measure_small_calls(system: Any, rounds: int) -> dict[str, float]:
     }
 
 
-def measure_tcp(system: Any, rounds: int) -> dict[str, float]:
+def measure_tcp(buffers: Buffers, system: Any, rounds: int) -> dict[str, float]:
     raw = RawSocket()
-    found = measure_puts_and_gets(system, system.remote, MIB, 16, raw, rounds)
+    found = measure_puts_and_gets(buffers, system, system.remote, MIB, 16, partial(raw, buffers), rounds)
+    raw.close()
     cpu = time.process_time() + system.cpu_s()
-    measure = measure_puts_and_gets(system, system.remote, 16 * MIB, 1, lambda size, total: 1.0, rounds)
-    num_bytes = (len(measure["put"]) + 1) * 2 * BYTES_OF_A_ROUND
+    measure_puts_and_gets(buffers, system, system.remote, 16 * MIB, 1, lambda size, total: 1.0, rounds)
+    num_bytes = (rounds + 1) * 2 * BYTES_OF_A_ROUND
     cpu_s_per_gb = (time.process_time() + system.cpu_s() - cpu) / (num_bytes / 1e9)
     return {
         "tcp_put_1m_vs_raw": statistics.median(found["put_ratio"]),
@@ -280,25 +286,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--system", default="", help="a module with a class System")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--raw-peer", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.raw_peer:
+        RawSocket.receive(options.raw_peer)
+        return
     rounds = options.rounds
     figures = {} if options.system else measure_directory()
-    global BUFFERS
-    BUFFERS = Buffers()
+    buffers = Buffers()
     system = importlib.import_module(options.system).System() if options.system else Mooncake()
+    copy = partial(memcpy, buffers)
     try:
-        for size in (MIB, 16 * MIB):
-            found = measure_puts_and_gets(system, system.local, size, 16 if size == MIB else 1, memcpy, rounds)
-            label = {MIB: "1m_b16", 16 * MIB: "16m"}[size]
-            figures |= {
-                f"{what}_{label}_vs_memcpy": statistics.median(found[f"{what}_ratio"]) for what in ("put", "get")
-            }
-        found = measure_puts_and_gets(system, system.local, 64 * KIB, 16, memcpy, rounds)
-        figures |= {f"{what}_64k_b16_gbps": statistics.median(found[what]) / 1e9 for what in ("put", "get")}
-        found = measure_puts_and_gets(system, system.local, 4 * KIB, 32, memcpy, rounds)
-        figures |= {f"{what}_4k_b32_per_s": statistics.median(found[what]) / 4096 for what in ("put", "get")}
-        figures |= measure_small_calls(system, rounds)
-        figures |= measure_tcp(system, rounds)
+        for size, batch, label in ((MIB, 16, "1m_b16"), (16 * MIB, 1, "16m")):
+            found = measure_puts_and_gets(buffers, system, system.local, size, batch, copy, rounds)
+            figures |= {f"{what}_{label}_vs_memcpy": statistics.median(found[f"{what}_ratio"]) for what in PUT_GET}
+        found = measure_puts_and_gets(buffers, system, system.local, 64 * KIB, 16, copy, rounds)
+        figures |= {f"{what}_64k_b16_gbps": statistics.median(found[what]) / 1e9 for what in PUT_GET}
+        found = measure_puts_and_gets(buffers, system, system.local, 4 * KIB, 32, copy, rounds)
+        figures |= {f"{what}_4k_b32_per_s": statistics.median(found[what]) / 4096 for what in PUT_GET}
+        figures |= measure_small_calls(buffers, system, rounds)
+        figures |= measure_tcp(buffers, system, rounds)
     finally:
         system.close()
     finish("store", figures)

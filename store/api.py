@@ -235,12 +235,10 @@ class Store:
 
         return self._read(keys, choose)
 
-    @contextlib.contextmanager
-    def view(self, key: bytes) -> Iterator[memoryview | Absent]:
-        """The home node's object itself, read-only; it stays as it is until the end. Raises BadArgument where the node's memory
-        is not mapped, as on another machine."""
-        with self.leased((key,)) as objects:
-            yield objects.view(0) if objects.hits else Absent.MISS
+    def view(self, key: bytes) -> LeasedView:
+        """A context that gives the home node's object itself, read-only, or Absent.MISS; it stays as it is until the end.
+        Raises BadArgument where the node's memory is not mapped, as on another machine."""
+        return LeasedView(self._home, key, self.deadline_s)
 
     @contextlib.contextmanager
     def leased(self, keys: Sequence[bytes]) -> Iterator[LeasedObjects]:
@@ -393,6 +391,36 @@ class Store:
             raise BadArgument(f"replicas: must be 1 to {REPLICAS_MAX}, got {replicas}")
         if replicas > 1:
             self._directory_or_raise()
+
+
+class LeasedView:
+    """See `Store.view`. A class, as a generator takes longer than all the rest."""
+
+    __slots__ = ("_deadline_s", "_home", "_key", "_local", "_objects", "_slot")
+
+    def __init__(self, home: NodeSession, key: bytes, deadline_s: float) -> None:
+        self._home = home
+        self._key = key
+        self._deadline_s = deadline_s
+        self._objects: LeasedObjects | None = None
+        self._local: LocalReader | None = None
+        self._slot = 0
+
+    def __enter__(self) -> memoryview | Absent:
+        local = self._home.link(self._deadline_s).local
+        opened = local.open(self._key) if local is not None else None
+        if opened is not None:
+            self._local = local
+            view, self._slot = opened
+            return view
+        objects = self._objects = reading.lease(self._home, (self._key,), self._deadline_s)
+        return objects.view(0) if objects.hits else Absent.MISS
+
+    def __exit__(self, *exc: object) -> None:
+        if self._local is not None:
+            self._local.release((self._slot,))
+        elif self._objects is not None:
+            reading.release(self._home, self._objects, self._deadline_s)
 
 
 class WriteSession:

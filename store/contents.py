@@ -34,7 +34,7 @@ def as_bytes(data: Any, name: str, *, writable: bool = False) -> memoryview:
 
 
 def copy_hashed(target: memoryview, source: memoryview) -> int:
-    """The checksum of what was copied."""
+    """The checksum of what was copied; both are of the same size."""
     size = source.nbytes
     if size < COPY_WITHOUT_GIL_BYTES:
         target[:] = source

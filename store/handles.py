@@ -91,8 +91,8 @@ class Link:
                 self.local.end_write()
 
     def close(self, *, release: bool) -> None:
-        """No data call is running. Leases that outlive the connection last until they are released, unless all are released with
-        it."""
+        """No data call is running. Leases that outlive the connection last until they are released, unless all are released
+        with it."""
         if self.local is not None and release:
             self.local.close()
         elif self.local is not None:

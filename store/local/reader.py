@@ -65,6 +65,22 @@ class LocalReader:
                 self.table.use([each.row for each in found])
         return [each.size for each in found]
 
+    def open(self, key: bytes) -> tuple[memoryview, int] | None:
+        """The object itself, and the slot that keeps it as it is until it is released; None if it is not here. What `lease`
+        does for many, in a few microseconds."""
+        found = self.index.find(key)
+        if found is None:
+            return None
+        with self._lock:
+            slots = None if self._retired else self.table.claim((found.number,))
+            if slots is None:
+                return None
+            if not self.index.is_current(found):
+                self.table.release(slots)
+                return None
+            self.table.use((found.row,))
+        return self._path.view(found.offset, found.size).toreadonly(), slots[0]
+
     def release(self, slots: Sequence[int]) -> None:
         with self._lock:
             self.table.release(slots)

@@ -53,6 +53,7 @@ class ClientTable:
             raise SegmentError(f"cannot make {self.path}: {error.strerror}") from error
         self._header, self._claims, self._uses = _parts(memoryview(self._map))
         self._free = list(range(CLAIMS - 1, -1, -1))
+        """A stack: those used before come first, so the node has few to look at."""
         self._fence = Fence()
         self._header[_PID] = os.getpid()
         self._header[0] = _MAGIC
@@ -83,8 +84,7 @@ class ClientTable:
             claims[slot] = 0
             free.append(slot)
         if len(free) == CLAIMS:
-            free.sort(reverse=True)  # so that the node has few to look at
-            self._header[_IN_USE] = 0
+            self._header[_IN_USE] = 0  # the node has nothing to look at
 
     def begin_copy(self) -> None:
         """Into the segment. Whoever begins looks at the segment's epoch afterwards: if that is another, there may be a node

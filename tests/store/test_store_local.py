@@ -19,7 +19,7 @@ import pytest
 from mooncake.core.errors import HandleLost, SegmentError
 from mooncake.core.event_log import EventLogWriter
 from mooncake.sim.replay_log import replay_log
-from mooncake.store.api import Absent, PutResult, Store
+from mooncake.store.api import Absent, LeasedView, PutResult, Store
 from mooncake.store.client import StoreClient
 from mooncake.store.local.index import Found, IndexReader, IndexWriter, index_bytes
 from mooncake.store.local.memory import Fence, ordered, words
@@ -285,7 +285,7 @@ def test_a_history_of_puts_reads_views_and_removes_is_right_and_replays_the_same
 
     def act(node: StoreNode) -> None:
         rng, store = random.Random(seed), _connect(node)
-        views: list[tuple[int, contextlib.AbstractContextManager[memoryview | Absent], memoryview]] = []
+        views: list[tuple[int, LeasedView, memoryview]] = []
         for _ in range(500):
             number, choice = rng.randrange(60), rng.random()
             if choice < 0.5:
