@@ -49,6 +49,8 @@ from mooncake.store.session import NodeSession
 from mooncake.store.types import CommitStatus, PutMode, Puts, PutStatus
 from mooncake.transport.base import MappedPath, Piece
 
+__all__ = ["Absent", "LeasedView", "PutResult", "Replica", "Stat", "Store", "WriteSession", "named_key"]
+
 _POLL_S = 0.01
 
 
@@ -196,7 +198,7 @@ class Store:
             yield _OF_PUT[status]
             return
         try:
-            yield WriteSession(reservation, size, lambda: _OF_COMMIT[self._commit(reservation, [0], ())[0]])
+            yield WriteSession(reservation, size, lambda: self._commit_session(reservation))
         finally:
             if reservation.held(Hold.WRITING):
                 self._cancel(reservation, [0])
@@ -349,8 +351,15 @@ class Store:
             self._cancel(reservation, indices)
             raise
 
+    def _commit_session(self, reservation: Reservation) -> PutResult:
+        checksums = reservation.written_checksums([0])
+        [status] = self._commit(reservation, [0], checksums)
+        if self._directory is not None:
+            self._home.sync(self.deadline_s)
+        return _OF_COMMIT[status]
+
     def _commit(
-        self, reservation: Reservation, indices: Sequence[int], checksums: tuple[int, ...]
+        self, reservation: Reservation, indices: Sequence[int], checksums: tuple[int | None, ...]
     ) -> tuple[CommitStatus, ...]:
         reservation.mark(indices, Hold.CLOSED)
         request = Commit(0, 0, reservation.numbers(indices), False, checksums)
@@ -374,7 +383,7 @@ class Store:
 
     def _read(self, keys: Sequence[bytes], buffer_for: reading.BufferFor) -> list[int | Absent]:
         local = self._local()
-        copied = local.copy_out(keys, buffer_for) if local is not None else None
+        copied = local.copy_out(keys, buffer_for) if local is not None and keys else None
         if copied is not None:
             return list(copied)
         batch = reading.Read(keys, buffer_for)

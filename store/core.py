@@ -337,7 +337,8 @@ class StoreCore:
         claims.close(reservations, numbers[0], len(numbers))
         self._forget_writers(keys)
         if event.checksums:
-            objects.checksums.update(zip(rows, event.checksums, strict=True))
+            pairs = zip(rows, event.checksums, strict=True)
+            objects.checksums.update([(row, checksum) for row, checksum in pairs if checksum is not None])
         objects.publish(rows, keys)
         self._keep(event, claims, numbers, rows)
         return [Reply(event.client, event.request_id, (_COMMITTED,) * len(numbers))]
@@ -364,8 +365,9 @@ class StoreCore:
                 results.append(CommitStatus.EXISTS)
             else:
                 self._forget_writers((objects.keys[row],))
-                if event.checksums:
-                    objects.checksums[row] = event.checksums[at]
+                checksum = event.checksums[at] if event.checksums else None
+                if checksum is not None:
+                    objects.checksums[row] = checksum
                 objects.publish((row,), (objects.keys[row],))
                 committed[number] = row
                 results.append(CommitStatus.COMMITTED)

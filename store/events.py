@@ -51,11 +51,11 @@ class Reserve(Request, frozen=True):
 
 class Commit(Request, frozen=True):
     """Make written objects visible. Answered by a CommitStatus per number. lease: those committed are leased to the
-    client."""
+    client. checksums: xxh3-64 of the contents, one per number, or None for one that is not known; or none at all."""
 
     numbers: tuple[int, ...]
     lease: bool = False
-    checksums: tuple[int, ...] = ()
+    checksums: tuple[int | None, ...] = ()
 
 
 class Cancel(Request, frozen=True):
@@ -267,9 +267,10 @@ def _fault_of_numbers(numbers: tuple[int, ...]) -> str | None:
     return f"numbers: a batch has 1 to {MAX_BATCH}, got {len(numbers)}"
 
 
-def _fault_of_checksums(checksums: tuple[int, ...], count: int) -> str | None:
+def _fault_of_checksums(checksums: tuple[int | None, ...], count: int) -> str | None:
     if len(checksums) not in (0, count):
         return f"checksums: {len(checksums)} for {count} objects"
-    if checksums and not 0 <= min(checksums) <= max(checksums) < 1 << 64:
+    known = [checksum for checksum in checksums if checksum is not None]
+    if known and not 0 <= min(known) <= max(known) < 1 << 64:
         return "checksums: must be unsigned 64-bit numbers"
     return None

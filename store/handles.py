@@ -18,8 +18,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from xxhash import xxh3_64_intdigest
-
 from mooncake.core.errors import (
     BadArgument,
     Damaged,
@@ -31,6 +29,8 @@ from mooncake.core.errors import (
     TransferTimeout,
     TransportError,
 )
+from mooncake.store import contents
+from mooncake.store.contents import RunningChecksum
 from mooncake.store.local.index import Found
 from mooncake.store.local.reader import LocalReader
 from mooncake.store.types import Location, Places, PutStatus
@@ -135,6 +135,10 @@ class LeasedObjects:
         self.checksums: tuple[int | None, ...] = checksums or (None,) * len(self.locations)
         self._holds = list(holds)
         self._num_running = [0] * len(self._holds)
+        self._running: dict[int, RunningChecksum] = {}
+        """Of objects that are read, or written, range by range."""
+        self.damaged: dict[int, None] = {}
+        """Those that were found to be; whoever leased them should have them removed."""
         self._lock = threading.Lock()
 
     @classmethod
@@ -163,12 +167,13 @@ class LeasedObjects:
         self.read_batch(((index, offset, out),))
 
     def read_batch(self, pieces: Sequence[DataPiece]) -> None:
-        """All of them in one call; over TCP in one round trip. Raises Damaged if objects that were read whole do not have the
-        checksum that their writers took."""
+        """All of them in one call; over TCP in one round trip. Raises Damaged if objects that were read whole, or range by
+        range in order, do not have the checksum that their writers took."""
         with self._using(pieces, Hold.LEASED) as batch, self._reading() as path:
             path.read(batch).wait()
-        damaged = [at for at, _, data in pieces if not self._is_sound(at, data)]
+        damaged = [piece[0] for piece in pieces if not self._is_sound(*piece)]
         if damaged:
+            self.damaged.update(dict.fromkeys(damaged))
             raise Damaged(f"objects {damaged} of {len(self)} do not match their checksums", damaged)
 
     def view(self, index: int) -> memoryview:
@@ -231,10 +236,17 @@ class LeasedObjects:
                 for index, _, _ in pieces:
                     self._num_running[index] -= 1
 
-    def _is_sound(self, index: int, data: Any) -> bool:
+    def _is_sound(self, index: int, offset: int, data: Any) -> bool:
+        """Unless it is known that it is not."""
         checksum, place = self.checksums[index], self.locations[index]
-        whole = place is not None and memoryview(data).nbytes == place.size
-        return checksum is None or not whole or xxh3_64_intdigest(data) == checksum
+        if checksum is None or place is None:
+            return True
+        view = memoryview(data).cast("B")
+        if view.nbytes == place.size:
+            return contents.checksum(view) == checksum
+        running = self._running.setdefault(index, RunningChecksum())
+        running.add(offset, view)
+        return running.digest(place.size) in (None, checksum)
 
     def _reading(self) -> contextlib.AbstractContextManager[Path]:
         return self.link.call(outlives=self.slots is not None)
@@ -299,6 +311,8 @@ class Reservation(LeasedObjects):
         """All of them in one call; over TCP in one round trip."""
         with self._using(pieces, Hold.WRITING) as batch, self.link.writing() as path:
             path.write(batch).wait()
+            for (index, offset, _), (_, local, _) in zip(pieces, batch, strict=True):
+                self._note(index, offset, local)
 
     def fill(self, index: int, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
         """Call `fill` with a buffer for [offset, offset + size) of object `index`: the segment itself where it is mapped, else
@@ -307,7 +321,19 @@ class Reservation(LeasedObjects):
             view = path.view(start, size)
             if view is not None:
                 fill(view)
+                self._note(index, offset, view)
                 return
         staging = memoryview(bytearray(size))
         fill(staging)
         self.write(index, offset, staging)
+
+    def written_checksums(self, indices: Sequence[int]) -> tuple[int | None, ...]:
+        """Of these, None for what was not written in order; empty if all are unknown."""
+        found = []
+        for at in indices:
+            running, place = self._running.get(at), self.locations[at]
+            found.append(None if running is None or place is None else running.digest(place.size))
+        return tuple(found) if any(each is not None for each in found) else ()
+
+    def _note(self, index: int, offset: int, data: memoryview) -> None:
+        self._running.setdefault(index, RunningChecksum()).add(offset, data)

@@ -71,11 +71,13 @@ class StoreOperations(ABC):
         deadline_s: float = DEADLINE_S,
     ) -> dict[int, CommitStatus]:
         """Make reserved objects visible, those given or all; by index, what became of them. Indices that are not
-        reserved are passed over. lease: keep a lease of each. checksums: one per index that is committed."""
+        reserved are passed over. lease: keep a lease of each. checksums: one per index that is committed; by default of those
+        that were written in order through this handle."""
         async with self._closing(reservation, Hold.WRITING, indices, deadline_s) as open_at:
             if not open_at:
                 return {}
-            request = Commit(0, 0, reservation.numbers(open_at), lease, tuple(checksums))
+            sums = tuple(checksums) or reservation.written_checksums(open_at)
+            request = Commit(0, 0, reservation.numbers(open_at), lease, sums)
             statuses = dict(zip(open_at, await self._call_of(reservation, request, deadline_s), strict=True))
         if lease:
             for status, hold in ((CommitStatus.COMMITTED, Hold.LEASED), (CommitStatus.EXISTS, Hold.ELSEWHERE)):
@@ -116,9 +118,11 @@ class StoreOperations(ABC):
         results: tuple[bool, ...] = await self._call(Exists(0, 0, tuple(keys)), deadline_s)
         return results
 
-    async def remove(self, keys: Sequence[bytes], *, deadline_s: float = DEADLINE_S) -> tuple[bool, ...]:
-        """By key, whether an object was removed. Who leased it before keeps it."""
-        results: tuple[bool, ...] = await self._call(Remove(0, 0, tuple(keys)), deadline_s)
+    async def remove(
+        self, keys: Sequence[bytes], *, damaged: bool = False, deadline_s: float = DEADLINE_S
+    ) -> tuple[bool, ...]:
+        """By key, whether an object was removed. Who leased it before keeps it. damaged: because of that; it is counted."""
+        results: tuple[bool, ...] = await self._call(Remove(0, 0, tuple(keys), damaged), deadline_s)
         return results
 
     async def _call_of(self, objects: LeasedObjects, request: Request, deadline_s: float) -> Any:

@@ -129,7 +129,7 @@ def encode_request(event: Request) -> bytes:
             return pack(op, payload, flags=flags, count=len(event.keys), request=event.request_id)
         case Commit():
             flags = Flag.LEASE * event.lease | Flag.CHECKSUMS * bool(event.checksums)
-            payload = _u64s(event.numbers) + _u64s(event.checksums)
+            payload = _u64s(event.numbers) + (_encode_checksums(event.checksums) if event.checksums else b"")
             return pack(op, payload, flags=flags, count=len(event.numbers), request=event.request_id)
         case Cancel() | Release():
             return pack(op, _u64s(event.numbers), count=len(event.numbers), request=event.request_id)
@@ -167,11 +167,13 @@ def _decode_reserve(client: int, frame: Frame) -> Request:
 
 
 def _decode_commit(client: int, frame: Frame) -> Request:
-    n = frame.count
-    num_sums = n if frame.flags & Flag.CHECKSUMS else 0
-    _expect_length(frame, (n + num_sums) * 8)
-    values = struct.unpack(f"<{n + num_sums}Q", frame.payload)
-    return Commit(client, frame.request, values[:n], bool(frame.flags & Flag.LEASE), values[n:])
+    n, lease = frame.count, bool(frame.flags & Flag.LEASE)
+    if not frame.flags & Flag.CHECKSUMS:
+        _expect_length(frame, n * 8)
+        return Commit(client, frame.request, struct.unpack(f"<{n}Q", frame.payload), lease)
+    _expect_length(frame, n * 17)
+    numbers = struct.unpack_from(f"<{n}Q", frame.payload)
+    return Commit(client, frame.request, numbers, lease, _decode_checksums(n, frame.payload[8 * n :]))
 
 
 def _numbers_decoder(make: type[Cancel | Release]) -> Callable[[int, Frame], Request]:
@@ -264,16 +266,23 @@ def _encode_places(places: Places) -> bytes:
 
 def _encode_checksums(checksums: tuple[int | None, ...]) -> bytes:
     """Each a byte that says whether there is one; then the numbers."""
+    if None not in checksums:
+        return b"\1" * len(checksums) + _u64s(checksums)  # type: ignore[arg-type]
     known = bytes([checksum is not None for checksum in checksums])
     return known + _u64s(tuple([checksum or 0 for checksum in checksums]))
+
+
+def _decode_checksums(n: int, data: bytes) -> tuple[int | None, ...]:
+    known, values = data[:n], struct.unpack(f"<{n}Q", data[n:])
+    if known.count(1) == n:
+        return values
+    return tuple([value if is_known else None for is_known, value in zip(known, values, strict=True)])
 
 
 def _decode_places(n: int, data: bytes, *, checksums: bool) -> Places:
     sums: tuple[int | None, ...] = ()
     if checksums:
-        known, values = data[24 * n : 25 * n], struct.unpack(f"<{n}Q", data[25 * n :])
-        sums = tuple([value if is_known else None for is_known, value in zip(known, values, strict=True)])
-        data = data[: 24 * n]
+        sums, data = _decode_checksums(n, data[24 * n :]), data[: 24 * n]
     values = struct.unpack(f"<{3 * n}Q", data)
     columns: list[tuple[int | None, ...]] = [values[:n], values[n : 2 * n], values[2 * n :]]
     if 0 in columns[2]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mooncake.core.errors import StoreError
 from mooncake.core.keys import object_keys
@@ -17,9 +17,12 @@ from mooncake.store.types import CommitStatus, PutStatus
 class SourceReader:
     """The leading objects of a source that could be leased. num_tokens: how many tokens they cover."""
 
-    def __init__(self, client: StoreOperations, leased: LeasedObjects, source: KvSource, block_tokens: int) -> None:
+    def __init__(
+        self, client: StoreOperations, leased: LeasedObjects, source: KvSource, keys: Sequence[bytes], block_tokens: int
+    ) -> None:
         self._client = client
         self._leased = leased
+        self._keys = keys
         whole = leased.hits == len(leased)
         self.num_tokens = source.num_tokens if whole else leased.hits * block_tokens
 
@@ -28,12 +31,15 @@ class SourceReader:
 
     async def close(self) -> None:
         await self._client.release(self._leased)
+        if self._leased.damaged:
+            await self._client.remove([self._keys[at] for at in self._leased.damaged], damaged=True)
 
 
 async def open_source(client: StoreOperations, source: KvSource, shard: bytes, block_tokens: int) -> SourceReader:
     """Lease what there is of the source. Raises StoreError if the node cannot be asked."""
-    leased = await client.lease(object_keys(_keys(source), shard))
-    return SourceReader(client, leased, source, block_tokens)
+    keys = object_keys(_keys(source), shard)
+    leased = await client.lease(keys)
+    return SourceReader(client, leased, source, keys, block_tokens)
 
 
 def _keys(source: KvSource) -> tuple[bytes, ...]:

@@ -6,11 +6,13 @@ import asyncio
 import os
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import xxhash
 
-from mooncake.core.errors import BadArgument, DeadlineExceeded, HandleLost, StoreUnavailable, TransferTimeout
+from mooncake.core.errors import BadArgument, Damaged, DeadlineExceeded, HandleLost, StoreUnavailable, TransferTimeout
 from mooncake.store.events import Lease, Release
 from mooncake.store.handles import Hold
 from mooncake.store.types import CommitStatus, PutMode, PutStatus
@@ -392,3 +394,45 @@ def test_the_core_under_the_client_sees_the_same_claims(kind: str) -> None:
             store.core.handle(Release(99, 0, objects.numbers([0])), time.monotonic_ns())
 
     run(main())
+
+
+def test_ranges_in_order_are_checked_as_a_whole(kind: str) -> None:
+    async def main() -> None:
+        async with running_store(kind) as store:
+            writer, reader = await store.client(), await store.client()
+            data = os.urandom(4000)
+            reservation = await writer.reserve(keys(1, 2, 3), [4000, 4000, 4000])
+            for layer in range(4):
+                part = slice(layer * 1000, layer * 1000 + 1000)
+                await asyncio.to_thread(reservation.write, 0, part.start, data[part])
+                await asyncio.to_thread(reservation.fill, 1, part.start, 1000, _filler(data[part]))
+                await asyncio.to_thread(reservation.write, 2, 3000 - part.start, data[part])
+            await writer.commit(reservation)
+            objects = await reader.lease(keys(1, 2, 3))
+            assert objects.checksums == (xxhash.xxh3_64_intdigest(data),) * 2 + (None,), "the last one came backwards"
+            rows = store.core._objects.find(keys(1, 2))
+            for at in (0, 1):
+                out = [bytearray(1000) for _ in range(4)]
+                for layer in range(4):
+                    await asyncio.to_thread(objects.read, at, layer * 1000, out[layer])
+                assert b"".join(out) == data
+            await reader.release(objects)
+            assert rows[1] is not None
+            store.core._objects.checksums[rows[1]] ^= 1
+            objects = await reader.lease(keys(1, 2, 9))
+            for layer in range(3):
+                await asyncio.to_thread(objects.read, 1, layer * 1000, bytearray(1000))
+            with pytest.raises(Damaged, match=r"objects \[1\] of 3"):
+                await asyncio.to_thread(objects.read, 1, 3000, bytearray(1000))
+            assert list(objects.damaged) == [1]
+            assert await reader.remove(keys(2), damaged=True) == (True,) and store.core.metrics()["damaged"] == 1
+            await reader.release(objects)
+
+    run(main())
+
+
+def _filler(data: bytes) -> Callable[[memoryview], None]:
+    def fill(view: memoryview) -> None:
+        view[:] = data
+
+    return fill
