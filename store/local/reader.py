@@ -29,6 +29,8 @@ class LocalReader:
         """Where all of these are, which stay there until the slots are released; None if one of them is not here."""
         index = self.index
         found: list[Found] = []
+        if not keys:
+            return None
         for key in keys:
             each = index.find(key)
             if each is None:
