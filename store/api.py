@@ -68,7 +68,9 @@ class PutResult(enum.IntEnum):
     """The node gave the reservation up before all was written."""
 
 
+_RESERVED = PutStatus.RESERVED
 _OF_PUT = {
+    PutStatus.RESERVED: PutResult.LOST,  # as long as it is not committed
     PutStatus.EXISTS: PutResult.EXISTS,
     PutStatus.REFUSED: PutResult.REFUSED,
     PutStatus.BUSY: PutResult.BUSY,
@@ -175,11 +177,11 @@ class Store:
         buffers = [contents.as_bytes(each, f"data[{at}]") for at, each in enumerate(data)]
         checksums = tuple([contents.checksum(each) for each in buffers]) if strict else ()
         mode = PutMode.STRICT if strict else PutMode.EQUIVALENT
-        reservation = self._reserve(keys, [each.nbytes for each in buffers], mode, checksums)
-        results = [_OF_PUT.get(status, PutResult.LOST) for status in reservation.statuses]
-        new = reservation.held(Hold.WRITING)
+        puts, link = self._reserve(keys, [each.nbytes for each in buffers], mode, checksums)
+        results = [_OF_PUT[status] for status in puts.statuses]
+        new = [at for at, status in enumerate(puts.statuses) if status is _RESERVED]
         if new:
-            for at, status in zip(new, self._fill(reservation, new, buffers), strict=True):
+            for at, status in zip(new, self._fill(link, puts, new, buffers), strict=True):
                 results[at] = _OF_COMMIT[status]
             if self._directory is not None:
                 self._home.sync(self.deadline_s)
@@ -192,16 +194,18 @@ class Store:
     def writing(self, key: bytes, size: int) -> Iterator[WriteSession | PutResult]:
         """An object that is written range by range, in any order, and committed when all is there: see `WriteSession`. Gives a
         PutResult instead if there is nothing to write. What is not committed at the end is given up."""
-        reservation = self._reserve((key,), (size,), PutMode.EQUIVALENT, ())
-        [status] = reservation.statuses
-        if status is not PutStatus.RESERVED:
+        puts, link = self._reserve((key,), (size,), PutMode.EQUIVALENT, ())
+        reservation = Reservation(link, puts.locations(), puts.statuses)
+        [status] = puts.statuses
+        if status is not _RESERVED:
             yield _OF_PUT[status]
             return
         try:
             yield WriteSession(reservation, size, lambda: self._commit_session(reservation))
         finally:
             if reservation.held(Hold.WRITING):
-                self._cancel(reservation, [0])
+                reservation.mark([0], Hold.CLOSED)
+                self._cancel(link, reservation.numbers([0]))
 
     # ------------------------------------------------------------ get
 
@@ -332,45 +336,40 @@ class Store:
 
     def _reserve(
         self, keys: Sequence[bytes], sizes: Sequence[int], mode: PutMode, checksums: tuple[int, ...]
-    ) -> Reservation:
+    ) -> tuple[Puts, Link]:
         request = Reserve(0, 0, tuple(keys), tuple(sizes), mode, checksums=checksums)
-        puts: Puts
-        puts, link = self._home.claim(request, self.deadline_s)
-        return Reservation(link, puts.locations(), puts.statuses)
+        return self._home.claim(request, self.deadline_s)
 
     def _fill(
-        self, reservation: Reservation, indices: Sequence[int], buffers: Sequence[memoryview]
+        self, link: Link, puts: Puts, new: Sequence[int], buffers: Sequence[memoryview]
     ) -> tuple[CommitStatus, ...]:
         """Write and commit these; what goes wrong is given up."""
-        pairs = [(at, reservation.locations[at]) for at in indices]
-        pieces = [Piece(place.offset, buffers[at], place.generation) for at, place in pairs if place is not None]
+        numbers: tuple[int, ...] = tuple([puts.numbers[at] for at in new])  # type: ignore[misc]
         try:
-            written = _write(reservation.link, pieces)
-            return self._commit(reservation, indices, written)
+            checksums = _write(link, [Piece(puts.offsets[at], buffers[at], puts.numbers[at]) for at in new])  # type: ignore[arg-type]
+            return self._commit(link, numbers, checksums)
         except BaseException:
-            self._cancel(reservation, indices)
+            self._cancel(link, numbers)
             raise
 
     def _commit_session(self, reservation: Reservation) -> PutResult:
-        checksums = reservation.written_checksums([0])
-        [status] = self._commit(reservation, [0], checksums)
+        reservation.mark([0], Hold.CLOSED)
+        [status] = self._commit(reservation.link, reservation.numbers([0]), reservation.written_checksums([0]))
         if self._directory is not None:
             self._home.sync(self.deadline_s)
         return _OF_COMMIT[status]
 
     def _commit(
-        self, reservation: Reservation, indices: Sequence[int], checksums: tuple[int | None, ...]
+        self, link: Link, numbers: tuple[int, ...], checksums: tuple[int | None, ...]
     ) -> tuple[CommitStatus, ...]:
-        reservation.mark(indices, Hold.CLOSED)
-        request = Commit(0, 0, reservation.numbers(indices), False, checksums)
-        statuses: tuple[CommitStatus, ...] = self._home.call(request, self.deadline_s, link=reservation.link)
+        request = Commit(0, 0, numbers, False, checksums)
+        statuses: tuple[CommitStatus, ...] = self._home.call(request, self.deadline_s, link=link)
         return statuses
 
-    def _cancel(self, reservation: Reservation, indices: Sequence[int]) -> None:
+    def _cancel(self, link: Link, numbers: tuple[int, ...]) -> None:
         """If the node cannot be told, it sees the connection end."""
-        reservation.mark(indices, Hold.CLOSED)
         with contextlib.suppress(StoreUnavailable, DeadlineExceeded):
-            self._home.call(Cancel(0, 0, reservation.numbers(indices)), self.deadline_s, link=reservation.link)
+            self._home.call(Cancel(0, 0, numbers), self.deadline_s, link=link)
 
     # ------------------------------------------------------------ helpers
 
