@@ -1,6 +1,7 @@
 """Carries out a node's `Copies`: reads from the source node and writes into our own, as a client of both like any other.
 
-The two connections live as long as one chunk. Whatever goes wrong, their ends give back all that was claimed.
+The two connections live as long as chunk follows chunk from the same node. When something goes wrong, their ends give back all
+that was claimed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from mooncake.core.errors import StoreError
 from mooncake.core.keys import object_keys
@@ -53,53 +55,60 @@ class Copier:
         await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        while True:
-            chunk = self.copies.next(time.monotonic_ns())
-            if chunk is None:
-                self._wished.clear()
-                await self._wished.wait()
-                continue
-            whole = False
-            try:
-                async with asyncio.timeout(_CHUNK_S):
-                    whole = await self._copy(chunk)
-            except TimeoutError:
-                log.warning("copy from %s: not done within %g s", chunk.node, _CHUNK_S)
-            except StoreError as error:
-                log.warning("copy from %s: %s", chunk.node, error)
-            self.copies.done(whole=whole)
+        async with contextlib.AsyncExitStack() as stack:
+            link: _Link | None = None
+            while True:
+                chunk = self.copies.next(time.monotonic_ns())
+                if link is not None and (chunk is None or chunk.node != link.node):
+                    link = None
+                    await stack.aclose()
+                if chunk is None:
+                    self._wished.clear()
+                    await self._wished.wait()
+                    continue
+                whole = False
+                try:
+                    async with asyncio.timeout(_CHUNK_S):
+                        link = link or await self._connect(chunk, stack)
+                        whole = await self._copy(chunk, link)
+                except (TimeoutError, StoreError) as error:
+                    log.warning("copy from %s: %s", chunk.node, str(error) or f"not done within {_CHUNK_S:g} s")
+                    link = None
+                    await stack.aclose()
+                self.copies.done(whole=whole)
 
-    async def _copy(self, chunk: Wish) -> bool:
+    async def _connect(self, chunk: Wish, stack: contextlib.AsyncExitStack) -> _Link:
+        config = self._node.config
+        clients = []
+        for addresses, name in ((chunk.addresses, chunk.node), (self._node.addresses, config.node)):
+            client = await StoreClient.connect(addresses, token=config.token, name=f"{config.node}-copier", node=name)
+            stack.push_async_callback(client.close)
+            clients.append(client)
+        return _Link(chunk.node, *clients)
+
+    async def _copy(self, chunk: Wish, link: _Link) -> bool:
         """Whether all objects of the chunk are here now. Raises StoreError."""
-        node = self._node
-        async with (
-            self._client(chunk.addresses, chunk.node) as theirs,
-            self._client(node.addresses, node.config.node) as ours,
-        ):
-            leased = await theirs.lease(chunk.keys)
-            found = leased.held(Hold.LEASED, range(leased.hits) if chunk.is_chain else None)
-            places = [place for place in (leased.locations[at] for at in found) if place is not None]
-            if not places:
-                return False
+        leased = await link.theirs.lease(chunk.keys)
+        found = leased.held(Hold.LEASED, range(leased.hits) if chunk.is_chain else None)
+        places = [place for place in (leased.locations[at] for at in found) if place is not None]
+        is_whole = False
+        if places:
             keys, sizes = [chunk.keys[at] for at in found], [place.size for place in places]
-            reserved = await ours.reserve(keys, sizes, all_or_nothing=chunk.is_chain)
+            reserved = await link.ours.reserve(keys, sizes, all_or_nothing=chunk.is_chain)
             wanted = reserved.held(Hold.WRITING)
-            if not wanted and PutStatus.REFUSED in reserved.statuses:
-                return False
             pairs = [(found[at], at, sizes[at]) for at in wanted]
             checksums = await asyncio.to_thread(_transfer, leased, reserved, pairs)
-            await ours.commit(reserved, wanted, checksums=checksums)
-            node.count("blocks_copied", len(wanted))
-            return len(wanted) + reserved.statuses.count(PutStatus.EXISTS) == len(chunk.keys)
+            await link.ours.commit(reserved, wanted, checksums=checksums)
+            self._node.count("blocks_copied", len(wanted))
+            is_whole = len(wanted) + reserved.statuses.count(PutStatus.EXISTS) == len(chunk.keys)
+        await link.theirs.release(leased)
+        return is_whole
 
-    @contextlib.asynccontextmanager
-    async def _client(self, addresses: Sequence[str], node: str) -> AsyncIterator[StoreClient]:
-        config = self._node.config
-        client = await StoreClient.connect(addresses, token=config.token, name=f"{config.node}-copier", node=node)
-        try:
-            yield client
-        finally:
-            await client.close()
+
+class _Link(NamedTuple):
+    node: str
+    theirs: StoreClient
+    ours: StoreClient
 
 
 def _transfer(leased: LeasedObjects, reserved: Reservation, pairs: Sequence[tuple[int, int, int]]) -> list[int]:
