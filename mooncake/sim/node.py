@@ -45,6 +45,7 @@ from mooncake.store.events import (
     SnapshotWanted,
     SsdJob,
     SsdRead,
+    SsdRests,
     SsdWritten,
     Tick,
     WriteSsd,
@@ -118,7 +119,6 @@ class SimNode:
             epoch=epoch,
             allocator=Budget(config.capacity_bytes, config.alignment),
             ssd=SsdConfig(config.ssd_bytes),
-            ssd_allocator=Budget(config.ssd_bytes, config.alignment),
         )
         self.memory = Link(f"{name}.memory", config.local_bytes_per_s)
         self.nic_in = Link(f"{name}.in", config.nic_bytes_per_s)
@@ -138,6 +138,7 @@ class SimNode:
             Snapshot: self._snapshot,
             WriteSsd: self._ssd_job,
             ReadSsd: self._ssd_job,
+            SsdRests: self._ssd_rests,
         }
         self.runner = CoreRunner(loop, name, self.core, actions, Tick(), observe)
         self.handle = self.runner.handle
@@ -212,6 +213,9 @@ class SimNode:
         failed = tuple([at for at in range(len(command.keys)) if self.chance(self.config.ssd_fault)])
         done = SsdWritten if isinstance(command, WriteSsd) else SsdRead
         self.handle(done(command.job, failed))
+
+    def _ssd_rests(self, command: SsdRests) -> None:
+        """A live node logs it; here the counters say it."""
 
     def _tell(self, message: AnyMessage) -> None:
         self._network.send(self.name, CONDUCTOR, message)

@@ -130,7 +130,7 @@ def test_the_conductor_knows_each_tier() -> None:
     cluster.settle()
     check_index(cluster)
     store = cluster.nodes["node-0"].core
-    assert len(store._ssd.copies.by_key) > len(store._objects.by_key) > 20  # type: ignore[union-attr]
+    assert len(store._ssd.log.copies) > len(store._objects.by_key) > 20  # type: ignore[union-attr]
     cluster.kill("conductor")
     cluster.start("conductor")
     cluster.settle()
@@ -143,7 +143,7 @@ def check_index(cluster: SimCluster) -> None:
     for name, node in cluster.nodes.items():
         slot, store = core.view.slot(name), node.core
         memory = dict.fromkeys(block_keys_of(tuple(store._objects.by_key)))
-        ssd = dict.fromkeys(block_keys_of(tuple(store._ssd.copies.by_key)))  # type: ignore[union-attr]
+        ssd = dict.fromkeys(block_keys_of(tuple(store._ssd.log.copies)))  # type: ignore[union-attr]
         for key in memory | ssd:
             match = core.index.match([key])
             assert (match.length(slot, FAST), match.length(slot, ANY)) == (key in memory, 1)

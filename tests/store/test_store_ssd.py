@@ -248,14 +248,13 @@ def test_an_ssd_that_is_being_read_or_written_takes_no_more() -> None:
     assert store(Exists(A, 0, keys(1, 2, 3))) == (True, False, True) and metric(store, "lost_evictions") == 1
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_the_least_recently_demoted_goes_first(policy: str) -> None:
-    store = tiered(2, 2, policy=policy)
+def test_the_least_recently_demoted_goes_first() -> None:
+    store = tiered(2, 2)
     put(store, 1, 2, 3, 4)
-    assert list(store.core._ssd.copies.by_key) == [key(1), key(2)]  # type: ignore[union-attr]
+    assert list(store.core._ssd.log.copies) == [key(1), key(2)]  # type: ignore[union-attr]
     assert store(Lease(B, 6, keys(1))) is None  # a use
     assert hits(store, settle(store, 6)) == [key(1)]
-    assert sorted(store.core._ssd.copies.by_key) == sorted(keys(1, 3))  # type: ignore[union-attr]
+    assert sorted(store.core._ssd.log.copies) == sorted(keys(1, 3))  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------ read back
