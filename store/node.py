@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import os
 import secrets
 import socket
@@ -22,13 +23,33 @@ from mooncake.core.errors import AuthError, BadArgument, ProtocolError, SegmentE
 from mooncake.core.event_log import EventLogWriter
 from mooncake.core.keys import block_keys_of
 from mooncake.core.messages import CacheDelta, CacheSnapshot, NodeInfo
-from mooncake.core.types import NANOS_PER_S, Tier
+from mooncake.core.types import NANOS_PER_S
 from mooncake.store import wire
 from mooncake.store.core import StoreCore
-from mooncake.store.events import ClientGone, Command, Event, Fault, Reply, Report, Snapshot, SnapshotWanted, Tick
+from mooncake.store.events import (
+    ClientGone,
+    Command,
+    Event,
+    Fault,
+    Reply,
+    Report,
+    Snapshot,
+    SnapshotWanted,
+    SsdJob,
+    SsdRead,
+    SsdRests,
+    SsdWritten,
+    Tick,
+)
+from mooncake.store.ssd import SsdConfig
+from mooncake.store.ssd_file import SsdFile
+from mooncake.store.ssd_jobs import SsdJobs
+from mooncake.store.ssd_layout import PAGE_BYTES
 from mooncake.transport.frames import Frame, FrameReader, Kind, pack
 from mooncake.transport.shm import SHM_DIR, ShmSegment
 from mooncake.transport.tcp import RangeServer
+
+log = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 1024
@@ -39,7 +60,8 @@ _COUNTERS = ("faults", "auth_errors", "protocol_errors", "bytes_read", "bytes_wr
 
 
 class NodeConfig(msgspec.Struct, frozen=True):
-    """tcp_port: None, no TCP port; 0, any free one. advertised_host: the name under which others reach the TCP port."""
+    """tcp_port: None, no TCP port; 0, any free one. advertised_host: the name under which others reach the TCP port. ssd_dir:
+    where the SSD tier has its file, if there is one."""
 
     cluster: str
     node: str
@@ -52,6 +74,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     alignment: int = 4096
     shm_dir: str = SHM_DIR
     compat: str = ""
+    ssd: SsdConfig = SsdConfig()
+    ssd_dir: str = ""
 
 
 class StoreNode:
@@ -63,7 +87,7 @@ class StoreNode:
         self.config = config
         self.epoch = time.time_ns()
         self.addresses: tuple[str, ...] = ()
-        self.core = StoreCore(config.capacity_bytes, epoch=self.epoch, alignment=config.alignment)
+        self.core = StoreCore(config.capacity_bytes, epoch=self.epoch, alignment=config.alignment, ssd=config.ssd)
         self.token = config.token.encode()
         self.segment: ShmSegment | None = None
         self.connections: set[Connection] = set()
@@ -75,9 +99,10 @@ class StoreNode:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0
         self._counters = dict.fromkeys(_COUNTERS, 0)
+        self._ssd: SsdJobs | None = None
 
     async def start(self) -> None:
-        """Make the segment and listen. Raises StoreError; then nothing is left behind."""
+        """Make the segment, take back what is on SSD, and listen. Raises StoreError; then nothing is left behind."""
         config = self.config
         if len(os.fsencode(config.unix_path)) > _MAX_UNIX_PATH:
             raise BadArgument(f"unix_path: {config.unix_path} is longer than {_MAX_UNIX_PATH} bytes")
@@ -86,8 +111,11 @@ class StoreNode:
             self.segment = await asyncio.to_thread(
                 create, config.cluster, config.node, self.epoch, config.capacity_bytes, config.shm_dir
             )
+            if config.ssd.capacity_bytes:
+                await self._open_ssd(self.segment.buffer)
             self.addresses = (await self._listen_unix(), *await self._listen_tcp())
         except SegmentError as error:
+            await self.close()
             raise StoreError(str(error)) from error
         except OSError as error:
             await self.close()
@@ -111,6 +139,9 @@ class StoreNode:
         await asyncio.sleep(0)  # the connections' ends are events for the core, and may arm the timer
         if self._timer is not None:
             self._timer.cancel()
+        if self._ssd is not None:
+            ssd, self._ssd = self._ssd, None
+            await asyncio.to_thread(ssd.close)
         if self.segment is not None:
             self.segment.close()
 
@@ -196,10 +227,34 @@ class StoreNode:
                 self._clients[command.client].reply(wire.encode_error(BadArgument(command.detail), command.request_id))
             case Report():  # the directory speaks of blocks: one node holds one shard of each
                 added, removed = block_keys_of(command.added), block_keys_of(command.removed)
-                self._on_report(CacheDelta(self.config.node, command.epoch, command.seq, Tier.DRAM, added, removed))
+                self._on_report(CacheDelta(self.config.node, command.epoch, command.seq, command.tier, added, removed))
             case Snapshot():
                 keys = block_keys_of(command.keys)
-                self._on_report(CacheSnapshot(self.config.node, command.epoch, command.seq, Tier.DRAM, keys))
+                self._on_report(CacheSnapshot(self.config.node, command.epoch, command.seq, command.tier, keys))
+            case SsdJob():
+                if self._ssd is not None:
+                    self._ssd.submit(command)
+            case SsdRests():
+                rest_s = command.rest_ns / NANOS_PER_S
+                log.error("%d writes to SSD failed in a row: none for %g s", command.num_failures, rest_s)
+
+    async def _open_ssd(self, memory: memoryview) -> None:
+        config, loop = self.config, asyncio.get_running_loop()
+        if config.alignment % PAGE_BYTES:
+            raise SegmentError(f"alignment: an SSD tier needs a multiple of {PAGE_BYTES}, got {config.alignment}")
+        geometry = config.ssd.geometry
+        file = await asyncio.to_thread(SsdFile.open, config.ssd_dir, config.cluster, config.node, geometry)
+
+        def on_done(event: SsdWritten | SsdRead) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                loop.call_soon_threadsafe(self._ssd_done, event)
+
+        self._ssd = SsdJobs(file, memory, on_done)
+        self.handle(await asyncio.to_thread(self._ssd.recover))
+
+    def _ssd_done(self, event: SsdWritten | SsdRead) -> None:
+        if self._ssd is not None:  # else we are closing
+            self.handle(event)
 
     def _arm(self, deadline: int) -> None:
         if self._timer is not None:

@@ -14,6 +14,7 @@ from mooncake.rpc.stream import Hello, Link, RpcClient
 from mooncake.status import Status
 from mooncake.store.copier import Copier
 from mooncake.store.node import NodeConfig, StoreNode
+from mooncake.store.ssd import SsdConfig
 from mooncake.transport.tcp import parse_address
 
 
@@ -23,6 +24,7 @@ class StoreSettings(msgspec.Struct, frozen=True):
     capacity_bytes: int
     epoch: int
     alignment: int
+    ssd: SsdConfig = SsdConfig()
 
 
 async def run(config: Config, role: RoleConfig, status: Status) -> None:
@@ -30,7 +32,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     status.loading(f"populating {config.store_memory >> 20} MiB of shared memory")
     reporter = _Reporter()
     node = StoreNode(_node_config(config, role), reporter.report)
-    settings = StoreSettings(node.config.capacity_bytes, node.epoch, node.config.alignment)
+    settings = StoreSettings(node.config.capacity_bytes, node.epoch, node.config.alignment, node.config.ssd)
     node.event_log = open_event_log(config, role, settings)
     try:
         await node.start()
@@ -49,7 +51,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     )
     client.start()
     try:
-        status.ready(f"{config.store_memory >> 20} MiB of DRAM")
+        status.ready(_tiers(config, node))
         await asyncio.Event().wait()
     finally:
         await client.close()
@@ -57,6 +59,13 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
         await node.close()
         if node.event_log is not None:
             node.event_log.close()
+
+
+def _tiers(config: Config, node: StoreNode) -> str:
+    text = f"{config.store_memory >> 20} MiB of DRAM"
+    if config.store_ssd:
+        text += f", {config.store_ssd >> 20} MiB of SSD with {node.core.metrics()['ssd_recovered']} objects"
+    return text
 
 
 class _Reporter:
@@ -91,9 +100,10 @@ class _Reporter:
 
 def _node_config(config: Config, role: RoleConfig) -> NodeConfig:
     """A node always has a Unix socket, for its own machine; one that listens on TCP serves others too."""
+    ssd, ssd_dir = SsdConfig(config.store_ssd or 0), config.store_ssd_dir or ""
     if role.listen.startswith("unix:"):
         path = role.listen.removeprefix("unix:")
-        return NodeConfig(config.cluster, role.name, config.store_memory, config.token, unix_path=path)
+        return NodeConfig(config.cluster, role.name, config.store_memory, config.token, path, ssd=ssd, ssd_dir=ssd_dir)
     try:
         _, target = parse_address(role.listen)
     except MooncakeError as error:
@@ -109,4 +119,6 @@ def _node_config(config: Config, role: RoleConfig) -> NodeConfig:
         tcp_host=host,
         tcp_port=port,
         advertised_host=host,
+        ssd=ssd,
+        ssd_dir=ssd_dir,
     )

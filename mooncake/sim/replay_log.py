@@ -49,6 +49,9 @@ _StoreEvent = (
     | store.Remove
     | store.ClientGone
     | store.SnapshotWanted
+    | store.SsdWritten
+    | store.SsdRead
+    | store.SsdRecovered
     | store.Tick
 )
 
@@ -82,7 +85,7 @@ def _frontend(settings: DispatcherSettings, seed: int) -> Dispatcher:
 
 
 def _store(settings: StoreSettings, seed: int) -> StoreCore:
-    return StoreCore(settings.capacity_bytes, epoch=settings.epoch, alignment=settings.alignment)
+    return StoreCore(settings.capacity_bytes, epoch=settings.epoch, alignment=settings.alignment, ssd=settings.ssd)
 
 
 def _refusal(info: InstanceInfo, max_tokens: int) -> Callable[[Job], str | None]:
