@@ -81,10 +81,8 @@ def on_ssd(reports: Sequence[CacheDelta | CacheSnapshot]) -> set[bytes]:
     found: set[bytes] = set()
     for report in reports:
         if report.tier is Tier.SSD:
-            if isinstance(report, CacheSnapshot):
-                found = set(report.keys)
-            else:
-                found = found - set(report.removed) | set(report.added)
+            before = set() if isinstance(report, CacheSnapshot) else found - set(report.removed)
+            found = before | set(report.keys if isinstance(report, CacheSnapshot) else report.added)
     return found
 
 
