@@ -62,14 +62,16 @@ class SsdConfig(msgspec.Struct, frozen=True):
 
 
 class _Job:
-    """rows: of memory; copies: on SSD."""
+    """rows: of memory, none if it only notes that keys were removed; copies: on SSD. removed: keys whose removal goes without
+    saying once this is written."""
 
-    __slots__ = ("copies", "keys", "rows")
+    __slots__ = ("copies", "keys", "removed", "rows")
 
     def __init__(self, keys: Sequence[bytes], rows: Sequence[int], copies: Sequence[Copy]) -> None:
         self.keys = keys
         self.rows = rows
         self.copies = copies
+        self.removed: dict[bytes, None] = {}
 
 
 class SsdTier:
@@ -88,6 +90,8 @@ class SsdTier:
         self._reads: dict[int, _Job] = {}
         self._writing: dict[bytes, int] = {}
         """Jobs by key, of what is being written and was not removed."""
+        self._removed: dict[bytes, None] = {}
+        """Keys whose removal is to be noted on SSD."""
         self._writing_bytes = 0
         """Extents in memory of what is being written."""
         self._last_job = 0
@@ -119,9 +123,12 @@ class SsdTier:
         return copy is not None and copy.checksum != checksum
 
     def remove(self, key: bytes) -> bool:
-        """Whether there was a copy."""
-        self._writing.pop(key, None)
-        return self.log.remove(key)
+        """Whether there was a copy. What an entry names already is noted, or it would be back after a crash."""
+        was_writing = self._writing.pop(key, None) is not None
+        was_there = self.log.remove(key)
+        if was_writing or was_there:
+            self._removed[key] = None
+        return was_there
 
     def recover(self, event: SsdRecovered) -> None:
         self.log.restore(event)
@@ -154,7 +161,11 @@ class SsdTier:
         memory, commands = self._memory, []
         least = 1 if wanted_bytes else self._batch_bytes
         num_jobs_max = 1 if self._num_failures else WRITES_MAX
-        while now >= self._rests_until and len(self._writes) < num_jobs_max:
+        if now < self._rests_until:
+            return []
+        if self._removed and len(self._writes) < num_jobs_max:
+            commands += self._note_removed(now)
+        while len(self._writes) < num_jobs_max:
             missing = self._ready_bytes + wanted_bytes - memory.spare_bytes - self._writing_bytes
             rows = memory.take(min(missing, self.config.job_bytes)) if missing >= least else []
             if not rows:
@@ -175,9 +186,28 @@ class SsdTier:
             copy.checksum = memory.checksums.get(row)
         keys = pick(memory.keys, new)
         number = self._start(self._writes, keys, new, copies)
+        self._take_removed(number)
         self._writing.update(dict.fromkeys(keys, number))
         self._writing_bytes += sum(pick(memory.extents, new))
         return [WriteSsd(number, *self._columns(keys, new, copies), tuple(runs))]
+
+    def _note_removed(self, now: int) -> list[WriteSsd]:
+        keys = tuple(self._removed)
+        notes, runs = self.log.place([0] * len(keys), now)
+        if not notes:
+            return []
+        keys, nothing = keys[: len(notes)], (0,) * len(notes)
+        number = self._start(self._writes, keys, (), notes)
+        self._take_removed(number)
+        offsets = tuple([note.offset for note in notes])
+        return [WriteSsd(number, keys, nothing, nothing, offsets, (None,) * len(keys), tuple(runs))]
+
+    def _take_removed(self, number: int) -> None:
+        """What that write makes known: notes of removals, and newer copies."""
+        job = self._writes[number]
+        job.removed = dict.fromkeys([key for key in job.keys if key in self._removed])
+        for key in job.removed:
+            del self._removed[key]
 
     def _is_worth_writing(self, row: int) -> bool:
         log, key = self.log, self._memory.keys[row]
@@ -195,17 +225,23 @@ class SsdTier:
                 del self._writing[key]
             if at in bad or not is_wanted:
                 log.discard(copy)
+                if at in bad and key in job.removed and not self._is_newer(key):
+                    self._removed[key] = None
                 continue
             if event.checksums:
                 copy.checksum = event.checksums[at]
             log.commit(key, copy)
             self._counters["ssd_writes"] += 1
         log.release(job.copies)
-        self._writing_bytes -= sum(pick(memory.extents, job.rows))
+        self._writing_bytes -= sum([memory.extents[row] for row in job.rows])
+        self._counters["ssd_write_errors"] += len(event.failed) if job.rows else 0
         self._drop_corrupt([job.rows[at] for at in event.corrupt])
         memory.settle(job.rows)
-        self._counters["ssd_write_errors"] += len(event.failed)
         return self._judge_disk(len(event.failed) == len(job.keys), now)
+
+    def _is_newer(self, key: bytes) -> bool:
+        """Whether that key was written since it was removed, or is being written."""
+        return key in self.log.copies or key in self._writing
 
     def _drop_corrupt(self, rows: Sequence[int]) -> None:
         """Their contents in memory are not what was committed. Who has leased one keeps it; nobody finds it any more."""

@@ -606,3 +606,28 @@ def test_what_an_earlier_life_left_is_there_and_reported() -> None:
     assert isinstance(job, ReadSsd) and (job.ssd_offsets, job.checksums) == ((offsets[1], offsets[0]), (12, 11))
     store.do()
     assert hits(store, store.answers[9]) == [key(2), key(1), None]
+
+
+def test_a_removal_is_noted_on_ssd() -> None:
+    store = tiered(4, 8, extent=2, ready=2)
+    put(store, 1, 2, 3, 4)
+    store.do_all()
+    assert store(Remove(A, 0, keys(1, 4))) == (True, True)
+    [job] = store.jobs
+    assert isinstance(job, WriteSsd) and (job.keys, job.sizes, job.offsets) == (keys(1), (0,), (0,))
+    assert [(run.count, run.opens) for run in job.runs] == [(1, False)]
+    store.do(failed=(0,))
+    assert metric(store, "ssd_write_errors") == 0
+    assert [job.keys for job in store.jobs] == [keys(1)]
+    store.do()
+    assert store.jobs == [] and metric(store, "ssd_used_bytes") == UNIT
+
+
+def test_a_newer_copy_needs_no_note_of_the_removal_before() -> None:
+    store = tiered(3, 8, ready=2)
+    put(store, 1, 2, 3)
+    assert [job.keys for job in store.jobs] == [keys(1), keys(2)]
+    assert store(Remove(A, 0, keys(1))) == (True,)  # both writes are under way: it is to be noted later
+    put(store, 1)
+    store.do_all()
+    assert store(Exists(A, 0, keys(1))) == (True,) and not store.core._ssd._removed  # type: ignore[union-attr]

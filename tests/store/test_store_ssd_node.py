@@ -150,6 +150,21 @@ def test_a_checksum_of_the_client_goes_all_the_way(tmp_path: Path) -> None:
     run(main())
 
 
+def test_what_was_removed_stays_away_after_a_restart(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+
+    async def main() -> None:
+        await fill(settings)
+        async with serving(settings) as (node, client, _):
+            assert await client.remove(keys(3, 5)) == (True, True)
+            await put(client, 5)
+            await until_written(node)
+        async with serving(settings) as (node, client, _):
+            assert await client.exists(keys(2, 3, 4, 5)) == (True, False, True, False)
+
+    run(main())
+
+
 # ------------------------------------------------------------ as it should not be
 
 

@@ -183,6 +183,8 @@ class TieredHistory:
 
     def objects_of(self, job: SsdJob) -> Iterator[tuple[bytes, range, range]]:
         for name, size, offset, below in zip(job.keys, job.sizes, job.offsets, job.ssd_offsets, strict=True):
+            if not size:
+                continue
             here, there = units(offset, size), units(below, size)
             yield (name, here, there) if isinstance(job, WriteSsd) else (name, there, here)
 
