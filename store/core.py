@@ -175,6 +175,10 @@ class StoreCore:
             }
         )
 
+    def ssd_contents(self) -> SsdRecovered | None:
+        """For drivers without a disk: what it would tell the next life."""
+        return None if self._ssd is None else self._ssd.log.contents()
+
     # ------------------------------------------------------------ reserve and commit
 
     def _reserve(self, event: Reserve, now: int) -> list[Command]:

@@ -35,7 +35,10 @@ _BATCH_VIEWS_MAX = 1024
 """IOV_MAX of Linux."""
 _JOB_S = 30.0
 """A job that takes longer has failed. One that hangs in a system call cannot be helped: what it holds stays held."""
-_GIVEN_UP = (errno.ECANCELED, errno.ETIMEDOUT)
+
+
+class _Closing(Exception):
+    """Nobody waits for the job any more."""
 
 
 class _Piece(NamedTuple):
@@ -140,38 +143,40 @@ class SsdJobs:
     # ------------------------------------------------------------ reads
 
     def read(self, job: ReadSsd) -> SsdRead:
-        """Each object as far as its batches can be read; hashed batch by batch while the next is read."""
-        failed: dict[int, None] = {}
+        """Hashed batch by batch, while the next is read."""
+        failed: dict[int, OSError] = {}
         hashes = [xxhash.xxh3_64() for _ in job.keys]
         hashing: list[Future[None]] = []
         until = time.monotonic() + _JOB_S
         in_order = sorted(range(len(job.keys)), key=job.ssd_offsets.__getitem__)
         for batch in self._batches(job, in_order):
-            bad = self._read_batch(batch, until)
-            failed.update(dict.fromkeys(bad))
+            failed |= self._read_batch(batch, until)
             hashing.append(self._hasher.submit(_update, hashes, batch.pieces))
         for batch_hashed in hashing:
             batch_hashed.result()
+        if failed:
+            log.warning(
+                "%s: %d objects could not be read: %s", self._file.path, len(failed), next(iter(failed.values()))
+            )
         corrupt = [at for at in _differing(job, [each.intdigest() for each in hashes]) if at not in failed]
         if corrupt:
             log.error("%s: %d objects were corrupt and are dropped", self._file.path, len(corrupt))
         return SsdRead(job.job, tuple(sorted(failed)), tuple(corrupt))
 
-    def _read_batch(self, batch: _Batch, until: float) -> list[int]:
-        """Indices of objects that could not be read. One bad place on the disk is no reason to lose what lies beside it."""
+    def _read_batch(self, batch: _Batch, until: float) -> dict[int, OSError]:
+        """Why objects could not be read, by index. One bad place on the disk is no reason to lose what lies beside it."""
         try:
             self._check(until)
             self._file.read([piece.view for piece in batch.pieces], batch.offset)
         except OSError as error:
-            if len(batch.pieces) == 1 or error.errno in _GIVEN_UP:
-                log.warning("%s: %d objects could not be read: %s", self._file.path, len(batch.pieces), error)
-                return [piece.at for piece in batch.pieces]
+            if len(batch.pieces) == 1 or error.errno == errno.ETIMEDOUT:
+                return {piece.at: error for piece in batch.pieces}
         else:
-            return []
-        failed: list[int] = []
+            return {}
+        failed: dict[int, OSError] = {}
         offset = batch.offset
         for piece in batch.pieces:
-            failed += self._read_batch(_Batch(offset, [piece]), until)
+            failed |= self._read_batch(_Batch(offset, [piece]), until)
             offset += piece.view.nbytes
         return failed
 
@@ -179,34 +184,28 @@ class SsdJobs:
 
     def _check(self, until: float) -> None:
         if self._closing.is_set():
-            raise OSError(errno.ECANCELED, "the node is closing")
+            raise _Closing
         if time.monotonic() > until:
             raise OSError(errno.ETIMEDOUT, f"not done within {_JOB_S:g} s")
 
     def _batches(self, job: SsdJob, indices: Sequence[int]) -> Iterator[_Batch]:
-        """indices: in the order of their places on SSD."""
-        batch = _Batch(0, [])
-        end, left = 0, 0
-        for index in indices:
-            for piece, offset in self._pieces(job, index):
-                size = piece.view.nbytes
-                if batch.pieces and (offset != end or size > left or len(batch.pieces) == _BATCH_VIEWS_MAX):
-                    yield batch
-                    batch = _Batch(0, [])
-                if not batch.pieces:
-                    batch, left = _Batch(offset, []), BATCH_BYTES
-                batch.pieces.append(piece)
-                end, left = offset + size, left - size
+        """indices: in the order of their places on SSD. The last piece of an object has what its page has beside it too."""
+        batch, left = _Batch(0, []), 0
+        for at in indices:
+            start, below, size = job.offsets[at], job.ssd_offsets[at], job.sizes[at]
+            done, padded = 0, self._file.geometry.rounded(size)
+            while done < padded:
+                is_next = below + done == batch.offset + BATCH_BYTES - left
+                if not left or not is_next or len(batch.pieces) == _BATCH_VIEWS_MAX:
+                    if batch.pieces:
+                        yield batch
+                    batch, left = _Batch(below + done, []), BATCH_BYTES
+                count = min(padded - done, left)
+                view = self._memory[start + done : start + done + count]
+                batch.pieces.append(_Piece(at, view, min(count, size - done)))
+                done, left = done + count, left - count
         if batch.pieces:
             yield batch
-
-    def _pieces(self, job: SsdJob, index: int) -> Iterator[tuple[_Piece, int]]:
-        """Of one object, and where each lies on SSD. The last one has what its page has beside the object too."""
-        start, below, size = job.offsets[index], job.ssd_offsets[index], job.sizes[index]
-        for at in range(0, size, BATCH_BYTES):
-            num_bytes = min(BATCH_BYTES, size - at)
-            view = self._memory[start + at : start + at + self._file.geometry.rounded(num_bytes)]
-            yield _Piece(index, view, num_bytes), below + at
 
 
 def _checksums(job: WriteSsd, memory: memoryview) -> list[int]:

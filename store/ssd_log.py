@@ -203,6 +203,17 @@ class SsdLog:
         if event.keys:
             self.changes.gained.append(event.keys)
 
+    def contents(self) -> SsdRecovered:
+        """What the next life will be told if this one ends now."""
+        copies = self.copies.values()
+        return SsdRecovered(
+            tuple(self.copies),
+            tuple([copy.size for copy in copies]),
+            tuple([copy.offset for copy in copies]),
+            tuple([copy.checksum or 0 for copy in copies]),
+            tuple([extent.sequence for extent in self._extents]),
+        )
+
     # ------------------------------------------------------------ conservation
 
     def check_integrity(self, held: Sequence[Copy], placed: Sequence[Copy]) -> None:

@@ -45,6 +45,7 @@ from mooncake.store.events import (
     SnapshotWanted,
     SsdJob,
     SsdRead,
+    SsdRecovered,
     SsdRests,
     SsdWritten,
     Tick,
@@ -97,7 +98,8 @@ class Copier(Protocol):
 
 
 class SimNode:
-    """copier is set by the cluster before the first event, as it needs this object to exist."""
+    """copier is set by the cluster before the first event, as it needs this object to exist. on_ssd: what the life before left
+    on SSD."""
 
     copier: Copier
 
@@ -110,6 +112,7 @@ class SimNode:
         network: Network,
         observe: Observer | None,
         chance: Callable[[float], bool],
+        on_ssd: SsdRecovered | None = None,
     ) -> None:
         self.name = name
         self.epoch = epoch
@@ -142,6 +145,8 @@ class SimNode:
         }
         self.runner = CoreRunner(loop, name, self.core, actions, Tick(), observe)
         self.handle = self.runner.handle
+        if on_ssd is not None:
+            self.handle(on_ssd)
 
     # ------------------------------------------------------------------ process
 

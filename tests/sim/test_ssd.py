@@ -137,6 +137,21 @@ def test_the_conductor_knows_each_tier() -> None:
     check_index(cluster)
 
 
+def test_a_node_that_was_killed_has_its_ssd_back() -> None:
+    cluster = SimCluster(large(1000 * BLOCK_BYTES), 1, check_core)
+    cluster.submit(documents(1))
+    cluster.run(100 * NANOS_PER_S)
+    cluster.settle()
+    known = list(cluster.nodes["node-0"].core._ssd.log.copies)  # type: ignore[union-attr]
+    cluster.kill("node-0")
+    cluster.start("node-0")
+    cluster.settle()
+    store = cluster.nodes["node-0"].core
+    assert list(store._ssd.log.copies) == known and len(known) > 100  # type: ignore[union-attr]
+    assert not store._objects.by_key
+    check_index(cluster)
+
+
 def check_index(cluster: SimCluster) -> None:
     assert cluster.conductor is not None
     core = cluster.conductor.core
