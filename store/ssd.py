@@ -106,6 +106,7 @@ class SsdTier:
             "ssd_corrupt",
             "ssd_recovered",
             "ssd_rests",
+            "ssd_refused",
         )
         self._counters = dict.fromkeys(names, 0)
 
@@ -174,11 +175,14 @@ class SsdTier:
         return commands
 
     def _write(self, rows: Sequence[int], now: int) -> list[WriteSsd]:
-        memory = self._memory
+        memory, log = self._memory, self.log
         new = [row for row in rows if self._is_worth_writing(row)]
-        copies, runs = self.log.place([memory.sizes[row] for row in new], now)
+        copies, runs = log.place([memory.sizes[row] for row in new], now)
         new = new[: len(copies)]
         written = dict.fromkeys(new)
+        self._counters["ssd_refused"] += sum(
+            [row not in written and memory.keys[row] not in log.copies for row in rows]
+        )
         memory.settle([row for row in rows if row not in written])
         if not new:
             return []

@@ -38,7 +38,8 @@ TABLE_SHARE = 128
 _TABLE_PAGES_MIN = 16
 EXTENTS = 64
 """By default: reusing one loses a 64th of what is stored, and one that an object does not fit into any more wastes less."""
-EXTENT_BYTES_MIN, EXTENT_BYTES_MAX = 64 << 20, 4 << 30
+EXTENT_BYTES_MIN, EXTENT_BYTES_MAX = 256 << 20, 4 << 30
+"""Several blocks of a large model, unless the whole is small."""
 
 
 class Geometry(msgspec.Struct, frozen=True):

@@ -52,11 +52,15 @@ from mooncake.store.events import (
     WriteSsd,
 )
 from mooncake.store.ssd import SsdConfig
+from mooncake.store.ssd_layout import geometry_of
 from mooncake.store.types import CommitStatus, Location, Places, Puts, PutStatus
 
 SHARD = bytes(SHARD_BYTES)
 """Of all objects: an engine whose KV has no bytes has one layout."""
 _RESERVED, _COMMITTED, _EXISTS = PutStatus.RESERVED, CommitStatus.COMMITTED, CommitStatus.EXISTS
+
+EXTENT_BLOCKS = 16
+"""At least as many are in an extent of a simulated SSD."""
 
 OnReply = Callable[[Any], None]
 """Gets the results, or None if the call failed."""
@@ -121,7 +125,7 @@ class SimNode:
             config.capacity_bytes,
             epoch=epoch,
             allocator=Budget(config.capacity_bytes, config.alignment),
-            ssd=SsdConfig(config.ssd_bytes),
+            ssd=_ssd_config(config),
         )
         self.memory = Link(f"{name}.memory", config.local_bytes_per_s)
         self.nic_in = Link(f"{name}.in", config.nic_bytes_per_s)
@@ -224,6 +228,15 @@ class SimNode:
 
     def _tell(self, message: AnyMessage) -> None:
         self._network.send(self.name, CONDUCTOR, message)
+
+
+def _ssd_config(config: NodeConfig) -> SsdConfig:
+    """An object lies in one extent, so that one that holds few of them wastes space: here their size is known."""
+    if not config.ssd_bytes:
+        return SsdConfig()
+    blocks = EXTENT_BLOCKS * config.block_tokens * config.token_bytes
+    extent = max(geometry_of(config.ssd_bytes).extent_bytes, min(blocks, config.ssd_bytes // 2))
+    return SsdConfig(config.ssd_bytes, extent_bytes=extent)
 
 
 class NodeClient:

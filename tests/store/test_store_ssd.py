@@ -523,6 +523,7 @@ def test_an_object_larger_than_an_extent_is_not_written() -> None:
     put(store, 2)
     store.do_all()
     assert metric(store, "ssd_objects") == 1 and metric(store, "ssd_write_errors") == 0
+    assert metric(store, "ssd_refused") == 1
     put(store, 3, 4, 5)
     assert store(Exists(A, 0, keys(1))) == (False,) and metric(store, "lost_evictions") == 1
 

@@ -110,11 +110,11 @@ def test_of_each_key_the_newest_copy_is_found_in_the_order_of_age() -> None:
 @pytest.mark.parametrize(
     ("capacity", "extent_bytes", "num_extents"),
     [
-        (10 << 30, 128 << 20, 80),
-        (10 * 10**9, 128 << 20, 74),
+        (10 << 30, 256 << 20, 40),
+        (10 * 10**9, 256 << 20, 37),
         (1 << 40, 4 << 30, 256),
         (16 << 40, EXTENT_BYTES_MAX, 4096),
-        (512 << 20, 64 << 20, 8),
+        (512 << 20, 128 << 20, 4),
         (16 << 20, 4 << 20, 4),
     ],
 )
