@@ -5,8 +5,9 @@
                          └─ its copies are evicted, all at once
 
 Extents go in the order of their age, so whatever voids an older copy of a key (a newer one, or the note of its removal)
-outlives it, and a start after a crash finds the right one. It is no loss to what is used: that is in memory meanwhile,
-and when it leaves memory again and its copy has become old, it is written anew (`is_old`), at the head of the log.
+outlives it, and a start after a crash finds the right one. The exception are extents that are passed over while they are read.
+It is no loss to what is used: that is in memory meanwhile, and when it leaves memory again and its copy has become old, it is
+written anew (`is_old`), at the head of the log.
 
 A place belongs to its writer from `place` until `commit` or `discard`; an extent that a job reads from or writes to is held
 (`hold`, `release`), once for each copy.
