@@ -92,9 +92,9 @@ def test_bad_value_is_named(key: str, value: Any, message: str) -> None:
 def test_an_ssd_has_a_size_and_an_absolute_folder() -> None:
     given = {"store_ssd": "1TiB", "store_ssd_dir": "/mnt/ssd"}
     assert load_config(None, given, {}).store_ssd == 1 << 40
-    with pytest.raises(ConfigError, match="^store_ssd_dir = 'here': must be an absolute path$"):
+    with pytest.raises(ConfigError, match=r"^store_ssd_dir = 'here': must be an absolute path$"):
         load_config(None, given | {"store_ssd_dir": "here"}, {})
-    with pytest.raises(ConfigError, match="^store_ssd = 1024: must be at least 16MiB$"):
+    with pytest.raises(ConfigError, match=r"^store_ssd = 1024: must be at least 16MiB$"):
         load_config(None, given | {"store_ssd": 1024}, {})
 
 
