@@ -38,6 +38,9 @@ _LAUNCH_VARIABLES = frozenset({STATUS_FD, SUPERVISOR_PID})
 SOCKET_PATH_BYTES_MAX = 100
 """Linux allows 107 bytes in the path of a Unix socket; gRPC and the store add nothing, the rest is for safety."""
 
+STORE_SSD_BYTES_MIN = 16 << 20
+"""Less is no tier, and has hardly room for an object."""
+
 _BYTE_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BYTE_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
@@ -125,6 +128,8 @@ class Config(msgspec.Struct, frozen=True):
     prefill: Annotated[int, Meta(ge=1, le=64), _text("number of prefill instances")] = 1
     decode: Annotated[int, Meta(ge=1, le=64), _text("number of decode instances")] = 1
     store_memory: Annotated[NumBytes, _text("DRAM of the store node, such as 2GiB")] = 1 << 30
+    store_ssd: Annotated[NumBytes | None, _text("SSD of the store node, such as 100GiB; none: no SSD tier")] = None
+    store_ssd_dir: Annotated[NonEmpty | None, _text("folder on that SSD, for the store node's file")] = None
     host: Annotated[NonEmpty, _text("address that the HTTP port listens on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535), _text("HTTP port; 0: a free one")] = 8000
 
@@ -238,6 +243,8 @@ class Option(msgspec.Struct, frozen=True):
 
     def parse(self, raw: Any, origin: str) -> Any:
         value = raw
+        if raw is None and self.optional:
+            return None
         if isinstance(raw, str):
             if self.optional and raw.lower() in ("auto", "none"):
                 return None
@@ -384,6 +391,12 @@ def _check(config: Config) -> None:
         raise ConfigError(f"kv_tokens = {config.kv_tokens}: less than one block of {config.block_tokens} tokens")
     if (config.tls.cert is None) != (config.tls.key is None):
         raise ConfigError("tls.cert and tls.key: only one of them is set")
+    if (config.store_ssd is None) != (config.store_ssd_dir is None):
+        raise ConfigError("store_ssd and store_ssd_dir: only one of them is set")
+    if config.store_ssd_dir is not None and not os.path.isabs(config.store_ssd_dir):
+        raise ConfigError(f"store_ssd_dir = {config.store_ssd_dir!r}: must be an absolute path")
+    if config.store_ssd is not None and config.store_ssd < STORE_SSD_BYTES_MIN:
+        raise ConfigError(f"store_ssd = {config.store_ssd}: must be at least {format_bytes(STORE_SSD_BYTES_MIN)}")
     if not os.path.isabs(config.run_dir):
         raise ConfigError(f"run_dir = {config.run_dir!r}: must be an absolute path")
     socket_address(config.run_dir, "conductor")

@@ -47,6 +47,7 @@ from mooncake.store.events import (
     Snapshot,
     SnapshotWanted,
     SsdRead,
+    SsdRecovered,
     SsdWritten,
     Tick,
     Used,
@@ -75,9 +76,9 @@ LOOK_NS = 50 * NANOS_PER_MS
 
 
 class StoreCore:
-    """allocator: of the segment; by default one of `capacity` bytes that places objects. ssd_allocator: likewise.
-    readers: those who do not ask; by default there are none. last_number: objects are numbered from the next on; readers know
-    them by that, so it must be none of a life before."""
+    """allocator: of the segment; by default one of `capacity` bytes that places objects. readers: those who do not ask; by
+    default there are none. last_number: objects are numbered from the next on; readers know them by that, so it must be none of
+    a life before."""
 
     def __init__(
         self,
@@ -90,7 +91,6 @@ class StoreCore:
         reservation_ns: int = RESERVATION_NS,
         report_ns: int = REPORT_NS,
         ssd: SsdConfig | None = None,
-        ssd_allocator: BytesAllocator | None = None,
         readers: Readers | None = None,
         last_number: int = 0,
     ) -> None:
@@ -128,12 +128,13 @@ class StoreCore:
         self._ssd: SsdTier | None = None
         self._waiting = Waiting(self._objects)
         if ssd is not None and ssd.capacity_bytes:
-            self._ssd = SsdTier(ssd, self._objects, self._allocator.capacity, ssd_allocator)
+            self._ssd = SsdTier(ssd, self._objects, self._allocator.capacity)
             self._handlers |= {
                 Reserve: self._reserve_in_time,
                 Lease: self._lease_in_time,
                 SsdWritten: self._ssd_written,
                 SsdRead: self._ssd_read,
+                SsdRecovered: self._ssd_recovered,
             }
 
     def handle(self, event: Event, now: int) -> list[Command]:
@@ -198,6 +199,10 @@ class StoreCore:
                 "leases": sum([claims.num_leases + len(claims.aliases) for claims in clients]),
             }
         )
+
+    def ssd_contents(self) -> SsdRecovered | None:
+        """For drivers without a disk: what it would tell the next life."""
+        return None if self._ssd is None else self._ssd.log.contents()
 
     # ------------------------------------------------------------ reserve and commit
 
@@ -476,8 +481,8 @@ class StoreCore:
         keys = tuple([key for key, row in objects.by_key.items() if row not in objects.transient])
         commands = [*self._flush(), Snapshot(self.epoch, objects.changes.seq, keys)]
         if self._ssd is not None:
-            copies = self._ssd.copies
-            commands.append(Snapshot(self.epoch, copies.changes.seq, tuple(copies.by_key), Tier.SSD))
+            log = self._ssd.log
+            commands.append(Snapshot(self.epoch, log.changes.seq, tuple(log.copies), Tier.SSD))
         return commands
 
     def _used(self, event: Used, now: int) -> list[Command]:
@@ -516,7 +521,7 @@ class StoreCore:
         added, removed = changes.take()
         commands: list[Command] = [Report(self.epoch, changes.seq, added, removed)] if added or removed else []
         if self._ssd is not None:
-            below = self._ssd.copies.changes
+            below = self._ssd.log.changes
             added, removed = below.take()
             commands += [Report(self.epoch, below.seq, added, removed, Tier.SSD)] if added or removed else []
         return commands
@@ -538,7 +543,7 @@ class StoreCore:
             return self._reserve(event, now)
         if now < load_until and any(event.keys[at] in ssd.loading for at in new):
             return self._put_off(event, began_at, load_until, 0)
-        if now < room_until and self._lacks_room(wanted):
+        if now < room_until and self._lacks_room(wanted, now):
             return self._put_off(event, began_at, room_until, wanted)
         return self._reserve(event, now)
 
@@ -558,8 +563,8 @@ class StoreCore:
         new = [key for key in missing if key not in ssd.loading]
         wanted = objects.rounded(ssd.sizes(new)) if new else 0
         room_until = began_at + ssd.config.room_wait_ns
-        if now < room_until and self._lacks_room(wanted):
-            ssd.use(new)
+        if now < room_until and self._lacks_room(wanted, now):
+            ssd.log.spare(new, room_until)
             return self._put_off(event, began_at, room_until, wanted)
         objects.hold([row for row in found if row is not None])
         commands: list[Command] = [*ssd.load(new)] if new else []
@@ -584,10 +589,10 @@ class StoreCore:
                 return at
         return len(keys)
 
-    def _lacks_room(self, wanted_bytes: int) -> bool:
+    def _lacks_room(self, wanted_bytes: int, now: int) -> bool:
         """Whether there is not so much room ready, but can be expected."""
         assert self._ssd is not None
-        return wanted_bytes > self._objects.spare_bytes and self._ssd.can_save
+        return wanted_bytes > self._objects.spare_bytes and self._ssd.can_save(now)
 
     def _put_off(self, event: Reserve | Lease, began_at: int, until: int, wanted_bytes: int) -> list[Command]:
         self._waiting.calls.append(WaitingCall(event, began_at, until, wanted_bytes))
@@ -595,12 +600,16 @@ class StoreCore:
 
     def _ssd_written(self, event: SsdWritten, now: int) -> list[Command]:
         assert self._ssd is not None
-        self._ssd.written(event)
-        return []
+        return self._ssd.written(event, now)
 
     def _ssd_read(self, event: SsdRead, now: int) -> list[Command]:
         assert self._ssd is not None
         self._ssd.read(event, self._waiting.resolve)
+        return []
+
+    def _ssd_recovered(self, event: SsdRecovered, now: int) -> list[Command]:
+        assert self._ssd is not None
+        self._ssd.recover(event)
         return []
 
     def _go_on(self, ssd: SsdTier, now: int) -> list[Command]:
@@ -615,8 +624,8 @@ class StoreCore:
                 commands += self._reserve_in_time(call.event, now, call.began_at)
             else:
                 commands += self._lease_in_time(call.event, now, call.began_at)
-        commands += ssd.save(sum([call.wanted_bytes for call in self._waiting.calls]))
-        changes = ssd.copies.changes
+        commands += ssd.save(sum([call.wanted_bytes for call in self._waiting.calls]), now)
+        changes = ssd.log.changes
         if self._report_at is None and (changes.gained or changes.lost):
             self._report_at = now + self._report_ns
         return commands

@@ -127,17 +127,32 @@ class Tick(Event, frozen=True):
 
 
 class SsdWritten(Event, frozen=True):
-    """A WriteSsd is done. failed: indices of objects that could not be written."""
+    """A WriteSsd is done. failed: indices of objects that could not be written. corrupt: of those that were not, as their
+    contents in memory are not what was committed. checksums: of all contents, or none."""
 
     job: int
     failed: tuple[int, ...] = ()
+    corrupt: tuple[int, ...] = ()
+    checksums: tuple[int, ...] = ()
 
 
 class SsdRead(Event, frozen=True):
-    """A ReadSsd is done. failed: indices of objects that could not be read, or whose checksum was wrong."""
+    """A ReadSsd is done. failed: indices of objects that could not be read. corrupt: of those whose checksum was wrong."""
 
     job: int
     failed: tuple[int, ...] = ()
+    corrupt: tuple[int, ...] = ()
+
+
+class SsdRecovered(Event, frozen=True):
+    """The first event of a node whose SSD has contents: what an earlier life left there, oldest first, column by column.
+    sequences: of all extents; 0, it was never opened."""
+
+    keys: tuple[bytes, ...]
+    sizes: tuple[int, ...]
+    ssd_offsets: tuple[int, ...]
+    checksums: tuple[int, ...]
+    sequences: tuple[int, ...]
 
 
 Results = Puts | Places | tuple[CommitStatus, ...] | tuple[bool, ...]
@@ -184,8 +199,8 @@ class Snapshot(Command, frozen=True, omit_defaults=True):
 
 
 class SsdJob(Command, frozen=True):
-    """Objects column by column. offsets: in the segment; ssd_offsets: on SSD. checksums: None where there is none. The shell
-    answers every job once, in any order; until then it may touch both ranges of each object."""
+    """Objects column by column. offsets: in the segment; ssd_offsets: on SSD. checksums: None where there is none. The
+    shell answers every job once, in any order; until then it may touch both ranges of each object."""
 
     job: int
     keys: tuple[bytes, ...]
@@ -195,12 +210,34 @@ class SsdJob(Command, frozen=True):
     checksums: tuple[int | None, ...]
 
 
+class SsdRun(msgspec.Struct, frozen=True):
+    """The next `count` objects of a job lie one behind the other in one extent, and their entries are to be written to
+    the pages of its table from `table_offset` on, after them. opens: the extent is new; its page 0 is to be written
+    before all."""
+
+    count: int
+    extent: int
+    sequence: int
+    table_offset: int
+    opens: bool
+
+
 class WriteSsd(SsdJob, frozen=True):
-    """From the segment to SSD. Answered by SsdWritten."""
+    """From the segment to SSD. Answered by SsdWritten. An object of size 0 is one that was removed: it has an entry
+    only."""
+
+    runs: tuple[SsdRun, ...]
 
 
 class ReadSsd(SsdJob, frozen=True):
     """From SSD into the segment. Answered by SsdRead."""
+
+
+class SsdRests(Command, frozen=True):
+    """Writes failed, so many jobs in a row: none is made for a while. What is evicted meanwhile is lost."""
+
+    num_failures: int
+    rest_ns: int
 
 
 def fault_of(event: Request, capacity: int) -> str | None:

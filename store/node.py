@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import os
 import secrets
 import threading
@@ -36,13 +37,23 @@ from mooncake.store.events import (
     Reserve,
     Snapshot,
     SnapshotWanted,
+    SsdJob,
+    SsdRead,
+    SsdRests,
+    SsdWritten,
     Tick,
     Used,
 )
 from mooncake.store.local.readers import LocalReaders
 from mooncake.store.local.segment import take_segment
+from mooncake.store.ssd import SsdConfig
+from mooncake.store.ssd_file import SsdFile
+from mooncake.store.ssd_jobs import SsdJobs
+from mooncake.store.ssd_layout import PAGE_BYTES
 from mooncake.transport.frames import Kind, pack
 from mooncake.transport.shm import SHM_DIR, ShmSegment
+
+log = logging.getLogger(__name__)
 
 MAX_DATA_CONNECTIONS = 16
 """Of one client; each is a thread here."""
@@ -57,7 +68,8 @@ _COUNTERS = ("faults", "auth_errors", "protocol_errors", "bytes_read", "bytes_wr
 
 
 class NodeConfig(msgspec.Struct, frozen=True):
-    """tcp_port: None, no TCP port; 0, any free one. advertised_host: the name under which others reach the TCP port."""
+    """tcp_port: None, no TCP port; 0, any free one. advertised_host: the name under which others reach the TCP port. ssd_dir:
+    where the SSD tier has its file, if there is one."""
 
     cluster: str
     node: str
@@ -70,6 +82,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     alignment: int = 4096
     shm_dir: str = SHM_DIR
     compat: str = ""
+    ssd: SsdConfig = SsdConfig()
+    ssd_dir: str = ""
 
 
 class Directory(Protocol):
@@ -107,14 +121,15 @@ class StoreNode:
         self._syncs: set[asyncio.Task[None]] = set()
         self._looking: asyncio.TimerHandle | None = None
         self._counters = dict.fromkeys(_COUNTERS, 0)
+        self._ssd: SsdJobs | None = None
 
     async def start(self) -> None:
-        """Make the segment and listen. Raises StoreError; then nothing is left behind."""
+        """Make the segment, take back what is on SSD, and listen. Raises StoreError; then nothing is left behind."""
         config = self.config
         if len(os.fsencode(config.unix_path)) > _MAX_UNIX_PATH:
             raise BadArgument(f"unix_path: {config.unix_path} is longer than {_MAX_UNIX_PATH} bytes")
         try:
-            self.segment, self.readers, adopted = await asyncio.to_thread(
+            segment, self.readers, adopted = await asyncio.to_thread(
                 take_segment,
                 config.cluster,
                 config.node,
@@ -123,17 +138,22 @@ class StoreNode:
                 config.alignment,
                 config.shm_dir,
             )
+            self.segment = segment
             self.core = StoreCore(
                 config.capacity_bytes,
                 epoch=self.epoch,
                 alignment=config.alignment,
+                ssd=config.ssd,
                 readers=self.readers,
                 last_number=self.epoch,  # a time in nanoseconds: no life can have numbered so many
             )
+            if config.ssd.capacity_bytes:
+                await self._open_ssd(segment.buffer)
             if adopted is not None:
                 self.handle(adopted)
             self.addresses = (await self._listen_unix(), *await self._listen_tcp())
         except SegmentError as error:
+            await self.close()
             raise StoreError(str(error)) from error
         except OSError as error:
             await self.close()
@@ -163,6 +183,9 @@ class StoreNode:
                 timer.cancel()
         if self.readers is not None:
             self.readers.close()
+        if self._ssd is not None:
+            ssd, self._ssd = self._ssd, None
+            await asyncio.to_thread(ssd.close)
         if self.segment is not None:
             self.segment.close()
 
@@ -291,6 +314,30 @@ class StoreNode:
                 self._clients[command.client].reply(wire.encode_error(BadArgument(command.detail), command.request_id))
             case Report() | Snapshot():
                 self._on_report(command)
+            case SsdJob():
+                if self._ssd is not None:
+                    self._ssd.submit(command)
+            case SsdRests():
+                rest_s = command.rest_ns / NANOS_PER_S
+                log.error("%d writes to SSD failed in a row: none for %g s", command.num_failures, rest_s)
+
+    async def _open_ssd(self, memory: memoryview) -> None:
+        config, loop = self.config, asyncio.get_running_loop()
+        if config.alignment % PAGE_BYTES:
+            raise SegmentError(f"alignment: an SSD tier needs a multiple of {PAGE_BYTES}, got {config.alignment}")
+        geometry = config.ssd.geometry
+        file = await asyncio.to_thread(SsdFile.open, config.ssd_dir, config.cluster, config.node, geometry)
+
+        def on_done(event: SsdWritten | SsdRead) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                loop.call_soon_threadsafe(self._ssd_done, event)
+
+        self._ssd = SsdJobs(file, memory, on_done)
+        self.handle(await asyncio.to_thread(self._ssd.recover))
+
+    def _ssd_done(self, event: SsdWritten | SsdRead) -> None:
+        if self._ssd is not None:  # else we are closing
+            self.handle(event)
 
     def _arm(self, deadline: int) -> None:
         if self._timer is not None:

@@ -8,7 +8,7 @@ is given to another object when its own is gone; a number, which is what clients
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -63,7 +63,7 @@ class Objects:
         self.num_lost = 0
         """Evictions of objects that were not in the tier below."""
         self.evicted_bytes = 0
-        self.saved: Mapping[bytes, int] | None = None
+        self.saved: Container[bytes] | None = None
         self.ready: OrderedDict[int, None] = OrderedDict()
         self.ready_bytes = 0
         self._leaving: dict[int, None] = {}

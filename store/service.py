@@ -17,6 +17,7 @@ from mooncake.store.copier import Copier
 from mooncake.store.directory.reporter import DirectoryReporter
 from mooncake.store.events import Report, Snapshot
 from mooncake.store.node import NodeConfig, StoreNode
+from mooncake.store.ssd import SsdConfig
 from mooncake.transport.tcp import parse_address
 
 
@@ -26,6 +27,7 @@ class StoreSettings(msgspec.Struct, frozen=True):
     capacity_bytes: int
     epoch: int
     alignment: int
+    ssd: SsdConfig = SsdConfig()
 
 
 async def run(config: Config, role: RoleConfig, status: Status) -> None:
@@ -33,7 +35,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     status.loading(f"populating {config.store_memory >> 20} MiB of shared memory")
     reporter = _Reporter()
     node = StoreNode(_node_config(config, role), reporter.report)
-    settings = StoreSettings(node.config.capacity_bytes, node.epoch, node.config.alignment)
+    settings = StoreSettings(node.config.capacity_bytes, node.epoch, node.config.alignment, node.config.ssd)
     node.event_log = open_event_log(config, role, settings)
     try:
         await node.start()
@@ -46,9 +48,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
         directory = DirectoryReporter(node, role.directory.split(","), reporter.copier.wish_objects)
         node.directory = reporter.directory = directory
     try:
-        adopted = node.core.metrics()["objects"]
-        found = f", {adopted} objects found" if adopted else ""
-        status.ready(f"{config.store_memory >> 20} MiB of DRAM{found} at {node.addresses[-1]}")
+        status.ready(_tiers(config, node))
         await asyncio.Event().wait()
     finally:
         if client is not None:
@@ -73,6 +73,14 @@ def _conductor_client(config: Config, role: RoleConfig, reporter: _Reporter) -> 
     )
     client.start()
     return client
+
+
+def _tiers(config: Config, node: StoreNode) -> str:
+    metrics = node.core.metrics()
+    text = f"{config.store_memory >> 20} MiB of DRAM with {metrics['objects']} objects"
+    if config.store_ssd:
+        text += f", {config.store_ssd >> 20} MiB of SSD with {metrics['ssd_recovered']}"
+    return f"{text}, at {node.addresses[-1]}"
 
 
 class _Reporter:
@@ -119,9 +127,10 @@ def to_message(node: str, command: Report | Snapshot) -> CacheDelta | CacheSnaps
 
 def _node_config(config: Config, role: RoleConfig) -> NodeConfig:
     """A node always has a Unix socket, for its own machine; one that listens on TCP serves others too."""
+    ssd, ssd_dir = SsdConfig(config.store_ssd or 0), config.store_ssd_dir or ""
     if role.listen.startswith("unix:"):
         path = role.listen.removeprefix("unix:")
-        return NodeConfig(config.cluster, role.name, config.store_memory, config.token, unix_path=path)
+        return NodeConfig(config.cluster, role.name, config.store_memory, config.token, path, ssd=ssd, ssd_dir=ssd_dir)
     try:
         _, target = parse_address(role.listen)
     except MooncakeError as error:
@@ -137,4 +146,6 @@ def _node_config(config: Config, role: RoleConfig) -> NodeConfig:
         tcp_host=host,
         tcp_port=port,
         advertised_host=host,
+        ssd=ssd,
+        ssd_dir=ssd_dir,
     )

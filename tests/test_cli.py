@@ -117,9 +117,9 @@ def test_foreign_package_is_refused(tmp_path: Path) -> None:
 
 def store_log(path: Path, epoch: int = 1) -> None:
     """epoch: that the log claims; the core's is 1, and its reports say so."""
-    core = StoreCore(1 << 16, epoch=1)
+    core = StoreCore(1 << 16, epoch=1, last_number=epoch)
     writer = EventLogWriter(path.open("wb"), "store", 0, StoreSettings(1 << 16, epoch, 4096))
-    for seconds, event in enumerate((Reserve(1, 1, (b"a" * 24,), (100,)), Commit(1, 2, (1,), lease=True), Tick())):
+    for seconds, event in enumerate((Reserve(1, 1, (b"a" * 24,), (100,)), Commit(1, 2, (epoch + 1,), lease=True), Tick())):
         now = seconds * NANOS_PER_S
         writer.append(now, event, core.handle(event, now))
     writer.close()

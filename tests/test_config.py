@@ -77,6 +77,8 @@ def test_auto_and_none_unset_an_option(tmp_path: Path) -> None:
         ("page_tokens", "33", "page_tokens = 33: does not divide block_tokens = 128"),
         ("kv_tokens", "100", "kv_tokens = 100: less than one block of 128 tokens"),
         ("tls.cert", "a.pem", "tls.cert and tls.key: only one of them is set"),
+        ("store_ssd", "1TiB", "store_ssd and store_ssd_dir: only one of them is set"),
+        ("store_ssd_dir", "/mnt/ssd", "store_ssd and store_ssd_dir: only one of them is set"),
         ("run_dir", "here", "run_dir = 'here': must be an absolute path"),
         ("token", 7, "token = (secret) (--token): expected `str`, got `int`"),
     ],
@@ -85,6 +87,15 @@ def test_bad_value_is_named(key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(None, {key: value}, {})
     assert str(caught.value) == message
+
+
+def test_an_ssd_has_a_size_and_an_absolute_folder() -> None:
+    given = {"store_ssd": "1TiB", "store_ssd_dir": "/mnt/ssd"}
+    assert load_config(None, given, {}).store_ssd == 1 << 40
+    with pytest.raises(ConfigError, match=r"^store_ssd_dir = 'here': must be an absolute path$"):
+        load_config(None, given | {"store_ssd_dir": "here"}, {})
+    with pytest.raises(ConfigError, match=r"^store_ssd = 1024: must be at least 16MiB$"):
+        load_config(None, given | {"store_ssd": 1024}, {})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
-from mooncake.config import load_config
+from mooncake.config import STORE_SSD_BYTES_MIN, format_bytes, load_config
 from mooncake.core.errors import ConfigError
 from mooncake.core.garbage import GC_THRESHOLDS
 from mooncake.core.types import NANOS_PER_S, Slo
@@ -109,6 +109,8 @@ def _from_machines(options: ReplayOptions) -> Target:
     prefill, decode = (default if count is None else count for count in (options.prefill, options.decode))
     if not colocated and not (prefill and decode):
         raise ConfigError(f"{prefill} prefill and {decode} decode instances: each pool needs one at least")
+    if options.store_ssd is not None and options.store_ssd < STORE_SSD_BYTES_MIN:
+        raise ConfigError(f"--store-ssd: {options.store_ssd} bytes; {format_bytes(STORE_SSD_BYTES_MIN)} are the least")
     machines = Machines(
         hardware=hardware,
         model=model,

@@ -24,6 +24,7 @@ from mooncake.sim.instance import InstanceConfig, SimInstance
 from mooncake.sim.loop import CoreRunner, Loop, Observer
 from mooncake.sim.network import Network, NetworkConfig, Peer
 from mooncake.sim.node import SHARD, NodeClient, NodeConfig, SimNode
+from mooncake.store.events import SsdRecovered
 
 _COMPAT = "simulated"
 
@@ -112,6 +113,8 @@ class SimCluster:
         self.instances: dict[str, SimInstance] = {}
         self.num_running = 0
         self._lives: dict[str, int] = {}
+        self._on_ssd: dict[str, SsdRecovered] = {}
+        """Of nodes that were killed."""
         self._watch = watch
         self._node_of: dict[str, str] = {}
         self._arrivals_left = 0
@@ -223,6 +226,8 @@ class SimCluster:
             assert self.conductor is not None
             self.conductor.kill()
             self.conductor = None
+        if name in self.nodes and (left := self.nodes[name].core.ssd_contents()) is not None:
+            self._on_ssd[name] = left
         for table in (self.frontends, self.nodes, self.instances):
             process = table.pop(name, None)
             if process is not None:
@@ -244,7 +249,14 @@ class SimCluster:
 
     def _new_node(self, name: str) -> SimNode:
         node = SimNode(
-            name, self._new_epoch(name), self.config.node, self.loop, self.network, self._observer, self._chance
+            name,
+            self._new_epoch(name),
+            self.config.node,
+            self.loop,
+            self.network,
+            self._observer,
+            self._chance,
+            self._on_ssd.pop(name, None),
         )
         node.copier = SimCopier(node, self._connect)
         return node

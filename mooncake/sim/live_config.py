@@ -58,6 +58,8 @@ def cluster_config(config: Config) -> ClusterConfig:
             call_ns=CALL_NS,
             local_bytes_per_s=config.rates.dram_bytes_per_s,
             nic_bytes_per_s=config.rates.nic_bytes_per_s,
+            ssd_bytes=config.store_ssd or 0,
+            ssd_bytes_per_s=config.rates.ssd_bytes_per_s,
         ),
         conductor=conductor_config(config),
         dispatcher=DispatcherLimits(

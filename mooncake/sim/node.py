@@ -45,16 +45,22 @@ from mooncake.store.events import (
     SnapshotWanted,
     SsdJob,
     SsdRead,
+    SsdRecovered,
+    SsdRests,
     SsdWritten,
     Tick,
     WriteSsd,
 )
 from mooncake.store.ssd import SsdConfig
+from mooncake.store.ssd_layout import geometry_of
 from mooncake.store.types import CommitStatus, Location, Places, Puts, PutStatus
 
 SHARD = bytes(SHARD_BYTES)
 """Of all objects: an engine whose KV has no bytes has one layout."""
 _RESERVED, _COMMITTED, _EXISTS = PutStatus.RESERVED, CommitStatus.COMMITTED, CommitStatus.EXISTS
+
+EXTENT_BLOCKS = 16
+"""At least as many are in an extent of a simulated SSD."""
 
 OnReply = Callable[[Any], None]
 """Gets the results, or None if the call failed."""
@@ -96,7 +102,8 @@ class Copier(Protocol):
 
 
 class SimNode:
-    """copier is set by the cluster before the first event, as it needs this object to exist."""
+    """copier is set by the cluster before the first event, as it needs this object to exist. on_ssd: what the life before left
+    on SSD."""
 
     copier: Copier
 
@@ -109,6 +116,7 @@ class SimNode:
         network: Network,
         observe: Observer | None,
         chance: Callable[[float], bool],
+        on_ssd: SsdRecovered | None = None,
     ) -> None:
         self.name = name
         self.epoch = epoch
@@ -117,8 +125,7 @@ class SimNode:
             config.capacity_bytes,
             epoch=epoch,
             allocator=Budget(config.capacity_bytes, config.alignment),
-            ssd=SsdConfig(config.ssd_bytes),
-            ssd_allocator=Budget(config.ssd_bytes, config.alignment),
+            ssd=_ssd_config(config),
         )
         self.memory = Link(f"{name}.memory", config.local_bytes_per_s)
         self.nic_in = Link(f"{name}.in", config.nic_bytes_per_s)
@@ -138,9 +145,12 @@ class SimNode:
             Snapshot: self._snapshot,
             WriteSsd: self._ssd_job,
             ReadSsd: self._ssd_job,
+            SsdRests: self._ssd_rests,
         }
         self.runner = CoreRunner(loop, name, self.core, actions, Tick(), observe)
         self.handle = self.runner.handle
+        if on_ssd is not None:
+            self.handle(on_ssd)
 
     # ------------------------------------------------------------------ process
 
@@ -213,8 +223,20 @@ class SimNode:
         done = SsdWritten if isinstance(command, WriteSsd) else SsdRead
         self.handle(done(command.job, failed))
 
+    def _ssd_rests(self, command: SsdRests) -> None:
+        """A live node logs it; here the counters say it."""
+
     def _tell(self, message: AnyMessage) -> None:
         self._network.send(self.name, CONDUCTOR, message)
+
+
+def _ssd_config(config: NodeConfig) -> SsdConfig:
+    """An object lies in one extent, so that one that holds few of them wastes space: here their size is known."""
+    if not config.ssd_bytes:
+        return SsdConfig()
+    blocks = EXTENT_BLOCKS * config.block_tokens * config.token_bytes
+    extent = max(geometry_of(config.ssd_bytes).extent_bytes, min(blocks, config.ssd_bytes // 2))
+    return SsdConfig(config.ssd_bytes, extent_bytes=extent)
 
 
 class NodeClient:

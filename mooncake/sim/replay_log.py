@@ -53,6 +53,9 @@ _StoreEvent = (
     | store.Flush
     | store.Adopted
     | store.SnapshotWanted
+    | store.SsdWritten
+    | store.SsdRead
+    | store.SsdRecovered
     | store.Tick
 )
 
@@ -90,6 +93,7 @@ def _store(settings: StoreSettings, seed: int) -> StoreCore:
         settings.capacity_bytes,
         epoch=settings.epoch,
         alignment=settings.alignment,
+        ssd=settings.ssd,
         readers=RecordedReaders(),
         last_number=settings.epoch,
     )

@@ -264,6 +264,12 @@ def test_an_ssd_tier_reaches_nodes_conductor_and_reports(tmp_path: Path) -> None
     assert "SSD tier" not in report_text(plain.report) and "ssd_writes" not in plain.report.nodes[0].counters
     with pytest.raises(ConfigError, match="--store-ssd: the cluster is that of"):
         target(parse_options({"cluster": "c.toml", "store_ssd": "1TiB"}))
+    with pytest.raises(ConfigError, match="--store-ssd: 1048576 bytes; 16MiB are the least"):
+        target(parse_options({"store_ssd": "1MiB"}))
+    file = tmp_path / "c.toml"
+    file.write_text('store_ssd = "8GiB"\nstore_ssd_dir = "/mnt/ssd"\n[rates]\nssd_bytes_per_s = "3GB"\n')
+    config = target(parse_options({"cluster": str(file)})).config
+    assert (config.node.ssd_bytes, config.node.ssd_bytes_per_s) == (8 << 30, 3e9)
 
 
 def test_options_and_texts() -> None:

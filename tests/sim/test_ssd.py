@@ -130,10 +130,25 @@ def test_the_conductor_knows_each_tier() -> None:
     cluster.settle()
     check_index(cluster)
     store = cluster.nodes["node-0"].core
-    assert len(store._ssd.copies.by_key) > len(store._objects.by_key) > 20  # type: ignore[union-attr]
+    assert len(store._ssd.log.copies) > len(store._objects.by_key) > 20  # type: ignore[union-attr]
     cluster.kill("conductor")
     cluster.start("conductor")
     cluster.settle()
+    check_index(cluster)
+
+
+def test_a_node_that_was_killed_has_its_ssd_back() -> None:
+    cluster = SimCluster(large(1000 * BLOCK_BYTES), 1, check_core)
+    cluster.submit(documents(1))
+    cluster.run(100 * NANOS_PER_S)
+    cluster.settle()
+    known = list(cluster.nodes["node-0"].core._ssd.log.copies)  # type: ignore[union-attr]
+    cluster.kill("node-0")
+    cluster.start("node-0")
+    cluster.settle()
+    store = cluster.nodes["node-0"].core
+    assert list(store._ssd.log.copies) == known and len(known) > 100  # type: ignore[union-attr]
+    assert not store._objects.by_key
     check_index(cluster)
 
 
@@ -143,7 +158,7 @@ def check_index(cluster: SimCluster) -> None:
     for name, node in cluster.nodes.items():
         slot, store = core.view.slot(name), node.core
         memory = dict.fromkeys(block_keys_of(tuple(store._objects.by_key)))
-        ssd = dict.fromkeys(block_keys_of(tuple(store._ssd.copies.by_key)))  # type: ignore[union-attr]
+        ssd = dict.fromkeys(block_keys_of(tuple(store._ssd.log.copies)))  # type: ignore[union-attr]
         for key in memory | ssd:
             match = core.index.match([key])
             assert (match.length(slot, FAST), match.length(slot, ANY)) == (key in memory, 1)

@@ -11,14 +11,18 @@ from mooncake.store.types import Location
 from tests.store.helpers import UNIT, Driver, by_key
 
 ROOM_WAIT, LOAD_WAIT = 100, 1000
+TABLE_PAGES = 16
 
 
 def tiered(memory: int, ssd: int, **options: Any) -> Tiered:
-    """Room for so many objects of one unit in each tier. ready: objects that are kept ready, 0."""
+    """Room for so many objects of one unit in each tier, on SSD `extent` of them in each extent. ready: objects that are
+    kept ready, 0."""
+    in_extent = options.pop("extent", 1)
+    extent_bytes = (TABLE_PAGES + in_extent) * UNIT
     config = SsdConfig(
-        capacity_bytes=ssd * UNIT,
+        capacity_bytes=ssd // in_extent * extent_bytes,
         alignment=UNIT,
-        policy=options.pop("policy", "lru"),
+        extent_bytes=extent_bytes,
         ready_bytes=options.pop("ready", 0) * UNIT,
         job_bytes=options.pop("job", 100) * UNIT,
         room_wait_ns=ROOM_WAIT,

@@ -24,15 +24,17 @@ from mooncake.store.events import (
     Snapshot,
     SnapshotWanted,
     SsdRead,
+    SsdRecovered,
+    SsdRests,
     SsdWritten,
     Tick,
     WriteSsd,
 )
 from mooncake.store.lifecycle import State, Trigger, advance
-from mooncake.store.ssd import SsdConfig
+from mooncake.store.ssd import REST_NS, SsdConfig
 from mooncake.store.types import CommitStatus, PutMode, PutStatus
 from tests.store.helpers import UNIT, key, keys
-from tests.store.ssd import LOAD_WAIT, ROOM_WAIT, Tiered, tiered
+from tests.store.ssd import LOAD_WAIT, ROOM_WAIT, TABLE_PAGES, Tiered, tiered
 
 A, B = 1, 2
 RESERVED, EXISTS, REFUSED, BUSY, CONFLICT = PutStatus
@@ -248,14 +250,13 @@ def test_an_ssd_that_is_being_read_or_written_takes_no_more() -> None:
     assert store(Exists(A, 0, keys(1, 2, 3))) == (True, False, True) and metric(store, "lost_evictions") == 1
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_the_least_recently_demoted_goes_first(policy: str) -> None:
-    store = tiered(2, 2, policy=policy)
+def test_the_least_recently_demoted_goes_first() -> None:
+    store = tiered(2, 2)
     put(store, 1, 2, 3, 4)
-    assert list(store.core._ssd.copies.by_key) == [key(1), key(2)]  # type: ignore[union-attr]
+    assert list(store.core._ssd.log.copies) == [key(1), key(2)]  # type: ignore[union-attr]
     assert store(Lease(B, 6, keys(1))) is None  # a use
     assert hits(store, settle(store, 6)) == [key(1)]
-    assert sorted(store.core._ssd.copies.by_key) == sorted(keys(1, 3))  # type: ignore[union-attr]
+    assert sorted(store.core._ssd.log.copies) == sorted(keys(1, 3))  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------ read back
@@ -476,3 +477,158 @@ def test_bad_arguments_are_faults_and_do_not_wait() -> None:
 def test_a_load_begins_with_reserved_space_only() -> None:
     assert [state for state in State if advance(state, Trigger.LOAD)] == [State.RESERVED]
     assert advance(State.LOADING, Trigger.COMMIT) is None and advance(State.LOADING, Trigger.EVICT) is None
+
+
+# ------------------------------------------------------------ the log
+
+
+def test_extents_are_evicted_whole_and_the_oldest_first() -> None:
+    store = tiered(4, 6, extent=2, ready=4)
+    put(store, 1, 2, 3, 4, 5, 6)
+    store.do_all()
+    assert list(store.core._ssd.log.copies) == list(keys(1, 2, 3, 4, 5, 6))  # type: ignore[union-attr]
+    put(store, 7)
+    store.do_all()
+    assert list(store.core._ssd.log.copies) == list(keys(3, 4, 5, 6, 7))  # type: ignore[union-attr]
+    assert metric(store, "ssd_evictions") == 2 and metric(store, "lost_evictions") == 0
+
+
+def test_a_job_crosses_into_the_next_extent() -> None:
+    store = tiered(8, 9, extent=3, ready=5)
+    put(store, 1, 2, 3, 4, 5, 6, 7, 8)
+    jobs = [store.do() for _ in range(len(store.jobs))]
+    runs = [[(run.extent, run.count, run.opens) for run in job.runs] for job in jobs if isinstance(job, WriteSsd)]
+    assert runs == [[(0, 2, True)], [(0, 1, False), (1, 1, True)]]
+
+
+def test_what_is_used_is_written_again_before_its_extent_goes() -> None:
+    """A copy that is in the older half of the log when its object leaves memory again."""
+    store = tiered(4, 4, ready=1)
+    put(store, 1, 2, 3, 4)
+    store.do_all()
+    assert list(store.core._ssd.log.copies) == [key(1)]  # type: ignore[union-attr]
+    assert store(Release(B, 0, generations(store(Lease(B, 0, keys(1))))))
+    for number in range(5, 10):
+        put(store, number)
+        store.do_all()
+    assert key(1) not in store.core._objects.by_key
+    assert list(store.core._ssd.log.copies) == list(keys(4, 1, 5, 6))  # type: ignore[union-attr]
+    assert metric(store, "ssd_evictions") == 3 and metric(store, "lost_evictions") == 0
+
+
+def test_an_object_larger_than_an_extent_is_not_written() -> None:
+    store = tiered(4, 8, ready=4)
+    [made] = store(Reserve(A, 0, keys(1), (2 * UNIT,)))
+    store(Commit(A, 0, (made.location.generation,)))
+    put(store, 2)
+    store.do_all()
+    assert metric(store, "ssd_objects") == 1 and metric(store, "ssd_write_errors") == 0
+    assert metric(store, "ssd_refused") == 1
+    put(store, 3, 4, 5)
+    assert store(Exists(A, 0, keys(1))) == (False,) and metric(store, "lost_evictions") == 1
+
+
+# ------------------------------------------------------------ corrupt, broken, and back again
+
+
+def test_an_object_that_is_corrupt_in_memory_is_gone_and_counted() -> None:
+    store = tiered(4, 8, ready=2)
+    put(store, 1, 2, 3, 4)
+    leased = store(Lease(B, 0, keys(1)))
+    [first, _] = store.jobs
+    store.jobs.clear()
+    store(SsdWritten(first.job, corrupt=(0,)))
+    assert store(Exists(A, 0, keys(1))) == (False,)
+    assert metric(store, "ssd_corrupt") == 1 and metric(store, "ssd_write_errors") == 0
+    assert store(Release(B, 0, generations(leased))) == (True,)
+    assert metric(store, "objects") == 3 and metric(store, "ssd_objects") == 0
+
+
+def test_a_corrupt_copy_is_a_miss_dropped_and_counted() -> None:
+    store = tiered(3, 8)
+    demoted(store, 1, 2, room=3)
+    store(Lease(B, 9, keys(1, 2)))
+    [job] = store.jobs
+    store.jobs.clear()
+    store(SsdRead(job.job, corrupt=(0,)))
+    assert [found is None for found in store.answers[9]] == [True, False]
+    assert metric(store, "ssd_corrupt") == 1 and metric(store, "ssd_read_errors") == 0
+    assert store(Exists(A, 0, keys(1, 2))) == (False, True)
+
+
+def test_checksums_that_the_shell_took_stay_with_the_copy() -> None:
+    store = tiered(4, 8, ready=1)
+    put(store, 1, 2, 3, 4)
+    [job] = store.jobs
+    assert job.checksums == (None,)
+    store.jobs.clear()
+    store(SsdWritten(job.job, checksums=(77,)))
+    store.ssd[job.ssd_offsets[0]] = key(1)
+    put(store, 5, 6, 7)
+    store.do_all()
+    store(Lease(B, 9, keys(1)))
+    [read] = [job for job in store.jobs if isinstance(job, ReadSsd)]
+    assert read.checksums == (77,)
+
+
+def test_after_three_failed_writes_the_disk_rests_and_is_tried_again() -> None:
+    store = tiered(4, 8, ready=2)
+    put(store, 1, 2, 3, 4)
+    while store.jobs:
+        store.do(failed=(0,))
+        put(store, 10 + metric(store, "ssd_write_errors"))
+    assert metric(store, "ssd_write_errors") == 3 and metric(store, "ssd_rests") == 1
+    assert [command for command in store.reports if isinstance(command, SsdRests)] == [SsdRests(3, REST_NS)]
+    assert store(Reserve(A, 9, keys(20), (UNIT,)))[0].status is RESERVED  # nobody waits for a disk that rests
+    store.now = REST_NS - 1
+    store(Tick())
+    assert store.jobs == []
+    store.now = REST_NS
+    store(Tick())
+    [job] = store.jobs  # one, to try
+    store.do(failed=tuple(range(len(job.keys))))
+    assert store.jobs == [] and metric(store, "ssd_rests") == 2
+    store.now = 2 * REST_NS
+    put(store, 21)
+    assert len(store.jobs) == 1
+    store.do()
+    assert metric(store, "ssd_writes") > 0 and metric(store, "ssd_rests") == 2
+
+
+def test_what_an_earlier_life_left_is_there_and_reported() -> None:
+    store = tiered(4, 8, extent=2)
+    extent, table = (TABLE_PAGES + 2) * UNIT, TABLE_PAGES * UNIT
+    offsets = (table, extent + table, extent + table + UNIT)
+    store(SsdRecovered(keys(1, 2, 3), (UNIT,) * 3, offsets, (11, 12, 13), (5, 6, 0, 0)))
+    assert store.reports == [Report(7, 1, keys(1, 2, 3), (), Tier.SSD)] and metric(store, "ssd_recovered") == 3
+    store.ssd |= dict(zip(offsets, keys(1, 2, 3), strict=True))
+    assert store(Lease(B, 9, keys(2, 1, 4))) is None
+    [job] = store.jobs
+    assert isinstance(job, ReadSsd) and (job.ssd_offsets, job.checksums) == ((offsets[1], offsets[0]), (12, 11))
+    store.do()
+    assert hits(store, store.answers[9]) == [key(2), key(1), None]
+
+
+def test_a_removal_is_noted_on_ssd() -> None:
+    store = tiered(4, 8, extent=2, ready=2)
+    put(store, 1, 2, 3, 4)
+    store.do_all()
+    assert store(Remove(A, 0, keys(1, 4))) == (True, True)
+    [job] = store.jobs
+    assert isinstance(job, WriteSsd) and (job.keys, job.sizes, job.offsets) == (keys(1), (0,), (0,))
+    assert [(run.count, run.opens) for run in job.runs] == [(1, False)]
+    store.do(failed=(0,))
+    assert metric(store, "ssd_write_errors") == 0
+    assert [job.keys for job in store.jobs] == [keys(1)]
+    store.do()
+    assert store.jobs == [] and metric(store, "ssd_used_bytes") == UNIT
+
+
+def test_a_newer_copy_needs_no_note_of_the_removal_before() -> None:
+    store = tiered(3, 8, ready=2)
+    put(store, 1, 2, 3)
+    assert [job.keys for job in store.jobs] == [keys(1), keys(2)]
+    assert store(Remove(A, 0, keys(1))) == (True,)  # both writes are under way: it is to be noted later
+    put(store, 1)
+    store.do_all()
+    assert store(Exists(A, 0, keys(1))) == (True,) and not store.core._ssd._removed  # type: ignore[union-attr]

@@ -39,11 +39,13 @@ from mooncake.store.events import (
     WriteSsd,
 )
 from mooncake.store.ssd import SsdConfig
+from mooncake.store.ssd_layout import Entry, Page, merged, recovered
 from mooncake.store.types import CommitStatus, Location, PutStatus
 from tests.store.helpers import UNIT, by_key, key
+from tests.store.ssd import TABLE_PAGES
 
 CLIENTS = (1, 2, 3)
-MEMORY, SSD = 12, 9
+MEMORY = 12
 NAMES = [key(number) for number in range(15)]
 WEIGHTS = (6, 3, 4, 4, 1, 5, 5, 0.4, 0.3, 2, 0.3)
 """How often each of the things in `step` happens."""
@@ -56,28 +58,56 @@ def units(offset: int, size: int) -> range:
 class TieredHistory:
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
-        config = SsdConfig(
-            SSD * UNIT,
+        extent_bytes = (TABLE_PAGES + rng.randrange(2, 6)) * UNIT
+        self.config = SsdConfig(
+            rng.randrange(2, 5) * extent_bytes,
             UNIT,
-            policy=rng.choice(["lru", "lfu"]),
+            extent_bytes,
             ready_bytes=rng.randrange(5) * UNIT,
             job_bytes=rng.randrange(1, 5) * UNIT,
             room_wait_ns=10,
             load_wait_ns=25,
         )
-        self.core = StoreCore(
-            MEMORY * UNIT, epoch=1, alignment=UNIT, reservation_ns=60, report_ns=rng.randrange(3), ssd=config
-        )
+        self.pages: dict[int, Page] = {}
+        self.num_crashes = 0
+        self.start()
         self.now = 0
-        self.requests: dict[int, Request] = {}
         self.last_request = 0
-        self.jobs: list[SsdJob] = []
-        self.segment: dict[int, bytes] = {}
         self.ssd: dict[int, bytes] = {}
+
+    def start(self) -> None:
+        """A life of the node: nothing is left of the one before but what is on SSD."""
+        self.core = StoreCore(
+            MEMORY * UNIT,
+            epoch=1,
+            alignment=UNIT,
+            reservation_ns=60,
+            report_ns=self.rng.randrange(3),
+            ssd=self.config,
+        )
+        self.jobs: list[SsdJob] = []
+        self.requests: dict[int, Request] = {}
+        self.segment: dict[int, bytes] = {}
         self.reserved: dict[int, dict[int, tuple[bytes, Location]]] = {client: {} for client in CLIENTS}
         self.leased: dict[int, list[tuple[bytes, Location]]] = {client: [] for client in CLIENTS}
         self.directory: dict[Tier, set[bytes]] = {Tier.DRAM: set(), Tier.SSD: set()}
         self.seqs = {Tier.DRAM: 0, Tier.SSD: 0}
+
+    def crash(self) -> None:
+        """Jobs under way leave anything, and the next life finds all that was known to be on SSD."""
+        known = dict(self.core._ssd.log.copies)
+        self.start()
+        self.num_crashes += 1
+        geometry = self.config.geometry
+        tables = [
+            merged([self.pages[at] for at in range(first, first + geometry.table_bytes, UNIT) if at in self.pages])
+            for first in range(0, geometry.capacity_bytes, geometry.extent_bytes)
+        ]
+        event = recovered(tables)
+        assert set(known) <= set(event.keys)
+        for name, size, offset in zip(event.keys, event.sizes, event.ssd_offsets, strict=True):
+            assert {self.ssd[unit] for unit in units(offset, size)} == {name}
+        self.tell(event)
 
     # ------------------------------------------------------------ the shell
 
@@ -142,6 +172,10 @@ class TieredHistory:
 
     def begin_job(self, job: SsdJob) -> None:
         self.jobs.append(job)
+        if isinstance(job, WriteSsd):
+            for run in job.runs:
+                if run.opens:
+                    self.pages[run.extent * self.config.geometry.extent_bytes] = Page(run.sequence, ())
         for name, source, target in self.objects_of(job):
             contents, others = (self.segment, self.ssd) if isinstance(job, WriteSsd) else (self.ssd, self.segment)
             assert {contents[unit] for unit in source} == {name}
@@ -149,6 +183,8 @@ class TieredHistory:
 
     def objects_of(self, job: SsdJob) -> Iterator[tuple[bytes, range, range]]:
         for name, size, offset, below in zip(job.keys, job.sizes, job.offsets, job.ssd_offsets, strict=True):
+            if not size:
+                continue
             here, there = units(offset, size), units(below, size)
             yield (name, here, there) if isinstance(job, WriteSsd) else (name, there, here)
 
@@ -170,7 +206,20 @@ class TieredHistory:
             assert {others[unit] for unit in target} == {b""}
             if index not in bad:
                 others.update(dict.fromkeys(target, name))
+        if isinstance(job, WriteSsd):
+            self.write_tables(job, bad)
         self.tell(SsdWritten(job.job, bad) if isinstance(job, WriteSsd) else SsdRead(job.job, bad))
+
+    def write_tables(self, job: WriteSsd, bad: Sequence[int]) -> None:
+        first = 0
+        for run in job.runs:
+            good = [at for at in range(first, first + run.count) if at not in bad]
+            first += run.count
+            entries = tuple([Entry(job.keys[at], job.ssd_offsets[at], job.sizes[at], 0) for at in good])
+            before = self.pages.get(run.table_offset)
+            assert before is None or before.sequence < run.sequence, "a page is written twice"
+            self.pages[run.table_offset] = Page(run.sequence, entries)
+        assert first == len(job.keys)
 
     # ------------------------------------------------------------ clients
 
@@ -202,6 +251,7 @@ class TieredHistory:
                 self.time_passes(rng.randrange(30))
             case 10:
                 self.tell(SnapshotWanted())
+                (self.crash if rng.random() < 0.3 else self.core.check_integrity)()
 
     def names(self) -> tuple[bytes, ...]:
         return tuple(self.rng.sample(NAMES, self.rng.randrange(1, 6)))
@@ -291,7 +341,7 @@ def run(seed: int) -> Counter[str]:
         history.step()
         history.check_owners()
     history.end()
-    return Counter(history.core.metrics())
+    return Counter(history.core.metrics() | {"crashes": history.num_crashes})
 
 
 def test_two_tiers_hold_their_laws() -> None:
@@ -299,6 +349,7 @@ def test_two_tiers_hold_their_laws() -> None:
     for seed in range(40):
         happened += run(seed)
     assert happened["ssd_reads"] > 200
+    assert happened["crashes"] > 30 and happened["ssd_recovered"] > 50
     for rare in ("ssd_writes", "ssd_evictions", "lost_evictions", "ssd_write_errors", "ssd_read_errors", "refusals"):
         assert happened[rare] > 20, rare
 
