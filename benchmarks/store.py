@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import mmap
 import os
 import shutil
 import signal
@@ -99,11 +100,13 @@ class Mooncake:
 
 
 class Buffers:
-    """Distinct memory to put from, to get into and to copy to; every page of it was touched."""
+    """Distinct memory to put from, to get into and to copy to; page-aligned, and every page of it was touched."""
 
     def __init__(self) -> None:
-        self.source = np.random.default_rng(1).integers(0, 255, GIB, np.uint8)
-        self.target = np.ones(GIB, np.uint8)
+        self.source = np.frombuffer(mmap.mmap(-1, GIB), np.uint8)
+        self.source[:] = np.random.default_rng(1).integers(0, 255, GIB, np.uint8)
+        self.target = np.frombuffer(mmap.mmap(-1, GIB), np.uint8)
+        self.target[:] = 1
         self._at = 0
 
     def batches(self, size: int, batch: int, total: int) -> list[list[slice]]:

@@ -2,6 +2,9 @@
 
 Copied and hashed piece by piece, so that a piece is hashed while it is in the cache: hashing whole objects afterwards costs a
 quarter of the speed of a copy, this a tenth. Both release the GIL.
+
+Pieces are as large as that allows. Below some 800 KiB the C library copies by one string instruction, which runs at half its
+speed where the target lies 16 bytes further than the source within their pages: a page-aligned object copied into a numpy array.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import xxhash
 from mooncake.core.errors import BadArgument
 from mooncake.transport.base import COPY_WITHOUT_GIL_BYTES
 
-PIECE_BYTES = 256 * 1024
+PIECE_BYTES = 1 << 20
 _digest = xxhash.xxh3_64_intdigest
 
 

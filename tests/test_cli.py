@@ -119,7 +119,9 @@ def store_log(path: Path, epoch: int = 1) -> None:
     """epoch: that the log claims; the core's is 1, and its reports say so."""
     core = StoreCore(1 << 16, epoch=1, last_number=epoch)
     writer = EventLogWriter(path.open("wb"), "store", 0, StoreSettings(1 << 16, epoch, 4096))
-    for seconds, event in enumerate((Reserve(1, 1, (b"a" * 24,), (100,)), Commit(1, 2, (epoch + 1,), lease=True), Tick())):
+    for seconds, event in enumerate(
+        (Reserve(1, 1, (b"a" * 24,), (100,)), Commit(1, 2, (epoch + 1,), lease=True), Tick())
+    ):
         now = seconds * NANOS_PER_S
         writer.append(now, event, core.handle(event, now))
     writer.close()
