@@ -266,11 +266,15 @@ class EngineCore:
             tuple([seq for seq in joined if seq in batch.members]),
         )
 
+    def pass_steps(self, num_steps: int) -> None:
+        """So many steps of the decode batch are done, in which nobody ended or failed. `update` has those that follow."""
+        self._batch.clock += num_steps
+        self.num_computed_tokens += num_steps * len(self._batch.members)
+
     def update(self, plan: StepPlan, result: StepResult) -> None:
         """Apply the outcome of a step or run: tokens drawn, ends reached, blocks computed."""
         self._stepping = False
-        self._batch.clock += result.num_steps
-        self.num_computed_tokens += result.num_steps * len(self._batch.members)
+        self.pass_steps(result.num_steps)
         for state in self._departed:
             state.in_step = False
             self._release_if_idle(state)

@@ -3,8 +3,9 @@
 It goes round as the live engine thread does (`mooncake.engine.stepped`): take all calls, plan, copy, compute, apply,
 tell. Two things differ, and neither changes what happens when:
 
-* When a plan holds for several steps, they are run as one event; a call that comes meanwhile ends the run at the end of the
-  step that it falls into, where the live thread would have taken it. So every token's time is that of one step at a time.
+* When a plan holds for several steps, they are run as one event, but for what is told after the first of them; a call that comes
+  meanwhile ends the run at the end of the step that it falls into, where the live thread would have taken it. So every token's
+  time is that of one step at a time.
 * Of a sequence that decodes, tokens are told when it has its first, when it ends or leaves the batch, and when somebody is
   about to miss them (`flush`), with the time of each; nobody decides anything by those in between.
 """
@@ -72,9 +73,12 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
 
 class _Run:
-    """Steps under way. `ends`: when each of them is computed. `waits`: loads that the step cannot end without."""
+    """Steps under way. `ends`: when each of them is computed; num_passed: how many the engine core knows of. `waits`: loads that
+    the step cannot end without. outputs and the tokens of those who joined are told when the first step is done."""
 
-    __slots__ = ("ends", "failed", "num_steps", "outputs", "plan", "started", "stores", "times", "waits")
+    __slots__ = (
+        "ends", "failed", "joined", "num_passed", "num_steps", "outputs", "plan", "started", "stores", "times", "waits",
+    )  # fmt: skip
 
     def __init__(self, plan: StepPlan, started: int, times: RunTimes, outputs: list[ServiceOutput]) -> None:
         self.plan = plan
@@ -82,7 +86,9 @@ class _Run:
         self.times = times
         self.ends = times.ends
         self.num_steps = len(times.ends)
+        self.num_passed = 0
         self.outputs = outputs
+        self.joined = plan.joined
         self.waits: dict[int, None] = {}
         self.failed: dict[int, None] = {}
         self.stores: list[tuple[int, Done]] = []
@@ -172,12 +178,11 @@ class SimEngine:
         run = self._run
         if run is None or not self._members:
             return
-        kept_back, self._times = self._times, {}  # of tokens that are told when the step ends
+        kept_back, self._times = self._times, {}  # of tokens that are told when the first step is done
         # The last step of the run may end sequences; that is told when it ends.
-        num_done = min(bisect_right(run.ends, self._loop.now, 0, run.num_steps), run.num_steps - 1)
-        done = array("q", run.ends[:num_done])
+        self._pass(run, min(bisect_right(run.ends, self._loop.now, 0, run.num_steps), run.num_steps - 1))
         for seq, member in self._members.items():
-            self._tell_member(seq, member, len(self._step_ends) + num_done, self._step_ends + done)
+            self._tell_member(seq, member, len(self._step_ends))
         self._report(self._perform(self.core.take_outputs(), []), 0)
         self._times = kept_back
 
@@ -224,12 +229,14 @@ class SimEngine:
         for seq in plan.joined:
             self._join(seq)
         now = self._loop.now
-        run = self._run = _Run(plan, now, self._run_times(plan, 1 if outputs else plan.horizon), outputs)
+        run = self._run = _Run(plan, now, self._run_times(plan), outputs)
         for item in plan.items:
             if item.num_loading:
                 self._wait_for_load(run, item.seq)
         for command in during:
             run.stores.append((command.seq, self._store_behind(command)))
+        if run.num_steps > 1 and (outputs or plan.joined):
+            self._loop.at(run.ends[0], self._first_done, run)
         self._loop.at(run.ends[-1], self._end, run, run.num_steps)
 
     def _join(self, seq: int) -> None:
@@ -238,11 +245,11 @@ class SimEngine:
         self._members[seq] = _Member(job, num_tokens, num_tokens - clock, clock + left)
         heapq.heappush(self._ends, (clock + left, seq))
 
-    def _run_times(self, plan: StepPlan, num_steps_max: int) -> RunTimes:
-        """Nobody draws its first token, or its last, before the last step of a run."""
+    def _run_times(self, plan: StepPlan) -> RunTimes:
+        """Nobody draws its last token before the last step of a run."""
         now, steps = self._loop.now, 1
-        if num_steps_max > 1 and not plan.joined and not self._config.one_step:
-            steps = min(num_steps_max, self._next_end() - len(self._step_ends), NUM_STEPS_MAX)
+        if plan.horizon > 1 and not self._config.one_step:
+            steps = min(plan.horizon, self._next_end() - len(self._step_ends), NUM_STEPS_MAX)
         if steps == 1:
             return self._step_times.one(now, plan.items, plan.num_decode, plan.num_context)
         return self._step_times.many(now, plan.num_decode, plan.num_context, steps)
@@ -262,7 +269,28 @@ class SimEngine:
             steps = bisect_left(run.ends, self._loop.now, 0, run.num_steps) + 1
             if steps < run.num_steps:
                 run.num_steps = steps
-                self._loop.at(int(run.ends[steps - 1]), self._end, run, steps)
+                self._loop.at(run.ends[steps - 1], self._end, run, steps)
+
+    def _first_done(self, run: _Run) -> None:
+        """Tell what came up before the run, and first tokens. If there was but one step, that is told at its end."""
+        if not self.alive or self._run is not run or run.num_steps == 1:
+            return
+        self._pass(run, 1)
+        for seq in run.joined:
+            self._tell_member(seq, self._members[seq], len(self._step_ends))
+        outputs = run.outputs + self._perform(self.core.take_outputs(), [])
+        run.outputs, run.joined = [], ()
+        self._report(outputs, self._loop.now - run.started)
+
+    def _pass(self, run: _Run, num_steps: int) -> None:
+        """So many steps of the run are done, and it goes on."""
+        if num_steps > run.num_passed:
+            self.core.pass_steps(num_steps - run.num_passed)
+            self._note_passed(run, num_steps)
+
+    def _note_passed(self, run: _Run, num_steps: int) -> None:
+        self._step_ends.extend(run.ends[run.num_passed : num_steps])
+        run.num_passed = num_steps
 
     def _end(self, run: _Run, steps: int) -> None:
         if self.alive and self._run is run and run.num_steps == steps and not run.waits:
@@ -273,15 +301,13 @@ class SimEngine:
         plan, steps, now = run.plan, run.num_steps, self._loop.now
         self._step_times.ended(run.times, steps)
         self.busy_ns += now - run.started
-        if steps == 1:
-            self._step_ends.append(now)
-        else:
-            self._step_ends.extend(run.ends[:steps])
+        new_steps = steps - run.num_passed
+        self._note_passed(run, steps)
         if self._chance(self._config.fault):
             self._fail_one(run)
         tokens = tuple([self._draw(item) if item.sample else () for item in plan.items])
         told = self._told_now(run) if self._members else ()
-        result = StepResult(tokens, failed=tuple(run.failed), num_steps=steps, told=told)
+        result = StepResult(tokens, failed=tuple(run.failed), num_steps=new_steps, told=told)
         self.core.update(plan, result)
         for seq, end_store in run.stores:
             end_store(seq not in run.failed)
@@ -297,7 +323,7 @@ class SimEngine:
             run.failed[seq] = None
         member = self._members.get(seq) if seq is not None else None
         if seq is not None and member is not None:
-            self._tell_member(seq, member, len(self._step_ends) - 1, self._step_ends)
+            self._tell_member(seq, member, len(self._step_ends) - 1)
 
     # ------------------------------------------------------------------ tokens
 
@@ -319,26 +345,26 @@ class SimEngine:
         if self._config.one_step:
             due = list(self._members)
         else:
-            due = [seq for seq in (*run.plan.joined, *run.failed) if seq in self._members]
+            due = [seq for seq in (*run.joined, *run.failed) if seq in self._members]
             while self._ends and self._ends[0][0] <= clock:
                 end, seq = heapq.heappop(self._ends)
                 member = self._members.get(seq)
                 if member is not None and member.end == end:
                     due.append(seq)
         return tuple(
-            [(seq, self._take_tokens(self._members[seq], clock, self._step_ends)) for seq in dict.fromkeys(due)]
+            [(seq, self._take_tokens(self._members[seq], clock)) for seq in dict.fromkeys(due)]
         )
 
-    def _take_tokens(self, member: _Member, clock: int, step_ends: Times) -> tuple[int, ...]:
+    def _take_tokens(self, member: _Member, clock: int) -> tuple[int, ...]:
         """All that were drawn by then and not told."""
         first, last = member.told, member.offset + clock
         member.told = last
         key = member.job.key
-        self._times[key.request, key.choice] = step_ends[first - member.offset : last - member.offset]
+        self._times[key.request, key.choice] = self._step_ends[first - member.offset : last - member.offset]
         return self._oracle.tokens(member.job, key.choice, first, last)
 
-    def _tell_member(self, seq: int, member: _Member, clock: int, step_ends: Times) -> None:
-        tokens = self._take_tokens(member, clock, step_ends)
+    def _tell_member(self, seq: int, member: _Member, clock: int) -> None:
+        tokens = self._take_tokens(member, clock)
         if tokens:
             self.core.tell(seq, tokens)
 
@@ -372,7 +398,7 @@ class SimEngine:
     def _leave(self, command: LeftBatch) -> None:
         member = self._members.pop(command.seq, None)
         if member is not None:  # else it had come with the same plan
-            self._tell_member(command.seq, member, command.num_tokens - member.offset, self._step_ends)
+            self._tell_member(command.seq, member, command.num_tokens - member.offset)
 
     def _forget(self, seq: int) -> None:
         del self._jobs[seq]
