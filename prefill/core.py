@@ -90,11 +90,13 @@ class ReserveKv(msgspec.Struct, frozen=True):
 
 
 class KvReserved(msgspec.Struct, frozen=True, tag=True):
-    """Not granted: there is no room now, or the node cannot be asked (not `reachable`)."""
+    """Not granted: there is no room now, or the node cannot be asked (not `reachable`). num_stored: leading objects that exist
+    already, and are leased; the engine does not write them."""
 
     seq: int
     granted: bool
     reachable: bool = True
+    num_stored: int = 0
 
 
 class CommitKv(msgspec.Struct, frozen=True):
@@ -173,8 +175,9 @@ class _Prefill(Attempt):
         self.target = target
         self.num_objects = len(target.block_keys) + bool(target.partial_key)
         self.num_committed = 0
+        """With those that existed before."""
         self.num_leading = 0
-        """Objects from the first on that are committed without a gap."""
+        """Of these, the objects from the first on without a gap."""
         self.committed: dict[int, int] = {}
         """Those behind a gap, from first to last."""
         self.told_tokens = 0
@@ -402,6 +405,7 @@ class PrefillCore:
         attempt = self._table.by_seq(event.seq)
         assert attempt is not None
         attempt.granted = event.granted
+        attempt.num_leading = attempt.num_committed = event.num_stored
         attempt.store_lost = not event.reachable
         if not event.granted and event.reachable and attempt.job.hand_over:
             self._retry_at = now + RETRY_RESERVE_NS
@@ -436,6 +440,10 @@ class PrefillCore:
         self._out.append(
             RunSequence(attempt.seq, attempt.job, attempt.opened_tokens, one_token=True, store=attempt.granted)
         )
+        source = attempt.job.source
+        if source is not None and source.num_tokens >= self._limits.part_tokens:
+            attempt.told_tokens = source.num_tokens  # by the dispatcher, with the placement
+        self._maybe_tell_part(attempt)
 
     # ------------------------------------------------------------------ engine and commits
 

@@ -165,9 +165,10 @@ class KvReader(Protocol):
 
 
 class KvWriter(Protocol):
-    """Reserved objects of one sequence. Errors are `MooncakeError`s."""
+    """Reserved objects of one sequence. Errors are `MooncakeError`s. num_stored: leading ones that exist already."""
 
     num_tokens: int
+    num_stored: int
 
     def wants(self, index: int) -> bool:
         """False where the object exists already."""

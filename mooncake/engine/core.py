@@ -186,14 +186,22 @@ class EngineCore:
         return None
 
     def submit(
-        self, seq: int, job: Job, *, source_tokens: int = 0, one_token: bool = False, store: bool = False
+        self,
+        seq: int,
+        job: Job,
+        *,
+        source_tokens: int = 0,
+        one_token: bool = False,
+        store: bool = False,
+        stored_tokens: int = 0,
     ) -> None:
         """Queue a sequence under a number of the caller's choice. source_tokens: how many leading tokens can be loaded.
         one_token: draw one token, or one for each choice of a joint job, and end (prefill role). store: pass all KV of the
-        known tokens to the sink."""
+        known tokens to the sink, but for the leading stored_tokens, which it has."""
         order = (-job.priority, self._num_submitted)
         self._num_submitted += 1
-        state = Sequence(seq, job, order, min(source_tokens, job.num_tokens - 1), one_token, store)
+        source_tokens = min(source_tokens, job.num_tokens - 1)
+        state = Sequence(seq, job, order, source_tokens, one_token, store, stored_tokens)
         self._seqs[seq] = state
         self._enqueue(state)
 
@@ -589,6 +597,7 @@ class EngineCore:
         return state.page_array
 
     def _store(self, state: Sequence, start: int, end: int, behind: Behind) -> None:
+        start = max(start, state.stored_tokens)
         if state.wants_store and end > start:
             state.storing += 1
             self._outputs.append(StoreKv(state.seq, start, end, self._pages(state), behind))

@@ -99,8 +99,14 @@ class SteppedEngine:
             self._readers[seq] = reader
         if writer is not None:
             self._writers[seq] = writer
-        source_tokens = 0 if reader is None else reader.num_tokens
-        self.core.submit(seq, job, source_tokens=source_tokens, one_token=one_token, store=writer is not None)
+        self.core.submit(
+            seq,
+            job,
+            source_tokens=0 if reader is None else reader.num_tokens,
+            one_token=one_token,
+            store=writer is not None,
+            stored_tokens=0 if writer is None else writer.num_stored * self.core.limits.block_tokens,
+        )
 
     def _load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:
         self._readers[seq] = reader

@@ -210,7 +210,8 @@ class SimInstance:
         def reserved(granted: bool) -> None:
             if granted:
                 self._targets[command.seq] = target
-            self.runner.handle(KvReserved(command.seq, granted, reachable=not client.lost))
+            num_stored = target.num_stored if granted else 0
+            self.runner.handle(KvReserved(command.seq, granted, not client.lost, num_stored))
 
         target = SimTarget(client, command.target, reserved)
 
@@ -221,12 +222,14 @@ class SimInstance:
         self._targets[command.seq].commit(command.first, command.last, committed)
 
     def _run_sequence(self, command: RunSequence) -> None:
+        limits = self._config.limits
         self.engine.submit(
             command.seq,
             command.job,
             source_tokens=command.source_tokens,
             one_token=command.one_token,
             store=command.store,
+            stored_tokens=self._targets[command.seq].num_stored * limits.block_tokens if command.store else 0,
         )
 
     # ------------------------------------------------------------------ the engine's copies

@@ -50,7 +50,7 @@ from mooncake.store.events import (
     WriteSsd,
 )
 from mooncake.store.ssd import SsdConfig
-from mooncake.store.types import CommitStatus, Location, Places, Puts, PutStatus
+from mooncake.store.types import CommitStatus, Location, Places, Puts, PutStatus, num_existing
 
 SHARD = bytes(SHARD_BYTES)
 """Of all objects: an engine whose KV has no bytes has one layout."""
@@ -357,6 +357,8 @@ class SimTarget:
 
     def __init__(self, client: NodeClient, target: KvSource, on_reserved: Callable[[bool], None]) -> None:
         self.num_tokens = target.num_tokens
+        self.num_stored = 0
+        """Leading objects that exist already."""
         self._client = client
         self._config = config = client.node.config
         self._numbers: tuple[int | None, ...] = ()
@@ -442,6 +444,7 @@ class SimTarget:
     def _answered(self, results: Puts | None, on_reserved: Callable[[bool], None]) -> None:
         if results is not None:
             self._numbers = results.numbers
+            self.num_stored = num_existing(results.statuses)
             pairs = zip(results.numbers, results.statuses, strict=True)
             self._open = [number if status is _RESERVED else None for number, status in pairs]
             if self._config.checked:
