@@ -12,16 +12,32 @@ number of pages does.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 
 from mooncake.engine.free_pages import AnyPages, FreePages, PageRuns
+from mooncake.store.reports import Changes
+
+
+class _Held:
+    """Pages of a sequence in order, and the keys of its leading blocks: of those that it found cached, and of those that it
+    published. None where another copy of the same block is the cached one."""
+
+    __slots__ = ("keys", "pages")
+
+    def __init__(self, keys: Sequence[bytes], pages: list[int]) -> None:
+        self.keys: list[bytes | None] = [*keys]
+        self.pages = pages
 
 
 class PagePool:
-    """row_pages: distance of preferred starting pages, or None where contiguity does not matter."""
+    """row_pages: distance of preferred starting pages, or None where contiguity does not matter.
+
+    Most blocks have one holder at most, and a sequence's blocks come and go together. So what is done for a sequence is done for
+    all its blocks at once; only blocks with several holders are counted one by one."""
 
     def __init__(self, num_pages: int, page_tokens: int, block_tokens: int, row_pages: int | None = 1) -> None:
         if block_tokens % page_tokens:
@@ -30,13 +46,13 @@ class PagePool:
         self.page_tokens = page_tokens
         self.block_pages = block_tokens // page_tokens
         self._free: FreePages = AnyPages(num_pages) if row_pages is None else PageRuns(num_pages, row_pages)
-        self._refs = [0] * num_pages
-        self._held: dict[int, list[int]] = {}
-        self._blocks: dict[bytes, list[int]] = {}
-        self._key_of_page: list[bytes | None] = [None] * num_pages
+        self._held: dict[int, _Held] = {}
+        self._blocks: dict[bytes, tuple[int, ...]] = {}
+        """Pages of all cached blocks, held or not."""
+        self._more_holders: dict[bytes, int] = {}
+        """Of blocks with several holders: how many beside one."""
         self._unused: OrderedDict[bytes, None] = OrderedDict()
-        self._added: dict[bytes, None] = {}
-        self._removed: dict[bytes, None] = {}
+        self._changes = Changes()
 
     @property
     def num_free(self) -> int:
@@ -44,42 +60,38 @@ class PagePool:
         return self._free.num_free + len(self._unused) * self.block_pages
 
     def pages(self, seq: int) -> list[int]:
-        return self._held[seq]
+        return self._held[seq].pages
 
     def holders(self) -> set[int]:
         return set(self._held)
 
     def match(self, keys: Sequence[bytes]) -> int:
         """Number of leading blocks that are cached here."""
-        blocks = self._blocks
-        for count, key in enumerate(keys):
-            if key not in blocks:
-                return count
-        return len(keys)
+        found = [*map(self._blocks.get, keys)]
+        return found.index(None) if None in found else len(found)
 
     def allocate(self, seq: int, keys: Sequence[bytes], num_tokens: int) -> bool:
         """Give a new sequence the cached blocks `keys` (all cached, see `match`) and pages up to num_tokens.
 
         All or nothing: False changes nothing."""
         wanted = -(-num_tokens // self.page_tokens) - len(keys) * self.block_pages
-        unused, refs = self._unused, self._refs
-        reusable = [key for key in keys if key in unused]
-        if wanted > self.num_free - len(reusable) * self.block_pages:
+        unused, more_holders = self._unused, self._more_holders
+        num_unused = sum(map(unused.__contains__, keys))
+        if wanted > self.num_free - num_unused * self.block_pages:
             return False
-        for key in reusable:
-            del unused[key]
-        pages: list[int] = []
         for key in keys:
-            pages += self._blocks[key]
-        for page in pages:
-            refs[page] += 1
-        self._held[seq] = pages
+            if key in unused:
+                del unused[key]
+            else:
+                more_holders[key] = more_holders.get(key, 0) + 1
+        pages = [*chain.from_iterable(map(self._blocks.__getitem__, keys))]
+        self._held[seq] = _Held(keys, pages)
         self._append(pages, wanted)
         return True
 
     def extend(self, seq: int, num_tokens: int) -> bool:
         """Make the sequence's pages hold num_tokens tokens. False, and nothing changed, if there are not enough pages."""
-        pages = self._held[seq]
+        pages = self._held[seq].pages
         wanted = -(-num_tokens // self.page_tokens) - len(pages)
         if wanted <= 0:
             return True
@@ -89,96 +101,92 @@ class PagePool:
         return True
 
     def publish(self, seq: int, first: int, keys: Sequence[bytes]) -> None:
-        """Blocks from `first` on are computed: others may reuse them. A key that is cached already is left alone."""
-        blocks, key_of_page, size = self._blocks, self._key_of_page, self.block_pages
-        pages = self._held[seq][first * size : (first + len(keys)) * size]
-        new: list[bytes] = []
-        for index, key in enumerate(keys):
-            if key in blocks:
-                continue
-            its_pages = pages[index * size : (index + 1) * size]
-            if key_of_page[its_pages[0]] is None:
-                blocks[key] = its_pages
-                for page in its_pages:
-                    key_of_page[page] = key
-                new.append(key)
-        note_changes(new, self._added, self._removed)
+        """Blocks from `first` on, which follow those that were published before, are computed: others may reuse them. A key that
+        is cached already is left alone."""
+        held = self._held[seq]
+        keys = keys[len(held.keys) - first :]
+        first, size = len(held.keys), self.block_pages
+        if not keys:
+            return
+        blocks = zip(keys, self._in_blocks(held.pages[first * size : (first + len(keys)) * size]), strict=True)
+        if self._blocks.keys().isdisjoint(keys):
+            held.keys += keys
+        else:
+            held.keys += [None if key in self._blocks else key for key in keys]
+            blocks = [(key, pages) for key, pages in blocks if key not in self._blocks]
+            keys = [key for key, _ in blocks]
+        self._blocks.update(blocks)
+        self._changes.gained.append(keys)
 
     def free(self, seq: int) -> None:
         """The sequence lets go of its pages. Published blocks stay cached while nobody needs the room."""
-        refs, key_of_page, blocks, unused = self._refs, self._key_of_page, self._blocks, self._unused
-        freed: list[int] = []
+        held = self._held.pop(seq)
+        freed = held.pages[len(held.keys) * self.block_pages :]
+        keys: list[bytes] = held.keys
+        if None in held.keys:
+            blocks = zip(held.keys, self._in_blocks(held.pages), strict=False)
+            freed += chain.from_iterable([pages for key, pages in blocks if key is None])
+            keys = [key for key in held.keys if key is not None]
+        if self._more_holders:
+            keys = self._let_go_shared(keys)
         # Backwards, so that the suffix is the least recently used.
-        for page in reversed(self._held.pop(seq)):
-            refs[page] -= 1
-            if refs[page]:
-                continue
-            key = key_of_page[page]
-            if key is None:
-                freed.append(page)
-            elif page == blocks[key][0]:
-                unused[key] = None
+        self._unused.update(dict.fromkeys(reversed(keys)))
         if freed:
             self._free.give(freed)
 
     def drain_changes(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
         """Keys (added, removed) since the last call; one that came and went is in neither."""
-        if not self._added and not self._removed:
-            return (), ()
-        added, removed = tuple(self._added), tuple(self._removed)
-        self._added.clear()
-        self._removed.clear()
-        return added, removed
+        return self._changes.take()
 
     def cached_keys(self) -> tuple[bytes, ...]:
         return tuple(self._blocks)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a conservation law is broken: free + held + unused = all; counts agree."""
-        refs = np.zeros(self.num_pages, dtype=np.int64)
-        for pages in self._held.values():
-            assert len(set(pages)) == len(pages), "a sequence holds a page twice"
-            refs[pages] += 1
-        assert refs.tolist() == self._refs, "reference counts differ from holders"
-        used = refs > 0
-        unused = [page for key in self._unused for page in self._blocks[key]]
-        assert not used[unused].any(), "an unused block is held"
-        used[unused] = True
-        self._free.check_integrity(used)
-        keys = {page: key for key, pages in self._blocks.items() for page in pages}
-        assert [keys.get(page) for page in range(self.num_pages)] == self._key_of_page, "a page holds another block"
+        holders = Counter([key for held in self._held.values() for key in held.keys if key is not None])
+        assert self._unused.keys() | holders.keys() == self._blocks.keys(), "a cached block is neither held nor unused"
+        assert self._unused.keys().isdisjoint(holders), "an unused block is held"
+        more_holders = {key: count - 1 for key, count in holders.items() if count > 1}
+        assert more_holders == self._more_holders, "counts differ from holders"
+        used = np.zeros(self.num_pages, dtype=np.int64)
+        for pages in self._blocks.values():
+            used[[*pages]] += 1
+        for held in self._held.values():
+            assert len(set(held.pages)) == len(held.pages), "a sequence holds a page twice"
+            for at in range(0, len(held.pages), self.block_pages):
+                pages, index = held.pages[at : at + self.block_pages], at // self.block_pages
+                key = held.keys[index] if index < len(held.keys) else None
+                if key is None:
+                    used[pages] += 1
+                else:
+                    assert self._blocks[key] == tuple(pages), "a sequence holds other pages than the block's"
+        assert used.max(initial=0) <= 1, "a page is of two blocks"
+        self._free.check_integrity(used > 0)
+
+    def _in_blocks(self, pages: Sequence[int]) -> Iterable[tuple[int, ...]]:
+        """The pages of each whole block."""
+        return zip(*[iter(pages)] * self.block_pages, strict=False)
+
+    def _let_go_shared(self, keys: list[bytes]) -> list[bytes]:
+        """Of what a sequence lets go of, the blocks that nobody else holds."""
+        more_holders = self._more_holders
+        shared = [key for key in keys if key in more_holders]
+        if not shared:
+            return keys
+        for key in shared:
+            more_holders[key] -= 1
+            if not more_holders[key]:
+                del more_holders[key]
+        still_held = dict.fromkeys(shared)
+        return [key for key in keys if key not in still_held]
 
     def _append(self, pages: list[int], count: int) -> None:
         if count > self._free.num_free:
             self._evict(count - self._free.num_free)
-        taken = self._free.take(count, pages[-1] if pages else None)
-        refs = self._refs
-        for page in taken:
-            refs[page] += 1
-        pages += taken
+        pages += self._free.take(count, pages[-1] if pages else None)
 
     def _evict(self, num_pages: int) -> None:
-        unused, blocks, key_of_page = self._unused, self._blocks, self._key_of_page
-        freed: list[int] = []
-        gone: list[bytes] = []
-        while len(freed) < num_pages:
-            key, _ = unused.popitem(last=False)
-            pages = blocks.pop(key)
-            for page in pages:
-                key_of_page[page] = None
-            freed += pages
-            gone.append(key)
-        self._free.give(freed)
-        note_changes(gone, self._removed, self._added)
-
-
-def note_changes(keys: Sequence[bytes], into: dict[bytes, None], opposite: dict[bytes, None]) -> None:
-    """What comes and goes between two reports is in neither."""
-    if not opposite or opposite.keys().isdisjoint(keys):
-        into.update(dict.fromkeys(keys))
-        return
-    for key in keys:
-        if key in opposite:
-            del opposite[key]
-        else:
-            into[key] = None
+        unused, blocks = self._unused, self._blocks
+        gone = [unused.popitem(last=False)[0] for _ in range(-(-num_pages // self.block_pages))]
+        self._free.give([*chain.from_iterable(map(blocks.pop, gone))])
+        self._changes.lost.append(gone)

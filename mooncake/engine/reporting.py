@@ -23,7 +23,7 @@ from mooncake.core.messages import (
 from mooncake.core.types import NANOS_PER_MS, InstanceInfo, InstanceLoad, InstanceState, Tier
 from mooncake.engine.attempts import EngineProgress
 from mooncake.engine.core import EngineLoad
-from mooncake.engine.page_pool import note_changes
+from mooncake.store.reports import Changes
 
 REPORT_NS = 50 * NANOS_PER_MS
 """A change is told so much later, with all that came until then: a request changes an instance's load and blocks several times
@@ -40,11 +40,8 @@ class InstanceReporter:
         self._load = EngineLoad(0, 0, 0, 0, info.num_pages)
         self._step_ns = 0
         self._load_seq = 0
-        self._cache_seq = 0
         self._keys: dict[bytes, None] = {}
-        self._added: dict[bytes, None] = {}
-        self._removed: dict[bytes, None] = {}
-        """What the keys gained and lost since the last report, net."""
+        self._changes = Changes()
         self._report_at: int | None = None
         self._connected = False
 
@@ -67,11 +64,11 @@ class InstanceReporter:
         if event.step_ns:
             self._step_ns = event.step_ns if not self._step_ns else (3 * self._step_ns + event.step_ns) // 4
         if event.blocks_removed:
-            note_changes(event.blocks_removed, self._removed, self._added)
+            self._changes.lost.append(event.blocks_removed)
             for key in event.blocks_removed:
                 self._keys.pop(key, None)
         if event.blocks_added:
-            note_changes(event.blocks_added, self._added, self._removed)
+            self._changes.gained.append(event.blocks_added)
             self._keys.update(dict.fromkeys(event.blocks_added))
         self.touch(now)
 
@@ -94,13 +91,10 @@ class InstanceReporter:
     def report(self, num_queued: int, queued_tokens: int) -> list[Send]:
         """num_queued, queued_tokens: what waits in the core, before the engine."""
         load = self._load_report(num_queued, queued_tokens)
-        if not self._added and not self._removed:
+        added, removed = self._changes.take()
+        if not added and not removed:
             return [load]
-        self._cache_seq += 1
-        added, removed = tuple(self._added), tuple(self._removed)
-        self._added.clear()
-        self._removed.clear()
-        return [_send(CacheDelta(self.info.name, self.info.epoch, self._cache_seq, Tier.HBM, added, removed)), load]
+        return [_send(CacheDelta(self.info.name, self.info.epoch, self._changes.seq, Tier.HBM, added, removed)), load]
 
     def _load_report(self, num_queued: int, queued_tokens: int) -> Send:
         self._load_seq += 1
@@ -125,9 +119,8 @@ class InstanceReporter:
 
     def _snapshot(self) -> Send:
         """Contains what was not reported yet."""
-        self._added.clear()
-        self._removed.clear()
-        return _send(CacheSnapshot(self.info.name, self.info.epoch, self._cache_seq, Tier.HBM, tuple(self._keys)))
+        self._changes.forget()
+        return _send(CacheSnapshot(self.info.name, self.info.epoch, self._changes.seq, Tier.HBM, tuple(self._keys)))
 
 
 def _send(message: AnyMessage) -> Send:
