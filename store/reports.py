@@ -1,4 +1,4 @@
-"""What somebody (of a store node the directory) has still to be told: keys gained and lost in one tier, net, under a sequence number."""
+"""What somebody has still to be told: keys gained and lost in one tier, net, under a sequence number."""
 
 from __future__ import annotations
 

@@ -13,31 +13,45 @@ number of pages does.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from mooncake.engine.free_pages import AnyPages, FreePages, PageRuns
 from mooncake.store.reports import Changes
 
+Keys = tuple[bytes, ...]
+
+
+class _Run:
+    """Cached blocks that follow each other in a chain, always have had the same holders, and were let go of together."""
+
+    __slots__ = ("keys", "num_holders", "pages")
+
+    def __init__(self, keys: Keys, pages: list[int], num_holders: int) -> None:
+        self.keys = keys
+        self.pages = pages
+        self.num_holders = num_holders
+
 
 class _Held:
-    """Pages of a sequence in order, and the keys of its leading blocks: of those that it found cached, and of those that it
-    published. None where another copy of the same block is the cached one."""
+    """Pages of a sequence in order: first those of num_known blocks, which it found cached or published; then its own. parts:
+    keys of the known blocks as far as it is their copy that is cached; of the others, duplicates has the pages."""
 
-    __slots__ = ("keys", "pages")
+    __slots__ = ("duplicates", "num_known", "pages", "parts")
 
-    def __init__(self, keys: Sequence[bytes], pages: list[int]) -> None:
-        self.keys: list[bytes | None] = [*keys]
+    def __init__(self, keys: Keys, pages: list[int]) -> None:
         self.pages = pages
+        self.num_known = len(keys)
+        self.parts = [keys]
+        self.duplicates: list[int] = []
 
 
 class PagePool:
     """row_pages: distance of preferred starting pages, or None where contiguity does not matter.
 
-    Most blocks have one holder at most, and a sequence's blocks come and go together. So what is done for a sequence is done for
-    all its blocks at once; only blocks with several holders are counted one by one."""
+    Blocks are cached by runs: what a sequence finds, takes and lets go of is a few of them, however long it is. A run is split
+    where a sequence shares only its beginning."""
 
     def __init__(self, num_pages: int, page_tokens: int, block_tokens: int, row_pages: int | None = 1) -> None:
         if block_tokens % page_tokens:
@@ -47,17 +61,17 @@ class PagePool:
         self.block_pages = block_tokens // page_tokens
         self._free: FreePages = AnyPages(num_pages) if row_pages is None else PageRuns(num_pages, row_pages)
         self._held: dict[int, _Held] = {}
-        self._blocks: dict[bytes, tuple[int, ...]] = {}
-        """Pages of all cached blocks, held or not."""
-        self._more_holders: dict[bytes, int] = {}
-        """Of blocks with several holders: how many beside one."""
-        self._unused: OrderedDict[bytes, None] = OrderedDict()
+        self._run_of: dict[bytes, _Run] = {}
+        """By key, of all cached blocks."""
+        self._unused: OrderedDict[_Run, None] = OrderedDict()
+        """Runs that nobody holds, the least recently used first."""
+        self._unused_pages = 0
         self._changes = Changes()
 
     @property
     def num_free(self) -> int:
         """Pages that an allocation can get: free ones and those of unused cached blocks."""
-        return self._free.num_free + len(self._unused) * self.block_pages
+        return self._free.num_free + self._unused_pages
 
     def pages(self, seq: int) -> list[int]:
         return self._held[seq].pages
@@ -67,24 +81,26 @@ class PagePool:
 
     def match(self, keys: Sequence[bytes]) -> int:
         """Number of leading blocks that are cached here."""
-        found = [*map(self._blocks.get, keys)]
-        return found.index(None) if None in found else len(found)
+        return sum([count for _, count in self._find(tuple(keys))])
 
     def allocate(self, seq: int, keys: Sequence[bytes], num_tokens: int) -> bool:
-        """Give a new sequence the cached blocks `keys` (all cached, see `match`) and pages up to num_tokens.
+        """Give a new sequence the cached blocks `keys` (all cached, see `match`, and the first of their chain) and pages up to
+        num_tokens.
 
         All or nothing: False changes nothing."""
+        keys = tuple(keys)
+        found = [*self._find(keys)]
+        reused_pages = sum([count for run, count in found if not run.num_holders]) * self.block_pages
         wanted = -(-num_tokens // self.page_tokens) - len(keys) * self.block_pages
-        unused, more_holders = self._unused, self._more_holders
-        num_unused = sum(map(unused.__contains__, keys))
-        if wanted > self.num_free - num_unused * self.block_pages:
+        if wanted > self.num_free - reused_pages:
             return False
-        for key in keys:
-            if key in unused:
-                del unused[key]
-            else:
-                more_holders[key] = more_holders.get(key, 0) + 1
-        pages = [*chain.from_iterable(map(self._blocks.__getitem__, keys))]
+        pages: list[int] = []
+        for run, count in found:
+            held = run if count == len(run.keys) else self._split(run, count)
+            self._unused.pop(held, None)
+            held.num_holders += 1
+            pages += held.pages
+        self._unused_pages -= reused_pages
         self._held[seq] = _Held(keys, pages)
         self._append(pages, wanted)
         return True
@@ -101,84 +117,96 @@ class PagePool:
         return True
 
     def publish(self, seq: int, first: int, keys: Sequence[bytes]) -> None:
-        """Blocks from `first` on, which follow those that were published before, are computed: others may reuse them. A key that
-        is cached already is left alone."""
+        """Blocks from `first` on, which follow those that are known already, are computed: others may reuse them. A key that is
+        cached already is left alone."""
         held = self._held[seq]
-        keys = keys[len(held.keys) - first :]
-        first, size = len(held.keys), self.block_pages
-        if not keys:
-            return
-        blocks = zip(keys, self._in_blocks(held.pages[first * size : (first + len(keys)) * size]), strict=True)
-        if self._blocks.keys().isdisjoint(keys):
-            held.keys += keys
+        new = tuple(keys[held.num_known - first :])
+        if self._run_of.keys().isdisjoint(new):
+            self._publish(held, new)
         else:
-            held.keys += [None if key in self._blocks else key for key in keys]
-            blocks = [(key, pages) for key, pages in blocks if key not in self._blocks]
-            keys = [key for key, _ in blocks]
-        self._blocks.update(blocks)
-        self._changes.gained.append(keys)
+            for key in new:
+                self._publish(held, (key,))
 
     def free(self, seq: int) -> None:
         """The sequence lets go of its pages. Published blocks stay cached while nobody needs the room."""
         held = self._held.pop(seq)
-        freed = held.pages[len(held.keys) * self.block_pages :]
-        keys: list[bytes] = held.keys
-        if None in held.keys:
-            blocks = zip(held.keys, self._in_blocks(held.pages), strict=False)
-            freed += chain.from_iterable([pages for key, pages in blocks if key is None])
-            keys = [key for key in held.keys if key is not None]
-        if self._more_holders:
-            keys = self._let_go_shared(keys)
-        # Backwards, so that the suffix is the least recently used.
-        self._unused.update(dict.fromkeys(reversed(keys)))
-        if freed:
-            self._free.give(freed)
+        for keys in reversed(held.parts):
+            # Backwards, so that the suffix is the least recently used.
+            for run in reversed([*self._runs(keys)]):
+                run.num_holders -= 1
+                if not run.num_holders:
+                    self._unused[run] = None
+                    self._unused_pages += len(run.pages)
+        self._free.give(held.pages[held.num_known * self.block_pages :] + held.duplicates)
 
-    def drain_changes(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    def drain_changes(self) -> tuple[Keys, Keys]:
         """Keys (added, removed) since the last call; one that came and went is in neither."""
         return self._changes.take()
 
-    def cached_keys(self) -> tuple[bytes, ...]:
-        return tuple(self._blocks)
+    def cached_keys(self) -> Keys:
+        return tuple(self._run_of)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if a conservation law is broken: free + held + unused = all; counts agree."""
-        holders = Counter([key for held in self._held.values() for key in held.keys if key is not None])
-        assert self._unused.keys() | holders.keys() == self._blocks.keys(), "a cached block is neither held nor unused"
-        assert self._unused.keys().isdisjoint(holders), "an unused block is held"
-        more_holders = {key: count - 1 for key, count in holders.items() if count > 1}
-        assert more_holders == self._more_holders, "counts differ from holders"
-        used = np.zeros(self.num_pages, dtype=np.int64)
-        for pages in self._blocks.values():
-            used[[*pages]] += 1
+        size, runs = self.block_pages, dict.fromkeys(self._run_of.values())
+        assert Counter([key for run in runs for key in run.keys]) == Counter([*self._run_of]), "a key is in two runs"
+        assert all(len(run.pages) == len(run.keys) * size for run in runs), "a run has other pages than its blocks"
+        parts = [keys for held in self._held.values() for keys in held.parts]
+        holders = Counter([run for keys in parts for run in self._runs(keys)])
+        assert {run: run.num_holders for run in runs if run.num_holders} == holders, "counts differ from holders"
+        assert self._unused.keys() == runs.keys() - holders.keys(), (
+            "an unused run is held, or one that nobody holds is not unused"
+        )
+        assert self._unused_pages == sum([len(run.pages) for run in self._unused]), "unused pages do not add up"
+        used = [page for run in runs for page in run.pages]
         for held in self._held.values():
-            assert len(set(held.pages)) == len(held.pages), "a sequence holds a page twice"
-            for at in range(0, len(held.pages), self.block_pages):
-                pages, index = held.pages[at : at + self.block_pages], at // self.block_pages
-                key = held.keys[index] if index < len(held.keys) else None
-                if key is None:
-                    used[pages] += 1
-                else:
-                    assert self._blocks[key] == tuple(pages), "a sequence holds other pages than the block's"
-        assert used.max(initial=0) <= 1, "a page is of two blocks"
-        self._free.check_integrity(used > 0)
+            cached = [page for keys in held.parts for run in self._runs(keys) for page in run.pages]
+            known = held.pages[: held.num_known * size]
+            assert sorted(cached + held.duplicates) == sorted(known), "a sequence has other pages than its blocks"
+            used += held.duplicates + held.pages[held.num_known * size :]
+        assert len(set(used)) == len(used), "a page is of two blocks"
+        is_used = np.zeros(self.num_pages, dtype=np.bool_)
+        is_used[used] = True
+        self._free.check_integrity(is_used)
 
-    def _in_blocks(self, pages: Sequence[int]) -> Iterable[tuple[int, ...]]:
-        """The pages of each whole block."""
-        return zip(*[iter(pages)] * self.block_pages, strict=False)
+    def _find(self, keys: Keys) -> Iterator[tuple[_Run, int]]:
+        """The runs that the leading keys lie in, and how many in each."""
+        at = 0
+        while at < len(keys) and (run := self._run_of.get(keys[at])) is not None:
+            theirs = run.keys[run.keys.index(keys[at]) :]
+            count = _num_equal(keys[at : at + len(theirs)], theirs)
+            yield run, count
+            if count < len(theirs):
+                return
+            at += count
 
-    def _let_go_shared(self, keys: list[bytes]) -> list[bytes]:
-        """Of what a sequence lets go of, the blocks that nobody else holds."""
-        more_holders = self._more_holders
-        shared = [key for key in keys if key in more_holders]
-        if not shared:
-            return keys
-        for key in shared:
-            more_holders[key] -= 1
-            if not more_holders[key]:
-                del more_holders[key]
-        still_held = dict.fromkeys(shared)
-        return [key for key in keys if key not in still_held]
+    def _runs(self, keys: Keys) -> Iterator[_Run]:
+        """Those that somebody holds who holds these keys: none of them goes beyond."""
+        at = 0
+        while at < len(keys):
+            run = self._run_of[keys[at]]
+            yield run
+            at += len(run.keys)
+
+    def _split(self, run: _Run, count: int) -> _Run:
+        """A new run of its first blocks, which somebody is about to hold. The rest remains where it is in the order of use."""
+        num_pages = count * self.block_pages
+        front = _Run(run.keys[:count], run.pages[:num_pages], run.num_holders)
+        run.keys, run.pages = run.keys[count:], run.pages[num_pages:]
+        self._run_of.update(dict.fromkeys(front.keys, front))
+        return front
+
+    def _publish(self, held: _Held, keys: Keys) -> None:
+        """All of them new, or one that is cached already."""
+        first, size = held.num_known, self.block_pages
+        pages = held.pages[first * size : (first + len(keys)) * size]
+        held.num_known += len(keys)
+        if not keys or keys[0] in self._run_of:
+            held.duplicates += pages
+            return
+        self._run_of.update(dict.fromkeys(keys, _Run(keys, pages, 1)))
+        held.parts.append(keys)
+        self._changes.gained.append(keys)
 
     def _append(self, pages: list[int], count: int) -> None:
         if count > self._free.num_free:
@@ -186,7 +214,24 @@ class PagePool:
         pages += self._free.take(count, pages[-1] if pages else None)
 
     def _evict(self, num_pages: int) -> None:
-        unused, blocks = self._unused, self._blocks
-        gone = [unused.popitem(last=False)[0] for _ in range(-(-num_pages // self.block_pages))]
-        self._free.give([*chain.from_iterable(map(blocks.pop, gone))])
-        self._changes.lost.append(gone)
+        freed: list[int] = []
+        while len(freed) < num_pages:
+            run = next(iter(self._unused))
+            num_kept = max(0, len(run.keys) - -(-(num_pages - len(freed)) // self.block_pages))
+            gone, kept_pages = run.keys[num_kept:], num_kept * self.block_pages
+            freed += run.pages[kept_pages:]
+            run.keys, run.pages = run.keys[:num_kept], run.pages[:kept_pages]
+            if not num_kept:
+                del self._unused[run]
+            for key in gone:
+                del self._run_of[key]
+            self._changes.lost.append(gone[::-1])
+        self._unused_pages -= len(freed)
+        self._free.give(freed)
+
+
+def _num_equal(ours: Keys, theirs: Keys) -> int:
+    """Leading keys in common; there are no more of ours than of theirs."""
+    if ours == theirs[: len(ours)]:
+        return len(ours)
+    return next(at for at, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other)

@@ -34,7 +34,7 @@ class State(enum.IntEnum):
 
 class Sequence:
     """num_tokens: known tokens; of a member of the decode batch, ask the batch. told: position of the first token that was not
-    passed on yet. due: the clock at which the batch wants to look at it. stored_tokens: leading ones that the sink has already."""
+    passed on yet. due: the clock at which the batch wants to look at it. stored_tokens: leading ones that the sink has."""
 
     __slots__ = (
         "cached_tokens", "computed", "due", "in_step", "job", "keys", "loading", "loading_keys", "num_published", "num_tokens",

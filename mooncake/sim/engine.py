@@ -3,9 +3,9 @@
 It goes round as the live engine thread does (`mooncake.engine.stepped`): take all calls, plan, copy, compute, apply,
 tell. Two things differ, and neither changes what happens when:
 
-* When a plan holds for several steps, they are run as one event, but for what is told after the first of them; a call that comes
-  meanwhile ends the run at the end of the step that it falls into, where the live thread would have taken it. So every token's
-  time is that of one step at a time.
+* When a plan holds for several steps, they are run as one event, but for what is told after the first of them; a call that
+  comes meanwhile ends the run at the end of the step that it falls into, where the live thread would have taken it. So every
+  token's time is that of one step at a time.
 * Of a sequence that decodes, tokens are told when it has its first, when it ends or leaves the batch, and when somebody is
   about to miss them (`flush`), with the time of each; nobody decides anything by those in between.
 """
@@ -73,8 +73,8 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
 
 class _Run:
-    """Steps under way. `ends`: when each of them is computed; num_passed: how many the engine core knows of. `waits`: loads that
-    the step cannot end without. outputs and the tokens of those who joined are told when the first step is done."""
+    """Steps under way. `ends`: when each of them is computed; num_passed: how many the engine core knows of. `waits`: loads
+    that the step cannot end without. outputs and the tokens of those who joined are told when the first step is done."""
 
     __slots__ = (
         "ends", "failed", "joined", "num_passed", "num_steps", "outputs", "plan", "started", "stores", "times", "waits",
@@ -195,9 +195,7 @@ class SimEngine:
         self._ends.clear()  # the new core numbers its sequences from the beginning
         on_replaced()
 
-    def _submit(
-        self, seq: int, job: Job, source_tokens: int, one_token: bool, store: bool, stored_tokens: int
-    ) -> None:
+    def _submit(self, seq: int, job: Job, source_tokens: int, one_token: bool, store: bool, stored_tokens: int) -> None:
         self.core.submit(
             seq, job, source_tokens=source_tokens, one_token=one_token, store=store, stored_tokens=stored_tokens
         )
@@ -357,9 +355,7 @@ class SimEngine:
                 member = self._members.get(seq)
                 if member is not None and member.end == end:
                     due.append(seq)
-        return tuple(
-            [(seq, self._take_tokens(self._members[seq], clock)) for seq in dict.fromkeys(due)]
-        )
+        return tuple([(seq, self._take_tokens(self._members[seq], clock)) for seq in dict.fromkeys(due)])
 
     def _take_tokens(self, member: _Member, clock: int) -> tuple[int, ...]:
         """All that were drawn by then and not told."""
