@@ -62,7 +62,8 @@ class CoreRunner:
     """What `mooncake.rpc.driver.CoreDriver` is to live cores. actions: by type of command; they may call `handle` again, which
     waits its turn.
 
-    Wake-ups are lazy: the heap has one at or before the core's deadline, and an early one only looks again."""
+    Wake-ups are lazy: the heap has one at or before the core's deadline, and an early one only looks again. A new one is made
+    only if it is to come before all others."""
 
     def __init__(
         self,
@@ -82,7 +83,8 @@ class CoreRunner:
         self._observe = observe
         self._events: deque[Any] = deque()
         self._handling = False
-        self._wake_at: int | None = None
+        self._wakes: list[int] = []
+        """When those in the heap come, the next one last."""
 
     def handle(self, event: Any) -> None:
         if self._handling:
@@ -102,27 +104,25 @@ class CoreRunner:
                 break
             event = events.popleft()
         self._handling = False
-        deadline = core.deadline()
-        if deadline is not None and (self._wake_at is None or deadline < self._wake_at):
-            self._arm(deadline)
+        self._arm(core.deadline())
 
     def stop(self) -> None:
         """The process died: nothing is handled any more."""
         self.alive = False
         self._events.clear()
 
-    def _arm(self, deadline: int) -> None:
-        self._wake_at = deadline
-        self._loop.at(deadline, self._wake, deadline)
+    def _arm(self, deadline: int | None) -> None:
+        wakes = self._wakes
+        if deadline is not None and (not wakes or deadline < wakes[-1]):
+            wakes.append(deadline)
+            self._loop.at(deadline, self._wake)
 
-    def _wake(self, time: int) -> None:
-        if not self.alive or self._wake_at != time:
+    def _wake(self) -> None:
+        self._wakes.pop()
+        if not self.alive:
             return
-        self._wake_at = None
         deadline = self.core.deadline()
-        if deadline is None:
-            return
-        if deadline <= self._loop.now:
+        if deadline is not None and deadline <= self._loop.now:
             self.handle(self._tick)
         else:
             self._arm(deadline)
