@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mooncake.core.deadlines import earliest
 from mooncake.core.messages import (
     CONDUCTOR,
     Abort,
@@ -43,7 +44,6 @@ from mooncake.engine.attempts import (
     SourceOpened,
     TakeRole,
     Tick,
-    earliest,
     group_tokens,
 )
 from mooncake.engine.core import AheadEnded, Drawn, KvLoaded, SequenceFailed, SequenceReleased, SequenceStarted
@@ -84,6 +84,7 @@ class DecodeCore:
         self._opening_tokens = 0
         self._num_opening = 0
         self._life = ServiceLife(info)
+        self._due: int | None = None
         self._out: list[DecodeCommand] = []
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Received: self._received,
@@ -106,18 +107,22 @@ class DecodeCore:
 
     def handle(self, event: DecodeEvent, now: int) -> list[DecodeCommand]:
         self._handlers[type(event)](event, now)
-        if self._table.any_expired(now):
-            for attempt in self._table.expired(now):
-                self._expire(attempt)
-        if self.reporter.due(now):
-            self._out += self.reporter.report(self._num_opening, self._opening_tokens)
+        if self._due is not None and self._due <= now:
+            self._pass_time(now)
         if self._life.next_role is not None and self.drained:
             self._out.append(TakeRole(self._life.leave()))
+        self._due = earliest(self._table.next_deadline(), self.reporter.deadline())
         out, self._out = self._out, []
         return out
 
     def deadline(self) -> int | None:
-        return earliest(self._table.next_deadline(), self.reporter.deadline())
+        return self._due
+
+    def _pass_time(self, now: int) -> None:
+        for attempt in self._table.expired(now):
+            self._expire(attempt)
+        if self.reporter.due(now):
+            self._out += self.reporter.report(self._num_opening, self._opening_tokens)
 
     @property
     def num_attempts(self) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from mooncake.core.deadlines import earliest
 from mooncake.core.messages import (
     CONDUCTOR,
     Abort,
@@ -57,7 +58,6 @@ from mooncake.engine.attempts import (
     SourceOpened,
     TakeRole,
     Tick,
-    earliest,
     group_tokens,
 )
 from mooncake.engine.core import (
@@ -218,6 +218,7 @@ class PrefillCore:
         self._life = ServiceLife(info)
         self._let_go_at: int | None = None
         self._lets_go = False
+        self._due: int | None = None
         self._out: list[PrefillCommand] = []
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Received: self._received,
@@ -243,21 +244,28 @@ class PrefillCore:
 
     def handle(self, event: PrefillEvent, now: int) -> list[PrefillCommand]:
         self._handlers[type(event)](event, now)
-        if self._table.any_expired(now):
+        is_due = self._due is not None and self._due <= now
+        if is_due:
             for attempt in self._table.expired(now):
                 self._expire(attempt)
         if self._queue:
             self._start_next(now)
-        if self.reporter.due(now):
+        if is_due and self.reporter.due(now):
             self._out += self.reporter.report(len(self._queue), self._queued_tokens)
         if self._life.next_role is not None:
             self._leave_role(now)
+        self._due = self._find_due()
         out, self._out = self._out, []
         return out
 
     def deadline(self) -> int | None:
-        retry_at = self._retry_at if self._queue else None  # who was refused may be gone
-        return earliest(self._table.next_deadline(), retry_at, self._let_go_at, self.reporter.deadline())
+        return self._due
+
+    def _find_due(self) -> int | None:
+        due = earliest(self._table.next_deadline(), self.reporter.deadline())
+        if self._queue and self._retry_at is not None:  # else who was refused is gone
+            due = earliest(due, self._retry_at)
+        return due if self._let_go_at is None else earliest(due, self._let_go_at)
 
     @property
     def num_attempts(self) -> int:

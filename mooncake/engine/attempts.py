@@ -196,24 +196,12 @@ class AttemptTable(Generic[A]):
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def any_expired(self, now: int) -> bool:
-        """Whether it is worth asking `expired`."""
-        return bool(self._deadlines) and self._deadlines[0][0] <= now
-
     def expired(self, now: int) -> list[A]:
         """Attempts whose deadline has passed, each returned once."""
         out: list[A] = []
         while (first := self.next_deadline()) is not None and first <= now:
             out.append(self._by_seq[heapq.heappop(self._deadlines)[1]])
         return out
-
-
-def earliest(*times: int | None) -> int | None:
-    first = None
-    for time in times:
-        if time is not None and (first is None or time < first):
-            first = time
-    return first
 
 
 def group_tokens(instance: str, outputs: Iterable[TokenOutput]) -> list[Send]:

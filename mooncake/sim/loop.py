@@ -5,9 +5,9 @@ Calls at the same time run in the order in which they were asked for; so a run i
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any, Protocol
 
 Call = Callable[..., None]
@@ -24,11 +24,11 @@ class Loop:
     def at(self, time: int, call: Call, *arguments: Any) -> None:
         """A time that has passed means now."""
         self._sequence += 1
-        heapq.heappush(self._heap, (max(time, self.now), self._sequence, call, arguments))
+        heappush(self._heap, (max(time, self.now), self._sequence, call, arguments))
 
     def after(self, delay: int, call: Call, *arguments: Any) -> None:
         self._sequence += 1
-        heapq.heappush(self._heap, (self.now + delay, self._sequence, call, arguments))
+        heappush(self._heap, (self.now + delay, self._sequence, call, arguments))
 
     def stop(self) -> None:
         """`run` returns after the present event."""
@@ -37,10 +37,10 @@ class Loop:
     def run(self, until: int) -> None:
         """All events up to and at `until`, or until one calls `stop`. Time then stands at the last event, or at `until` if
         there are no more before it."""
-        heap, pop = self._heap, heapq.heappop
+        heap = self._heap
         self._stopped = False
         while heap and heap[0][0] <= until:
-            self.now, _, call, arguments = pop(heap)
+            self.now, _, call, arguments = heappop(heap)
             self.num_events += 1
             call(*arguments)
             if self._stopped:
