@@ -6,6 +6,7 @@ ends with either process, or when the network between them is cut; then all its 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -314,7 +315,7 @@ class SimSource:
         self._locations: list[Location | None] = []
         """If claims are checked."""
         self._held: tuple[int, ...] = ()
-        keys = _object_keys(source)
+        keys = _object_keys(source.block_keys, source.partial_key)
         # on_opened is not kept: it may hold this object, and what is no cycle is freed at once.
         self._request_id = client.call(
             lambda number, request: Lease(number, request, keys), lambda found: self._leased(found, on_opened)
@@ -367,7 +368,7 @@ class SimTarget:
         self._locations: list[Location | None] = []
         """If claims are checked."""
         num_blocks = len(target.block_keys)
-        keys = _object_keys(target)
+        keys = _object_keys(target.block_keys, target.partial_key)
         sizes = (config.block_tokens * config.token_bytes,) * num_blocks
         partial = bool(target.partial_key)
         if partial:
@@ -459,6 +460,7 @@ def _all_there(statuses: tuple[CommitStatus, ...]) -> bool:
     return statuses.count(_COMMITTED) == len(statuses) or all(status in (_COMMITTED, _EXISTS) for status in statuses)
 
 
-def _object_keys(source: KvSource) -> tuple[bytes, ...]:
-    keys = (*source.block_keys, source.partial_key) if source.partial_key else source.block_keys
-    return object_keys(keys, SHARD)
+@functools.lru_cache(maxsize=1024)
+def _object_keys(block_keys: tuple[bytes, ...], partial_key: bytes) -> tuple[bytes, ...]:
+    """What prefill reserves, decode leases a moment later."""
+    return object_keys((*block_keys, partial_key) if partial_key else block_keys, SHARD)
