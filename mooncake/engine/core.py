@@ -248,9 +248,7 @@ class EngineCore:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be computed now. Not called again before `update`."""
-        room = self._admit() if self._waiting else True
-        if self._ahead.waiting:
-            self._start_ahead(room)
+        self._let_in()
         batch = self._batch
         joined = self._join() if self._others else []
         self._look_at_due()
@@ -273,6 +271,12 @@ class EngineCore:
             batch.context_tokens,
             tuple([seq for seq in joined if seq in batch.members]),
         )
+
+    def holds(self, plan: StepPlan) -> bool:
+        """Between two steps of a run of the decode batch: let in who can come, and tell whether the plan stays as it is: nobody
+        has left the batch, and nobody else can compute."""
+        self._let_in()
+        return len(self._batch.members) == plan.num_decode and not any(map(self._can_compute, self._others.values()))
 
     def pass_steps(self, num_steps: int) -> None:
         """So many steps of the decode batch are done, in which nobody ended or failed. `update` has those that follow."""
@@ -416,6 +420,11 @@ class EngineCore:
         self._waiting_tokens -= state.num_tokens - state.source_tokens
         self._waiting_context -= state.num_tokens
         return state
+
+    def _let_in(self) -> None:
+        room = self._admit() if self._waiting else True
+        if self._ahead.waiting:
+            self._start_ahead(room)
 
     def _admit(self) -> bool:
         """False: somebody goes on waiting, for want of pages or of a place in the batch."""
@@ -578,6 +587,10 @@ class EngineCore:
             budget -= count
             sample = start + count == state.num_tokens
             items.append(StepItem(state.seq, start, count, self._pages(state), sample, start if loading else 0))
+
+    def _can_compute(self, state: Sequence) -> bool:
+        """Of those with pages that are not in the decode batch."""
+        return state.state is State.RUNNING or self._overlap
 
     def _chunk(self, start: int, end: int, budget: int) -> int:
         """How many tokens from `start` fit into the budget, so that all chunks but the last end on block boundaries."""

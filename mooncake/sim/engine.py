@@ -3,9 +3,9 @@
 It goes round as the live engine thread does (`mooncake.engine.stepped`): take all calls, plan, copy, compute, apply,
 tell. Two things differ, and neither changes what happens when:
 
-* When a plan holds for several steps, they are run as one event, but for what is told after the first of them; a call that
-  comes meanwhile ends the run at the end of the step that it falls into, where the live thread would have taken it. So every
-  token's time is that of one step at a time.
+* When a plan holds for several steps, they are run as one event. A run stops between two steps where the live thread would
+  take a call, at the end of the step that it falls into, or tell what came up before. It goes on if the plan still holds. So
+  every token's time is that of one step at a time.
 * Of a sequence that decodes, tokens are told when it has its first, when it ends or leaves the batch, and when somebody is
   about to miss them (`flush`), with the time of each; nobody decides anything by those in between.
 """
@@ -73,8 +73,9 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
 
 class _Run:
-    """Steps under way. `ends`: when each of them is computed; num_passed: how many the engine core knows of. `waits`: loads
-    that the step cannot end without. outputs and the tokens of those who joined are told when the first step is done."""
+    """Steps under way. `ends`: when each of them is computed; num_passed: how many the engine core knows of; num_steps: after
+    how many it stops next. `waits`: loads that the step cannot end without. outputs and the tokens of those who joined are told
+    when it stops."""
 
     __slots__ = (
         "ends", "failed", "joined", "num_passed", "num_steps", "outputs", "plan", "started", "stores", "times", "waits",
@@ -92,6 +93,12 @@ class _Run:
         self.waits: dict[int, None] = {}
         self.failed: dict[int, None] = {}
         self.stores: list[tuple[int, Done]] = []
+
+    @property
+    def last_step_ns(self) -> int:
+        """Of those that have passed; at least 1."""
+        before = self.ends[self.num_passed - 2] if self.num_passed > 1 else self.started
+        return max(1, self.ends[self.num_passed - 1] - before)
 
 
 class _Member:
@@ -205,7 +212,8 @@ class SimEngine:
         if self._run is None:
             self._wake()
         else:
-            self._cut(self._run)
+            run = self._run
+            self._stop_after(run, max(bisect_left(run.ends, self._loop.now), run.num_passed) + 1)
 
     def _wake(self) -> None:
         if not self._woken:
@@ -221,9 +229,7 @@ class SimEngine:
     def _go_round(self) -> None:
         if not self.alive or self._run is not None:
             return
-        calls, self._inbox = self._inbox, []
-        for call, arguments in calls:
-            call(*arguments)
+        self._take_calls()
         plan = self.core.schedule()
         during: list[StoreKv] = []
         outputs = self._perform(self.core.take_outputs(), during)
@@ -232,16 +238,20 @@ class SimEngine:
             return
         for seq in plan.joined:
             self._join(seq)
-        now = self._loop.now
-        run = self._run = _Run(plan, now, self._run_times(plan), outputs)
+        run = self._run = _Run(plan, self._loop.now, self._run_times(plan), outputs)
         for item in plan.items:
             if item.num_loading:
                 self._wait_for_load(run, item.seq)
         for command in during:
             run.stores.append((command.seq, self._store_behind(command)))
-        if run.num_steps > 1 and (outputs or plan.joined):
-            self._loop.at(run.ends[0], self._first_done, run)
         self._loop.at(run.ends[-1], self._end, run, run.num_steps)
+        if outputs or run.joined:
+            self._stop_after(run, 1)
+
+    def _take_calls(self) -> None:
+        calls, self._inbox = self._inbox, []
+        for call, arguments in calls:
+            call(*arguments)
 
     def _join(self, seq: int) -> None:
         job, num_tokens, clock = self._jobs[seq], self.core.num_tokens(seq), len(self._step_ends)
@@ -267,24 +277,28 @@ class SimEngine:
                 return end
             heapq.heappop(ends)
 
-    def _cut(self, run: _Run) -> None:
-        """A call came: the run ends with the step that is being computed."""
-        if run.num_steps > 1:
-            steps = bisect_left(run.ends, self._loop.now, 0, run.num_steps) + 1
-            if steps < run.num_steps:
-                run.num_steps = steps
-                self._loop.at(run.ends[steps - 1], self._end, run, steps)
+    def _stop_after(self, run: _Run, num_steps: int) -> None:
+        if num_steps < run.num_steps:
+            run.num_steps = num_steps
+            self._loop.at(run.ends[num_steps - 1], self._end, run, num_steps)
 
-    def _first_done(self, run: _Run) -> None:
-        """Tell what came up before the run, and first tokens. If there was but one step, that is told at its end."""
-        if not self.alive or self._run is not run or run.num_steps == 1:
-            return
-        self._pass(run, 1)
+    def _stop(self, run: _Run) -> None:
+        """Between two steps, tell what has come up, take calls, and go on with the run if they leave its batch as it is."""
+        self._pass(run, run.num_steps)
         for seq in run.joined:
             self._tell_member(seq, self._members[seq], len(self._step_ends))
         outputs = run.outputs + self._perform(self.core.take_outputs(), [])
         run.outputs, run.joined = [], ()
-        self._report(outputs, self._loop.now - run.started)
+        self._report(outputs, run.last_step_ns)
+        self._take_calls()
+        if not self.core.holds(run.plan):
+            self._close(run, StepResult((), num_steps=0))
+            self._go_round()
+            return
+        run.num_steps = len(run.ends)
+        run.outputs = self._perform(self.core.take_outputs(), [])
+        if run.outputs:
+            self._stop_after(run, run.num_passed + 1)
 
     def _pass(self, run: _Run, num_steps: int) -> None:
         """So many steps of the run are done, and it goes on."""
@@ -296,28 +310,32 @@ class SimEngine:
         self._step_ends.extend(run.ends[run.num_passed : num_steps])
         run.num_passed = num_steps
 
-    def _end(self, run: _Run, steps: int) -> None:
-        if self.alive and self._run is run and run.num_steps == steps and not run.waits:
-            self._finish(run)
+    def _end(self, run: _Run, num_steps: int) -> None:
+        if self.alive and self._run is run and run.num_steps == num_steps and not run.waits:
+            if num_steps < len(run.ends):
+                self._stop(run)
+            else:
+                self._finish(run)
 
     def _finish(self, run: _Run) -> None:
-        self._run = None
-        plan, steps, now = run.plan, run.num_steps, self._loop.now
-        self._step_times.ended(run.times, steps)
-        self.busy_ns += now - run.started
-        new_steps = steps - run.num_passed
-        self._note_passed(run, steps)
+        new_steps = run.num_steps - run.num_passed
+        self._note_passed(run, run.num_steps)
         if self._chance(self._config.fault):
             self._fail_one(run)
-        tokens = tuple([self._draw(item) if item.sample else () for item in plan.items])
+        tokens = tuple([self._draw(item) if item.sample else () for item in run.plan.items])
         told = self._told_now(run) if self._members else ()
-        result = StepResult(tokens, failed=tuple(run.failed), num_steps=new_steps, told=told)
-        self.core.update(plan, result)
+        self._close(run, StepResult(tokens, failed=tuple(run.failed), num_steps=new_steps, told=told))
         for seq, end_store in run.stores:
             end_store(seq not in run.failed)
         outputs = run.outputs + self._perform(self.core.take_outputs(), [])
-        self._report(outputs, (now - run.started) // steps or 1)
+        self._report(outputs, run.last_step_ns)
         self._go_round()
+
+    def _close(self, run: _Run, result: StepResult) -> None:
+        self._run = None
+        self._step_times.ended(run.times, run.num_passed)
+        self.busy_ns += self._loop.now - run.started
+        self.core.update(run.plan, result)
 
     def _fail_one(self, run: _Run) -> None:
         """The last step could not compute one sequence; what it drew before is good."""

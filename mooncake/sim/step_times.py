@@ -30,8 +30,7 @@ _GROWTH = _COUNT * (_COUNT - 1) // 2
 
 
 class RunTimes:
-    """ends: when each step of the run ends. The rest keeps what `StepTimes` needs when the run is over: how long its first step
-    takes, and each further one more than the one before it."""
+    """ends: when each step of the run ends. The rest keeps what `StepTimes` needs when the run is over."""
 
     __slots__ = ("ends", "first_ps", "growth_ps")
 
@@ -50,8 +49,6 @@ class StepTimes:
         self._host_ps = host_ns * _PS
         self._fixed_ps, self._seq_ps, self._token_ps = round(a * 1e9), round(b * 1e9), round(c * 1e3)
         self._rest_ps = 0
-        self._left: tuple[RunTimes, int] | None = None
-        """A run that was ended before all its steps were done, and how many were: most often the next one goes on with it."""
 
     def one(self, now: int, items: Iterable[StepItem], num_decode: int, num_context: int) -> RunTimes:
         """A single step, of anything."""
@@ -61,13 +58,6 @@ class StepTimes:
     def many(self, now: int, num_decode: int, num_context: int, num_steps: int) -> RunTimes:
         """Up to NUM_STEPS_MAX steps of the decode batch alone."""
         first_ps, growth_ps = self._decode_ps(num_decode, num_context), self._token_ps * num_decode
-        if self._left is not None:
-            times, num_done = self._left
-            next_ps = times.first_ps + num_done * times.growth_ps
-            ends = times.ends[num_done : num_done + num_steps]
-            goes_on = next_ps == first_ps and times.growth_ps == growth_ps and times.ends[num_done - 1] == now
-            if goes_on and len(ends) == num_steps:
-                return RunTimes(ends, first_ps, growth_ps)
         total_ps = self._rest_ps
         if num_steps > _FEW_STEPS:
             passed = _COUNT[:num_steps] * first_ps
@@ -75,9 +65,9 @@ class StepTimes:
             passed += total_ps
             passed //= _PS
             passed += now
-            many = array("q")
-            many.frombytes(passed.tobytes())
-            return RunTimes(many, first_ps, growth_ps)
+            ends = array("q")
+            ends.frombytes(passed.tobytes())
+            return RunTimes(ends, first_ps, growth_ps)
         few: list[int] = []
         for step in range(num_steps):
             total_ps += first_ps + growth_ps * step
@@ -88,7 +78,6 @@ class StepTimes:
         """So many steps of the run were done, and no more will be."""
         passed_ps = num_steps * times.first_ps + num_steps * (num_steps - 1) // 2 * times.growth_ps
         self._rest_ps = (self._rest_ps + passed_ps) % _PS
-        self._left = (times, num_steps) if 0 < num_steps < len(times.ends) else None
 
     def _decode_ps(self, num_decode: int, num_context: int) -> int:
         if not num_decode:
