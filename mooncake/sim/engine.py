@@ -28,7 +28,6 @@ from mooncake.engine.core import (
     Behind,
     Drawn,
     EngineCore,
-    EngineOutput,
     LeftBatch,
     LoadKv,
     SequenceReleased,
@@ -192,7 +191,7 @@ class SimEngine:
         self._pass(run, min(bisect_right(run.ends, self._loop.now, 0, run.num_steps), run.num_steps - 1))
         for seq, member in self._members.items():
             self._tell_member(seq, member, len(self._step_ends))
-        self._report(self._perform(self.core.take_outputs(), []), 0)
+        self._report(self._perform([]), 0)
         self._times = kept_back
 
     def _replace_core(self, core: EngineCore, on_replaced: Call) -> None:
@@ -232,7 +231,7 @@ class SimEngine:
         self._take_calls()
         plan = self.core.schedule()
         during: list[StoreKv] = []
-        outputs = self._perform(self.core.take_outputs(), during)
+        outputs = self._perform(during)
         if plan is None:
             self._report(outputs, 0)
             return
@@ -287,7 +286,7 @@ class SimEngine:
         self._pass(run, run.num_steps)
         for seq in run.joined:
             self._tell_member(seq, self._members[seq], len(self._step_ends))
-        outputs = run.outputs + self._perform(self.core.take_outputs(), [])
+        outputs = run.outputs + self._perform([])
         run.outputs, run.joined = [], ()
         self._report(outputs, run.last_step_ns)
         self._take_calls()
@@ -296,7 +295,7 @@ class SimEngine:
             self._go_round()
             return
         run.num_steps = len(run.ends)
-        run.outputs = self._perform(self.core.take_outputs(), [])
+        run.outputs = self._perform([])
         if run.outputs:
             self._stop_after(run, run.num_passed + 1)
 
@@ -327,7 +326,7 @@ class SimEngine:
         self._close(run, StepResult(tokens, failed=tuple(run.failed), num_steps=new_steps, told=told))
         for seq, end_store in run.stores:
             end_store(seq not in run.failed)
-        outputs = run.outputs + self._perform(self.core.take_outputs(), [])
+        outputs = run.outputs + self._perform([])
         self._report(outputs, run.last_step_ns)
         self._go_round()
 
@@ -390,9 +389,11 @@ class SimEngine:
 
     # ------------------------------------------------------------------ copies
 
-    def _perform(self, outputs: list[EngineOutput], during: list[StoreKv]) -> list[ServiceOutput]:
+    def _perform(self, during: list[StoreKv]) -> list[ServiceOutput]:
+        """What the core has put out: begin the copies; give what is the service's business. during: gets the stores that follow
+        the next step."""
         rest: list[ServiceOutput] = []
-        for output in outputs:
+        for output in self.core.take_outputs():
             if isinstance(output, LoadKv):
                 self._start_load(output)
             elif isinstance(output, StoreKv):
@@ -404,7 +405,7 @@ class SimEngine:
                     self._copies.store(output, self._stored(output))
             elif isinstance(output, LeftBatch):
                 self._leave(output)
-                rest += self._perform(self.core.take_outputs(), during)
+                rest += self._perform(during)
             else:
                 rest.append(output)
                 if isinstance(output, SequenceReleased):

@@ -104,25 +104,26 @@ class CoreRunner:
                 break
             event = events.popleft()
         self._handling = False
-        self._arm(core.deadline())
+        deadline, wakes = core.deadline(), self._wakes
+        if deadline is not None and (not wakes or deadline < wakes[-1]):
+            self._arm(deadline)
 
     def stop(self) -> None:
         """The process died: nothing is handled any more."""
         self.alive = False
         self._events.clear()
 
-    def _arm(self, deadline: int | None) -> None:
-        wakes = self._wakes
-        if deadline is not None and (not wakes or deadline < wakes[-1]):
-            wakes.append(deadline)
-            self._loop.at(deadline, self._wake)
+    def _arm(self, deadline: int) -> None:
+        self._wakes.append(deadline)
+        self._loop.at(deadline, self._wake)
 
     def _wake(self) -> None:
-        self._wakes.pop()
-        if not self.alive:
-            return
+        wakes = self._wakes
+        wakes.pop()
         deadline = self.core.deadline()
-        if deadline is not None and deadline <= self._loop.now:
+        if not self.alive or deadline is None:
+            return
+        if deadline <= self._loop.now:
             self.handle(self._tick)
-        else:
+        elif not wakes or deadline < wakes[-1]:
             self._arm(deadline)

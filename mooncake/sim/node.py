@@ -252,15 +252,15 @@ class NodeClient:
         for on_reply in pending.values():
             on_reply(None)
 
-    def call(self, make: Callable[[int, int], Request], on_reply: OnReply | None) -> int:
-        """make(client, request number) gives the request, whose number is returned. on_reply is never called before."""
+    def call(self, kind: Callable[..., Request], on_reply: OnReply | None, *arguments: Any, **more: Any) -> int:
+        """kind: of the request, to which the arguments go. Its number is returned; on_reply is never called before."""
         node, request_id = self.node, next(self._ids)
         if on_reply is not None:
             self._pending[request_id] = on_reply
         if self.lost:
             node.loop.after(node.config.call_ns, self.replied, request_id, None)
         else:
-            node.loop.after(node.config.call_ns, self._arrive, make(self.number, request_id))
+            node.loop.after(node.config.call_ns, self._arrive, kind(self.number, request_id, *arguments, **more))
         return request_id
 
     def _arrive(self, request: Request) -> None:
@@ -317,9 +317,7 @@ class SimSource:
         self._held: tuple[int, ...] = ()
         keys = _object_keys(source.block_keys, source.partial_key)
         # on_opened is not kept: it may hold this object, and what is no cycle is freed at once.
-        self._request_id = client.call(
-            lambda number, request: Lease(number, request, keys), lambda found: self._leased(found, on_opened)
-        )
+        self._request_id = client.call(Lease, lambda found: self._leased(found, on_opened), keys)
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
         config = self._client.node.config
@@ -334,8 +332,7 @@ class SimSource:
 
     def close(self) -> None:
         if self._held:
-            numbers = self._held
-            self._client.call(lambda number, request: Release(number, request, numbers), None)
+            self._client.call(Release, None, self._held)
 
     def _leased(self, results: Places | None, on_opened: Callable[[int], None]) -> None:
         config, numbers = self._client.node.config, () if results is None else results.numbers
@@ -374,10 +371,13 @@ class SimTarget:
         if partial:
             sizes += ((target.num_tokens - num_blocks * config.block_tokens) * config.token_bytes,)
         client.call(
-            lambda number, request: Reserve(
-                number, request, keys, sizes, lease_existing=True, all_or_nothing=True, ephemeral_last=partial
-            ),
+            Reserve,
             lambda puts: self._answered(puts, on_reserved),
+            keys,
+            sizes,
+            lease_existing=True,
+            all_or_nothing=True,
+            ephemeral_last=partial,
         )
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
@@ -427,8 +427,7 @@ class SimTarget:
             return
         self._open[first:last] = [None] * len(self._open[first:last])
         self._client.call(
-            lambda number, request: Commit(number, request, numbers, lease=True),
-            lambda results: done(results is not None and _all_there(results)),
+            Commit, lambda results: done(results is not None and _all_there(results)), numbers, lease=True
         )
 
     def close(self) -> None:
@@ -438,9 +437,9 @@ class SimTarget:
         if reserved:
             open_numbers = dict.fromkeys(reserved)
             leased = tuple([number for number in leased if number not in open_numbers])
-            self._client.call(lambda number, request: Cancel(number, request, reserved), None)
+            self._client.call(Cancel, None, reserved)
         if leased:
-            self._client.call(lambda number, request: Release(number, request, leased), None)
+            self._client.call(Release, None, leased)
 
     def _answered(self, results: Puts | None, on_reserved: Callable[[bool], None]) -> None:
         if results is not None:
