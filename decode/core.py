@@ -35,6 +35,7 @@ from mooncake.engine.attempts import (
     AttemptTable,
     CloseSource,
     EngineProgress,
+    ListBlocks,
     LoadBlocks,
     OpenSource,
     PeerGone,
@@ -57,7 +58,7 @@ MAX_AHEAD = 64
 """Loads ahead at once; as many prompts as a pool of prefill instances computes for one decode instance. More are dropped."""
 
 DecodeEvent = Received | PeerOpened | PeerGone | SourceOpened | EngineProgress | Tick
-DecodeCommand = Send | OpenSource | CloseSource | RunSequence | LoadBlocks | AbortSequence | TakeRole
+DecodeCommand = Send | OpenSource | CloseSource | RunSequence | LoadBlocks | AbortSequence | ListBlocks | TakeRole
 
 
 class _Decode(Attempt):
@@ -251,7 +252,7 @@ class DecodeCore:
         self._out.append(RunSequence(attempt.seq, attempt.job, attempt.opened_tokens, one_token=attempt.job.joint))
 
     def _engine_progress(self, event: EngineProgress, now: int) -> None:
-        self.reporter.progress(event, now)
+        self._out += self.reporter.progress(event, now)
         tokens: list[TokenOutput] = []
         for output in event.outputs:
             if isinstance(output, AheadEnded):

@@ -50,6 +50,7 @@ from mooncake.engine.attempts import (
     CloseSource,
     EngineProgress,
     KvStored,
+    ListBlocks,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -127,7 +128,16 @@ PrefillEvent = (
     Received | PeerOpened | PeerGone | KvReserved | SourceOpened | KvCommitted | EngineProgress | KvStored | Tick
 )
 PrefillCommand = (
-    Send | ReserveKv | CommitKv | ReleaseKv | OpenSource | CloseSource | RunSequence | AbortSequence | TakeRole
+    Send
+    | ReserveKv
+    | CommitKv
+    | ReleaseKv
+    | OpenSource
+    | CloseSource
+    | RunSequence
+    | AbortSequence
+    | ListBlocks
+    | TakeRole
 )
 
 
@@ -456,7 +466,7 @@ class PrefillCore:
     # ------------------------------------------------------------------ engine and commits
 
     def _engine_progress(self, event: EngineProgress, now: int) -> None:
-        self.reporter.progress(event, now)
+        self._out += self.reporter.progress(event, now)
         tokens: list[TokenOutput] = []
         for output in event.outputs:
             attempt = self._table.by_seq(output.seq)

@@ -15,6 +15,12 @@ class Changes:
         self.gained: list[Sequence[bytes]] = []
         self.lost: list[Sequence[bytes]] = []
 
+    def note(self, gained: Sequence[bytes], lost: Sequence[bytes]) -> None:
+        if gained:
+            self.gained.append(gained)
+        if lost:
+            self.lost.append(lost)
+
     def forget(self) -> None:
         """Somebody was told in another way."""
         self.gained, self.lost = [], []

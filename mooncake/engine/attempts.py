@@ -52,6 +52,8 @@ class EngineProgress(msgspec.Struct, frozen=True, tag=True):
     """0: no step was run."""
     blocks_added: tuple[bytes, ...] = ()
     blocks_removed: tuple[bytes, ...] = ()
+    cached: tuple[bytes, ...] | None = None
+    """Keys of all cached blocks, when they were asked for (`ListBlocks`)."""
 
 
 class KvStored(msgspec.Struct, frozen=True, tag=True):
@@ -103,6 +105,10 @@ class LoadBlocks(msgspec.Struct, frozen=True):
 
 class AbortSequence(msgspec.Struct, frozen=True):
     seq: int
+
+
+class ListBlocks(msgspec.Struct, frozen=True):
+    """Have the engine tell which blocks it has cached."""
 
 
 class TakeRole(msgspec.Struct, frozen=True):

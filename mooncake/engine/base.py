@@ -195,6 +195,10 @@ class Engine(Protocol):
         those up to token `start` are still there. The reader is used until `AheadEnded`."""
         ...
 
+    def list_blocks(self) -> None:
+        """Never blocks. Answered by an `EngineProgress` with the keys of all cached blocks."""
+        ...
+
     def abort(self, seq: int) -> None:
         """Unknown and ended sequences are ignored."""
         ...

@@ -75,6 +75,9 @@ class SteppedEngine:
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:
         self._inbox.put(lambda: self._load_ahead(seq, block_keys, start, reader))
 
+    def list_blocks(self) -> None:
+        self._inbox.put(self._list_blocks)
+
     def abort(self, seq: int) -> None:
         self._inbox.put(lambda: self._abort(seq))
         self._drop_load(seq)  # a step may be waiting for it
@@ -111,6 +114,10 @@ class SteppedEngine:
     def _load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:
         self._readers[seq] = reader
         self.core.load_ahead(seq, block_keys, start)
+
+    def _list_blocks(self) -> None:
+        added, removed = self.core.pool.drain_changes()
+        self._on_progress(EngineProgress((), self.core.load, 0, added, removed, self.core.pool.cached_keys()))
 
     def _abort(self, seq: int) -> None:
         self.core.abort(seq)

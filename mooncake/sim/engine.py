@@ -162,6 +162,9 @@ class SimEngine:
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int) -> None:
         self._call(self.core.load_ahead, seq, block_keys, start)
 
+    def list_blocks(self) -> None:
+        self._call(self._list_blocks)
+
     def abort(self, seq: int) -> None:
         self._call(self.core.abort, seq)
 
@@ -193,6 +196,10 @@ class SimEngine:
             self._tell_member(seq, member, len(self._step_ends))
         self._report(self._perform([]), 0)
         self._times = kept_back
+
+    def _list_blocks(self) -> None:
+        added, removed = self.core.pool.drain_changes()
+        self._tell(EngineProgress((), self.core.load, 0, added, removed, self.core.pool.cached_keys()), {})
 
     def _replace_core(self, core: EngineCore, on_replaced: Call) -> None:
         assert self.core.idle and not self._members

@@ -29,6 +29,7 @@ from mooncake.engine.attempts import (
     AbortSequence,
     CloseSource,
     KvStored,
+    ListBlocks,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -406,14 +407,17 @@ def test_the_conductor_hears_of_life_load_and_cache() -> None:
     drive = Driver()
     drive(progress(added=(b"a", b"b")))
     commands = drive.core.handle(PeerOpened(CONDUCTOR), 0)
-    assert [type(c.message) for c in commands if isinstance(c, Send)] == [Register, CacheSnapshot, LoadReport]
-    assert commands[1].message.keys == (b"a", b"b")  # type: ignore[union-attr]
+    assert [type(c.message) for c in commands if isinstance(c, Send)] == [Register, LoadReport]
+    assert drive(Received(CONDUCTOR, SnapshotRequest("i0", "hbm"))) == [ListBlocks()]
+    [snapshot] = drive(progress(cached=(b"a", b"b")))
+    assert snapshot == Send(CONDUCTOR, CacheSnapshot("i0", 1, 0, "hbm", (b"a", b"b")))
     assert drive(progress(added=(b"c",), removed=(b"a",))) == []
     delta, load = drive.core.handle(Tick(), REPORT_NS)
     assert delta == Send(CONDUCTOR, CacheDelta("i0", 1, 1, "hbm", (b"c",), (b"a",)))
     assert isinstance(load, Send) and isinstance(load.message, LoadReport)
-    [snapshot] = drive(Received(CONDUCTOR, SnapshotRequest("i0", "hbm")))
-    assert (snapshot.message.seq, snapshot.message.keys) == (1, (b"b", b"c"))
+    assert drive(Received(CONDUCTOR, SnapshotRequest("i0", "hbm"))) == [ListBlocks()]
+    [snapshot] = drive(progress(added=(b"d",), cached=(b"b", b"c", b"d")))
+    assert (snapshot.message.seq, snapshot.message.keys) == (1, (b"b", b"c", b"d"))
     [change] = drive(Received(CONDUCTOR, Drain("i0")))
     assert isinstance(change.message, StateChange) and change.message.state == "draining"
     drive(PeerGone(CONDUCTOR))
