@@ -186,7 +186,6 @@ class DecodeCore:
             else:
                 self._set_opening(attempt, True)
                 self._out.append(OpenSource(attempt.seq, job.source))
-            self.reporter.touch(now)
 
     def _load_ahead(self, message: LoadAhead, now: int) -> None:
         if len(self._ahead) < MAX_AHEAD and not self._life.draining:

@@ -331,7 +331,6 @@ class PrefillCore:
             attempt = _Prefill(self._table.new_seq(), job, now, self._target(job))
             self._table.add(attempt)
             self._enqueue(attempt)
-            self.reporter.touch(now)
 
     def _target(self, job: Job) -> KvSource:
         """The objects that the hand-over of the whole sequence consists of, at our own node."""

@@ -27,7 +27,7 @@ from mooncake.store.reports import Changes
 
 REPORT_NS = 50 * NANOS_PER_MS
 """A change is told so much later, with all that came until then: a request changes an instance's load and blocks several times
-in a row. Placement bridges the time between with its own bookings and predictions."""
+in a row. Placement bridges the time between with its own bookings and predictions. That a job has come is no news to it."""
 
 
 class InstanceReporter:
