@@ -166,6 +166,27 @@ def test_the_last_part_is_told_by_the_hand_over() -> None:
     assert kinds == [StepTokens, KvReady]
 
 
+def test_what_the_store_has_already_is_told_of_at_once_and_not_committed_again() -> None:
+    drive = Driver(part_tokens=16)
+    drive.submit(1, 60)
+    run, told_part = drive(KvReserved(1, True, num_stored=4))
+    assert isinstance(run, RunSequence) and told_part == part(1, 0, 32)
+    assert drive(KvStored(1, 32, 48)) == [CommitKv(1, 4, 6)]
+    assert drive(KvCommitted(1, 4, 6, True)) == [part(1, 32, 48)]
+    drive(progress(SequenceStarted(1), Drawn(1, 60, (5,), None, (), 0)))
+    assert drive(KvStored(1, 48, 60)) == [CommitKv(1, 6, 8)]
+    [ready] = drive(KvCommitted(1, 6, 8, True))
+    assert isinstance(ready.message, KvReady)
+
+
+def test_what_decode_heard_of_with_the_placement_is_not_told_again() -> None:
+    drive = Driver(part_tokens=16)
+    drive.submit(1, 60, source=make_source(1, 32))
+    drive(SourceOpened(1, 32))
+    assert [type(command) for command in drive(KvReserved(1, True, num_stored=4))] == [RunSequence]
+    assert drive(KvCommitted(1, 4, 6, True)) == [part(1, 32, 48)]
+
+
 @pytest.mark.parametrize("why", ["no hand-over", "aborted", "not committed"])
 def test_of_what_nobody_will_fetch_nothing_is_told(why: str) -> None:
     drive = Driver(part_tokens=8)
