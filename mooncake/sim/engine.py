@@ -189,7 +189,7 @@ class SimEngine:
         run = self._run
         if run is None or not self._members:
             return
-        kept_back, self._times = self._times, {}  # of tokens that are told when the first step is done
+        kept_back, self._times = self._times, {}  # of tokens that are told when the run stops
         # The last step of the run may end sequences; that is told when it ends.
         self._pass(run, min(bisect_right(run.ends, self._loop.now, 0, run.num_steps), run.num_steps - 1))
         for seq, member in self._members.items():
@@ -215,10 +215,10 @@ class SimEngine:
 
     def _call(self, call: Call, *arguments: Any) -> None:
         self._inbox.append((call, arguments))
-        if self._run is None:
+        run = self._run
+        if run is None:
             self._wake()
         else:
-            run = self._run
             self._stop_after(run, max(bisect_left(run.ends, self._loop.now), run.num_passed) + 1)
 
     def _wake(self) -> None:
@@ -303,7 +303,7 @@ class SimEngine:
             return
         run.num_steps = len(run.ends)
         run.outputs = self._perform([])
-        if run.outputs:
+        if run.outputs or self._inbox:
             self._stop_after(run, run.num_passed + 1)
 
     def _pass(self, run: _Run, num_steps: int) -> None:
