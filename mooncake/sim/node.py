@@ -336,7 +336,7 @@ class SimSource:
 
     def _leased(self, results: Places | None, on_opened: Callable[[int], None]) -> None:
         config, numbers = self._client.node.config, () if results is None else results.numbers
-        self._held = tuple([number for number in numbers if number is not None])
+        self._held = tuple(filter(None, numbers))
         if config.checked and results is not None:
             self._locations = results.locations()
         if len(self._held) < len(numbers):
@@ -421,7 +421,7 @@ class SimTarget:
     def commit(self, first: int, last: int, done: Callable[[bool], None]) -> None:
         for location in self._open_locations(first, last):
             self._client.node.take_written(location)
-        numbers = tuple([number for number in self._open[first:last] if number is not None])
+        numbers = tuple(filter(None, self._open[first:last]))
         if not numbers:
             self._client.node.loop.after(0, lambda: done(not self._client.lost))
             return
@@ -432,8 +432,7 @@ class SimTarget:
 
     def close(self) -> None:
         """Cancel what is not committed, release the rest."""
-        reserved = tuple([number for number in self._open if number is not None])
-        leased = tuple([number for number in self._numbers if number is not None])
+        reserved, leased = tuple(filter(None, self._open)), tuple(filter(None, self._numbers))
         if reserved:
             open_numbers = dict.fromkeys(reserved)
             leased = tuple([number for number in leased if number not in open_numbers])
