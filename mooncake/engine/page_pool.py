@@ -81,22 +81,21 @@ class PagePool:
 
     def match(self, keys: Sequence[bytes]) -> int:
         """Number of leading blocks that are cached here."""
-        return sum([count for _, count in self._find(tuple(keys))])
+        return sum([count for _, _, count in self._find(tuple(keys))])
 
     def allocate(self, seq: int, keys: Sequence[bytes], num_tokens: int) -> bool:
-        """Give a new sequence the cached blocks `keys` (all cached, see `match`, and the first of their chain) and pages up to
-        num_tokens.
+        """Give a new sequence the cached blocks `keys` (all cached, see `match`) and pages up to num_tokens.
 
         All or nothing: False changes nothing."""
         keys = tuple(keys)
         found = [*self._find(keys)]
-        reused_pages = sum([count for run, count in found if not run.num_holders]) * self.block_pages
+        reused_pages = sum([count for run, _, count in found if not run.num_holders]) * self.block_pages
         wanted = -(-num_tokens // self.page_tokens) - len(keys) * self.block_pages
         if wanted > self.num_free - reused_pages:
             return False
         pages: list[int] = []
-        for run, count in found:
-            held = run if count == len(run.keys) else self._split(run, count)
+        for run, first, count in found:
+            held = run if count == len(run.keys) else self._cut_out(run, first, count)
             self._unused.pop(held, None)
             held.num_holders += 1
             pages += held.pages
@@ -169,13 +168,15 @@ class PagePool:
         is_used[used] = True
         self._free.check_integrity(is_used)
 
-    def _find(self, keys: Keys) -> Iterator[tuple[_Run, int]]:
-        """The runs that the leading keys lie in, and how many in each."""
+    def _find(self, keys: Keys) -> Iterator[tuple[_Run, int, int]]:
+        """The runs that the leading keys lie in, from where (from the first block on, if keys are those of one chain), and how
+        many in each."""
         at = 0
         while at < len(keys) and (run := self._run_of.get(keys[at])) is not None:
-            theirs = run.keys[run.keys.index(keys[at]) :]
+            first = run.keys.index(keys[at])
+            theirs = run.keys[first:] if first else run.keys
             count = _num_equal(keys[at : at + len(theirs)], theirs)
-            yield run, count
+            yield run, first, count
             if count < len(theirs):
                 return
             at += count
@@ -188,8 +189,16 @@ class PagePool:
             yield run
             at += len(run.keys)
 
+    def _cut_out(self, run: _Run, first: int, count: int) -> _Run:
+        """A run of these blocks alone, which somebody is about to hold."""
+        if first:
+            before = self._split(run, first)
+            if not before.num_holders:
+                self._unused[before] = None
+        return run if count == len(run.keys) else self._split(run, count)
+
     def _split(self, run: _Run, count: int) -> _Run:
-        """A new run of its first blocks, which somebody is about to hold. The rest remains where it is in the order of use."""
+        """A new run of its first blocks. The rest remains where it is in the order of use."""
         num_pages = count * self.block_pages
         front = _Run(run.keys[:count], run.pages[:num_pages], run.num_holders)
         run.keys, run.pages = run.keys[count:], run.pages[num_pages:]

@@ -64,6 +64,19 @@ def test_a_chain_that_is_shared_in_part_is_let_go_of_in_parts() -> None:
     pages.check_integrity()
 
 
+def test_a_block_in_the_middle_of_a_chain_can_be_had_alone() -> None:
+    pages = pool()
+    fill(pages, 1, 1)
+    assert pages.allocate(2, [], 24)
+    pages.publish(2, 0, K[4:7])
+    pages.free(2)
+    assert pages.allocate(3, [K[0], K[5]], 16) and pages.pages(3) == [0, 1, 4, 5]
+    pages.check_integrity()
+    assert pages.match(K[4:7]) == 3 and pages.num_free == 8
+    pages.free(3)
+    pages.check_integrity()
+
+
 def test_blocks_behind_one_that_somebody_else_published_are_published() -> None:
     pages = pool()
     assert pages.allocate(1, [], 8) and pages.allocate(2, [], 24)
