@@ -324,6 +324,8 @@ class SimEngine:
                 self._finish(run)
 
     def _finish(self, run: _Run) -> None:
+        if run.num_steps == 1:
+            run.ends = [self._loop.now]  # it may have waited for a load
         new_steps = run.num_steps - run.num_passed
         self._note_passed(run, run.num_steps)
         if self._chance(self._config.fault):
