@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mooncake.core.deadlines import earliest
 from mooncake.core.messages import (
     CONDUCTOR,
     Abort,
@@ -34,6 +35,7 @@ from mooncake.engine.attempts import (
     AttemptTable,
     CloseSource,
     EngineProgress,
+    ListBlocks,
     LoadBlocks,
     OpenSource,
     PeerGone,
@@ -43,7 +45,6 @@ from mooncake.engine.attempts import (
     SourceOpened,
     TakeRole,
     Tick,
-    earliest,
     group_tokens,
 )
 from mooncake.engine.core import AheadEnded, Drawn, KvLoaded, SequenceFailed, SequenceReleased, SequenceStarted
@@ -57,7 +58,7 @@ MAX_AHEAD = 64
 """Loads ahead at once; as many prompts as a pool of prefill instances computes for one decode instance. More are dropped."""
 
 DecodeEvent = Received | PeerOpened | PeerGone | SourceOpened | EngineProgress | Tick
-DecodeCommand = Send | OpenSource | CloseSource | RunSequence | LoadBlocks | AbortSequence | TakeRole
+DecodeCommand = Send | OpenSource | CloseSource | RunSequence | LoadBlocks | AbortSequence | ListBlocks | TakeRole
 
 
 class _Decode(Attempt):
@@ -84,6 +85,7 @@ class DecodeCore:
         self._opening_tokens = 0
         self._num_opening = 0
         self._life = ServiceLife(info)
+        self._due: int | None = None
         self._out: list[DecodeCommand] = []
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Received: self._received,
@@ -106,18 +108,22 @@ class DecodeCore:
 
     def handle(self, event: DecodeEvent, now: int) -> list[DecodeCommand]:
         self._handlers[type(event)](event, now)
-        if self._table.any_expired(now):
-            for attempt in self._table.expired(now):
-                self._expire(attempt)
-        if self.reporter.due(now):
-            self._out += self.reporter.report(self._num_opening, self._opening_tokens)
+        if self._due is not None and self._due <= now:
+            self._pass_time(now)
         if self._life.next_role is not None and self.drained:
             self._out.append(TakeRole(self._life.leave()))
+        self._due = earliest(self._table.next_deadline(), self.reporter.deadline())
         out, self._out = self._out, []
         return out
 
     def deadline(self) -> int | None:
-        return earliest(self._table.next_deadline(), self.reporter.deadline())
+        return self._due
+
+    def _pass_time(self, now: int) -> None:
+        for attempt in self._table.expired(now):
+            self._expire(attempt)
+        if self.reporter.due(now):
+            self._out += self.reporter.report(self._num_opening, self._opening_tokens)
 
     @property
     def num_attempts(self) -> int:
@@ -180,7 +186,6 @@ class DecodeCore:
             else:
                 self._set_opening(attempt, True)
                 self._out.append(OpenSource(attempt.seq, job.source))
-            self.reporter.touch(now)
 
     def _load_ahead(self, message: LoadAhead, now: int) -> None:
         if len(self._ahead) < MAX_AHEAD and not self._life.draining:
@@ -246,7 +251,7 @@ class DecodeCore:
         self._out.append(RunSequence(attempt.seq, attempt.job, attempt.opened_tokens, one_token=attempt.job.joint))
 
     def _engine_progress(self, event: EngineProgress, now: int) -> None:
-        self.reporter.progress(event, now)
+        self._out += self.reporter.progress(event, now)
         tokens: list[TokenOutput] = []
         for output in event.outputs:
             if isinstance(output, AheadEnded):

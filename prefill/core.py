@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from mooncake.core.deadlines import earliest
 from mooncake.core.messages import (
     CONDUCTOR,
     Abort,
@@ -49,6 +50,7 @@ from mooncake.engine.attempts import (
     CloseSource,
     EngineProgress,
     KvStored,
+    ListBlocks,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -57,7 +59,6 @@ from mooncake.engine.attempts import (
     SourceOpened,
     TakeRole,
     Tick,
-    earliest,
     group_tokens,
 )
 from mooncake.engine.core import (
@@ -90,11 +91,13 @@ class ReserveKv(msgspec.Struct, frozen=True):
 
 
 class KvReserved(msgspec.Struct, frozen=True, tag=True):
-    """Not granted: there is no room now, or the node cannot be asked (not `reachable`)."""
+    """Not granted: there is no room now, or the node cannot be asked (not `reachable`). num_stored: leading objects that exist
+    already, and are leased; the engine does not write them."""
 
     seq: int
     granted: bool
     reachable: bool = True
+    num_stored: int = 0
 
 
 class CommitKv(msgspec.Struct, frozen=True):
@@ -125,7 +128,16 @@ PrefillEvent = (
     Received | PeerOpened | PeerGone | KvReserved | SourceOpened | KvCommitted | EngineProgress | KvStored | Tick
 )
 PrefillCommand = (
-    Send | ReserveKv | CommitKv | ReleaseKv | OpenSource | CloseSource | RunSequence | AbortSequence | TakeRole
+    Send
+    | ReserveKv
+    | CommitKv
+    | ReleaseKv
+    | OpenSource
+    | CloseSource
+    | RunSequence
+    | AbortSequence
+    | ListBlocks
+    | TakeRole
 )
 
 
@@ -173,8 +185,9 @@ class _Prefill(Attempt):
         self.target = target
         self.num_objects = len(target.block_keys) + bool(target.partial_key)
         self.num_committed = 0
+        """With those that existed before."""
         self.num_leading = 0
-        """Objects from the first on that are committed without a gap."""
+        """Of these, the objects from the first on without a gap."""
         self.committed: dict[int, int] = {}
         """Those behind a gap, from first to last."""
         self.told_tokens = 0
@@ -215,6 +228,7 @@ class PrefillCore:
         self._life = ServiceLife(info)
         self._let_go_at: int | None = None
         self._lets_go = False
+        self._due: int | None = None
         self._out: list[PrefillCommand] = []
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Received: self._received,
@@ -240,21 +254,28 @@ class PrefillCore:
 
     def handle(self, event: PrefillEvent, now: int) -> list[PrefillCommand]:
         self._handlers[type(event)](event, now)
-        if self._table.any_expired(now):
+        is_due = self._due is not None and self._due <= now
+        if is_due:
             for attempt in self._table.expired(now):
                 self._expire(attempt)
         if self._queue:
             self._start_next(now)
-        if self.reporter.due(now):
+        if is_due and self.reporter.due(now):
             self._out += self.reporter.report(len(self._queue), self._queued_tokens)
         if self._life.next_role is not None:
             self._leave_role(now)
+        self._due = self._find_due()
         out, self._out = self._out, []
         return out
 
     def deadline(self) -> int | None:
-        retry_at = self._retry_at if self._queue else None  # who was refused may be gone
-        return earliest(self._table.next_deadline(), retry_at, self._let_go_at, self.reporter.deadline())
+        return self._due
+
+    def _find_due(self) -> int | None:
+        due = earliest(self._table.next_deadline(), self.reporter.deadline())
+        if self._queue and self._retry_at is not None:  # else who was refused is gone
+            due = earliest(due, self._retry_at)
+        return due if self._let_go_at is None else earliest(due, self._let_go_at)
 
     @property
     def num_attempts(self) -> int:
@@ -310,7 +331,6 @@ class PrefillCore:
             attempt = _Prefill(self._table.new_seq(), job, now, self._target(job))
             self._table.add(attempt)
             self._enqueue(attempt)
-            self.reporter.touch(now)
 
     def _target(self, job: Job) -> KvSource:
         """The objects that the hand-over of the whole sequence consists of, at our own node."""
@@ -402,6 +422,7 @@ class PrefillCore:
         attempt = self._table.by_seq(event.seq)
         assert attempt is not None
         attempt.granted = event.granted
+        attempt.num_leading = attempt.num_committed = event.num_stored
         attempt.store_lost = not event.reachable
         if not event.granted and event.reachable and attempt.job.hand_over:
             self._retry_at = now + RETRY_RESERVE_NS
@@ -436,11 +457,15 @@ class PrefillCore:
         self._out.append(
             RunSequence(attempt.seq, attempt.job, attempt.opened_tokens, one_token=True, store=attempt.granted)
         )
+        source = attempt.job.source
+        if source is not None and source.num_tokens >= self._limits.part_tokens:
+            attempt.told_tokens = source.num_tokens  # by the dispatcher, with the placement
+        self._maybe_tell_part(attempt)
 
     # ------------------------------------------------------------------ engine and commits
 
     def _engine_progress(self, event: EngineProgress, now: int) -> None:
-        self.reporter.progress(event, now)
+        self._out += self.reporter.progress(event, now)
         tokens: list[TokenOutput] = []
         for output in event.outputs:
             attempt = self._table.by_seq(output.seq)

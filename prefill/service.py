@@ -87,7 +87,8 @@ class _StoreActions:
             reachable = False
         if writer is not None:
             self._shell.writers[command.seq] = writer
-        self._shell.driver.handle(KvReserved(command.seq, writer is not None, reachable))
+        num_stored = 0 if writer is None else writer.num_stored
+        self._shell.driver.handle(KvReserved(command.seq, writer is not None, reachable, num_stored))
 
     async def commit(self, command: CommitKv) -> None:
         ok = False

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from mooncake.core.deadlines import earliest
 from mooncake.core.messages import (
     AnyMessage,
     AttemptEnded,
@@ -138,13 +139,13 @@ class ConductorCore:
             return now
         due = index.expiries[0][0] if index.expiries else None
         if self.feeds.asked:
-            due = _earliest(due, self.feeds.deadline())
+            due = earliest(due, self.feeds.deadline())
         if self._lost:
-            due = _earliest(due, next(iter(self._lost.values())))
+            due = earliest(due, next(iter(self._lost.values())))
         if self._waiting:
-            due = _earliest(due, next(iter(self._waiting.values())).deadline_ns)
+            due = earliest(due, next(iter(self._waiting.values())).deadline_ns)
         if self.switching.due is not None:
-            due = _earliest(due, self.switching.due)
+            due = earliest(due, self.switching.due)
         return due
 
     def _pass_time(self, now: int) -> list[Send]:
@@ -351,7 +352,3 @@ class ConductorCore:
         assert self.index.width == len(self.view.names) == len(self.view.links.out_until)
         assert not self._waiting.keys() & self.books.bookings.keys(), "an attempt waits and is booked"
         assert len(self._waiting) <= self.config.num_waiting_max
-
-
-def _earliest(one: int | None, other: int | None) -> int | None:
-    return other if one is None else one if other is None else min(one, other)

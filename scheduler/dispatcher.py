@@ -29,6 +29,7 @@ from typing import Any
 
 import msgspec
 
+from mooncake.core.deadlines import earliest
 from mooncake.core.keys import block_keys
 from mooncake.core.messages import (
     CONDUCTOR,
@@ -371,7 +372,7 @@ class Dispatcher:
 
     def deadline(self) -> int | None:
         first = self._timers[0][0] if self._timers else None
-        return min((t for t in (first, self._repair_at) if t is not None), default=None)
+        return earliest(first, self._repair_at)
 
     @property
     def num_running(self) -> int:

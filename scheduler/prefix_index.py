@@ -344,7 +344,7 @@ class PrefixIndex:
     def _expire_oldest(self) -> None:
         expires_ns, _, slot, keys = heapq.heappop(self.expiries)
         predicted = self._predicted[slot]
-        if not predicted:
+        if predicted.keys().isdisjoint(keys):  # most often, as they were confirmed
             return
         gone = [key for key in keys if predicted.get(key, expires_ns + 1) <= expires_ns]
         for key in gone:

@@ -1,4 +1,4 @@
-"""What the directory has still to be told: keys gained and lost in one tier, net, under a sequence number."""
+"""What somebody has still to be told: keys gained and lost in one tier, net, under a sequence number."""
 
 from __future__ import annotations
 
@@ -15,8 +15,20 @@ class Changes:
         self.gained: list[Sequence[bytes]] = []
         self.lost: list[Sequence[bytes]] = []
 
+    def note(self, gained: Sequence[bytes], lost: Sequence[bytes]) -> None:
+        if gained:
+            self.gained.append(gained)
+        if lost:
+            self.lost.append(lost)
+
+    def forget(self) -> None:
+        """Somebody was told in another way."""
+        self.gained, self.lost = [], []
+
     def take(self) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
         """Keys gained and lost. What came and went again, or the other way round, is neither."""
+        if not self.gained and not self.lost:
+            return (), ()
         gained, lost = tuple(chain.from_iterable(self.gained)), tuple(chain.from_iterable(self.lost))
         self.gained, self.lost = [], []
         if gained and lost and not set(gained).isdisjoint(lost):

@@ -7,6 +7,7 @@ miss and a refusal are values, an error is an exception of `mooncake.core.errors
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import msgspec
 
@@ -32,6 +33,11 @@ class PutStatus(enum.IntEnum):
     CONFLICT = 4
     """Strict put of other contents than those committed, or than can be compared: they were committed without a
     checksum."""
+
+
+def num_existing(statuses: Sequence[PutStatus]) -> int:
+    """How many leading objects of a put that was granted exist already."""
+    return statuses.index(PutStatus.RESERVED) if PutStatus.RESERVED in statuses else len(statuses)
 
 
 class CommitStatus(enum.IntEnum):

@@ -52,6 +52,8 @@ class EngineProgress(msgspec.Struct, frozen=True, tag=True):
     """0: no step was run."""
     blocks_added: tuple[bytes, ...] = ()
     blocks_removed: tuple[bytes, ...] = ()
+    cached: tuple[bytes, ...] | None = None
+    """Keys of all cached blocks, when they were asked for (`ListBlocks`)."""
 
 
 class KvStored(msgspec.Struct, frozen=True, tag=True):
@@ -103,6 +105,10 @@ class LoadBlocks(msgspec.Struct, frozen=True):
 
 class AbortSequence(msgspec.Struct, frozen=True):
     seq: int
+
+
+class ListBlocks(msgspec.Struct, frozen=True):
+    """Have the engine tell which blocks it has cached."""
 
 
 class TakeRole(msgspec.Struct, frozen=True):
@@ -196,24 +202,12 @@ class AttemptTable(Generic[A]):
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def any_expired(self, now: int) -> bool:
-        """Whether it is worth asking `expired`."""
-        return bool(self._deadlines) and self._deadlines[0][0] <= now
-
     def expired(self, now: int) -> list[A]:
         """Attempts whose deadline has passed, each returned once."""
         out: list[A] = []
         while (first := self.next_deadline()) is not None and first <= now:
             out.append(self._by_seq[heapq.heappop(self._deadlines)[1]])
         return out
-
-
-def earliest(*times: int | None) -> int | None:
-    first = None
-    for time in times:
-        if time is not None and (first is None or time < first):
-            first = time
-    return first
 
 
 def group_tokens(instance: str, outputs: Iterable[TokenOutput]) -> list[Send]:

@@ -165,9 +165,10 @@ class KvReader(Protocol):
 
 
 class KvWriter(Protocol):
-    """Reserved objects of one sequence. Errors are `MooncakeError`s."""
+    """Reserved objects of one sequence. Errors are `MooncakeError`s. num_stored: leading ones that exist already."""
 
     num_tokens: int
+    num_stored: int
 
     def wants(self, index: int) -> bool:
         """False where the object exists already."""
@@ -192,6 +193,10 @@ class Engine(Protocol):
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:
         """Never blocks. Load these leading blocks of a sequence that will be submitted later, if there is room for them and
         those up to token `start` are still there. The reader is used until `AheadEnded`."""
+        ...
+
+    def list_blocks(self) -> None:
+        """Never blocks. Answered by an `EngineProgress` with the keys of all cached blocks."""
         ...
 
     def abort(self, seq: int) -> None:

@@ -186,14 +186,22 @@ class EngineCore:
         return None
 
     def submit(
-        self, seq: int, job: Job, *, source_tokens: int = 0, one_token: bool = False, store: bool = False
+        self,
+        seq: int,
+        job: Job,
+        *,
+        source_tokens: int = 0,
+        one_token: bool = False,
+        store: bool = False,
+        stored_tokens: int = 0,
     ) -> None:
         """Queue a sequence under a number of the caller's choice. source_tokens: how many leading tokens can be loaded.
         one_token: draw one token, or one for each choice of a joint job, and end (prefill role). store: pass all KV of the
-        known tokens to the sink."""
+        known tokens to the sink, but for the leading stored_tokens, which it has."""
         order = (-job.priority, self._num_submitted)
         self._num_submitted += 1
-        state = Sequence(seq, job, order, min(source_tokens, job.num_tokens - 1), one_token, store)
+        source_tokens = min(source_tokens, job.num_tokens - 1)
+        state = Sequence(seq, job, order, source_tokens, one_token, store, stored_tokens)
         self._seqs[seq] = state
         self._enqueue(state)
 
@@ -240,9 +248,7 @@ class EngineCore:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if nothing can be computed now. Not called again before `update`."""
-        room = self._admit() if self._waiting else True
-        if self._ahead.waiting:
-            self._start_ahead(room)
+        self._let_in()
         batch = self._batch
         joined = self._join() if self._others else []
         self._look_at_due()
@@ -266,11 +272,21 @@ class EngineCore:
             tuple([seq for seq in joined if seq in batch.members]),
         )
 
+    def holds(self, plan: StepPlan) -> bool:
+        """Between two steps of a run of the decode batch: let in who can come, and tell whether the plan stays as it is: nobody
+        has left the batch, and nobody else can compute."""
+        self._let_in()
+        return len(self._batch.members) == plan.num_decode and not any(map(self._can_compute, self._others.values()))
+
+    def pass_steps(self, num_steps: int) -> None:
+        """So many steps of the decode batch are done, in which nobody ended or failed. `update` has those that follow."""
+        self._batch.clock += num_steps
+        self.num_computed_tokens += num_steps * len(self._batch.members)
+
     def update(self, plan: StepPlan, result: StepResult) -> None:
         """Apply the outcome of a step or run: tokens drawn, ends reached, blocks computed."""
         self._stepping = False
-        self._batch.clock += result.num_steps
-        self.num_computed_tokens += result.num_steps * len(self._batch.members)
+        self.pass_steps(result.num_steps)
         for state in self._departed:
             state.in_step = False
             self._release_if_idle(state)
@@ -404,6 +420,11 @@ class EngineCore:
         self._waiting_tokens -= state.num_tokens - state.source_tokens
         self._waiting_context -= state.num_tokens
         return state
+
+    def _let_in(self) -> None:
+        room = self._admit() if self._waiting else True
+        if self._ahead.waiting:
+            self._start_ahead(room)
 
     def _admit(self) -> bool:
         """False: somebody goes on waiting, for want of pages or of a place in the batch."""
@@ -567,6 +588,10 @@ class EngineCore:
             sample = start + count == state.num_tokens
             items.append(StepItem(state.seq, start, count, self._pages(state), sample, start if loading else 0))
 
+    def _can_compute(self, state: Sequence) -> bool:
+        """Of those with pages that are not in the decode batch."""
+        return state.state is State.RUNNING or self._overlap
+
     def _chunk(self, start: int, end: int, budget: int) -> int:
         """How many tokens from `start` fit into the budget, so that all chunks but the last end on block boundaries."""
         if end - start <= budget:
@@ -585,6 +610,7 @@ class EngineCore:
         return state.page_array
 
     def _store(self, state: Sequence, start: int, end: int, behind: Behind) -> None:
+        start = max(start, state.stored_tokens)
         if state.wants_store and end > start:
             state.storing += 1
             self._outputs.append(StoreKv(state.seq, start, end, self._pages(state), behind))

@@ -12,8 +12,7 @@ import numpy as np
 
 
 class FreePages(Protocol):
-    @property
-    def num_free(self) -> int: ...
+    num_free: int
 
     def take(self, count: int, after: int | None) -> list[int]: ...
 
@@ -28,25 +27,25 @@ class AnyPages:
     """Where it does not matter: the latest freed page is the next one taken."""
 
     def __init__(self, num_pages: int) -> None:
+        self.num_free = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
 
     def take(self, count: int, after: int | None) -> list[int]:
         if not count:
             return []
+        self.num_free -= count
         taken = self._free[-count:]
         del self._free[-count:]
         taken.reverse()
         return taken
 
     def give(self, pages: Sequence[int]) -> None:
+        self.num_free += len(pages)
         self._free.extend(pages)
 
     def check_integrity(self, used: np.ndarray) -> None:
         assert sorted(self._free) == np.flatnonzero(~used).tolist(), "a page is free and used, or neither"
+        assert len(self._free) == self.num_free
 
 
 class PageRuns:

@@ -11,7 +11,7 @@ from mooncake.core.types import KvSource
 from mooncake.engine.base import KvLayout
 from mooncake.store.handles import LeasedObjects, Reservation
 from mooncake.store.operations import StoreOperations
-from mooncake.store.types import CommitStatus, PutStatus
+from mooncake.store.types import CommitStatus, PutStatus, num_existing
 
 
 class SourceReader:
@@ -53,6 +53,7 @@ class TargetWriter:
         self._client = client
         self._reservation = reservation
         self.num_tokens = target.num_tokens
+        self.num_stored = num_existing(reservation.statuses)
 
     def wants(self, index: int) -> bool:
         return self._reservation.statuses[index] is PutStatus.RESERVED

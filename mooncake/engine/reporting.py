@@ -1,7 +1,7 @@
 """What an instance tells the Conductor: who it is, its load, and which blocks its pages hold.
 
-Reports are numbered within the instance's epoch. A new connection starts with registration and a snapshot; the Conductor
-asks for another snapshot when it sees a gap.
+Reports are numbered within the instance's epoch. A new connection starts with registration. The Conductor then asks for a
+snapshot of the blocks, and again when it sees a gap; only the engine knows them all.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mooncake.core.messages import (
     StateChange,
 )
 from mooncake.core.types import NANOS_PER_MS, InstanceInfo, InstanceLoad, InstanceState, Tier
-from mooncake.engine.attempts import EngineProgress
+from mooncake.engine.attempts import EngineProgress, ListBlocks
 from mooncake.engine.core import EngineLoad
-from mooncake.engine.page_pool import note_changes
+from mooncake.store.reports import Changes
 
 REPORT_NS = 50 * NANOS_PER_MS
 """A change is told so much later, with all that came until then: a request changes an instance's load and blocks several times
-in a row. Placement bridges the time between with its own bookings and predictions."""
+in a row. Placement bridges the time between with its own bookings and predictions. That a job has come is no news to it."""
 
 
 class InstanceReporter:
-    """Sans-IO. Keeps a copy of the cached keys, so that a snapshot needs no answer from the engine thread."""
+    """Sans-IO."""
 
     def __init__(self, info: InstanceInfo) -> None:
         self.info = info
@@ -40,40 +40,34 @@ class InstanceReporter:
         self._load = EngineLoad(0, 0, 0, 0, info.num_pages)
         self._step_ns = 0
         self._load_seq = 0
-        self._cache_seq = 0
-        self._keys: dict[bytes, None] = {}
-        self._added: dict[bytes, None] = {}
-        self._removed: dict[bytes, None] = {}
-        """What the keys gained and lost since the last report, net."""
+        self._changes = Changes()
+        """Of the cached blocks, since the last report or snapshot."""
         self._report_at: int | None = None
         self._connected = False
 
     def opened(self, num_queued: int, queued_tokens: int) -> list[Send]:
         self._connected = True
-        return [_send(Register(self.info)), self._snapshot(), self._load_report(num_queued, queued_tokens)]
+        return [_send(Register(self.info)), self._load_report(num_queued, queued_tokens)]
 
     def closed(self) -> None:
         self._connected = False
+        self._changes.forget()  # the next connection gets a snapshot
 
-    def received(self, message: AnyMessage) -> list[Send]:
+    def received(self, message: AnyMessage) -> list[ListBlocks]:
         if isinstance(message, SnapshotRequest):
-            return [self._snapshot()]
+            return [ListBlocks()]
         if isinstance(message, Registered):
             self.refused = None if message.accepted else message.detail
         return []
 
-    def progress(self, event: EngineProgress, now: int) -> None:
+    def progress(self, event: EngineProgress, now: int) -> list[Send]:
         self._load = event.load
         if event.step_ns:
             self._step_ns = event.step_ns if not self._step_ns else (3 * self._step_ns + event.step_ns) // 4
-        if event.blocks_removed:
-            note_changes(event.blocks_removed, self._removed, self._added)
-            for key in event.blocks_removed:
-                self._keys.pop(key, None)
-        if event.blocks_added:
-            note_changes(event.blocks_added, self._added, self._removed)
-            self._keys.update(dict.fromkeys(event.blocks_added))
+        if self._connected:
+            self._changes.note(event.blocks_added, event.blocks_removed)
         self.touch(now)
+        return [] if event.cached is None else [self._snapshot(event.cached)]
 
     def touch(self, now: int) -> None:
         """The load changed: a report is due."""
@@ -94,13 +88,10 @@ class InstanceReporter:
     def report(self, num_queued: int, queued_tokens: int) -> list[Send]:
         """num_queued, queued_tokens: what waits in the core, before the engine."""
         load = self._load_report(num_queued, queued_tokens)
-        if not self._added and not self._removed:
+        added, removed = self._changes.take()
+        if not added and not removed:
             return [load]
-        self._cache_seq += 1
-        added, removed = tuple(self._added), tuple(self._removed)
-        self._added.clear()
-        self._removed.clear()
-        return [_send(CacheDelta(self.info.name, self.info.epoch, self._cache_seq, Tier.HBM, added, removed)), load]
+        return [_send(CacheDelta(self.info.name, self.info.epoch, self._changes.seq, Tier.HBM, added, removed)), load]
 
     def _load_report(self, num_queued: int, queued_tokens: int) -> Send:
         self._load_seq += 1
@@ -123,11 +114,10 @@ class InstanceReporter:
             )
         )
 
-    def _snapshot(self) -> Send:
-        """Contains what was not reported yet."""
-        self._added.clear()
-        self._removed.clear()
-        return _send(CacheSnapshot(self.info.name, self.info.epoch, self._cache_seq, Tier.HBM, tuple(self._keys)))
+    def _snapshot(self, keys: tuple[bytes, ...]) -> Send:
+        """keys: all that are cached; it contains what was not reported yet."""
+        self._changes.forget()
+        return _send(CacheSnapshot(self.info.name, self.info.epoch, self._changes.seq, Tier.HBM, keys))
 
 
 def _send(message: AnyMessage) -> Send:

@@ -34,21 +34,24 @@ class State(enum.IntEnum):
 
 class Sequence:
     """num_tokens: known tokens; of a member of the decode batch, ask the batch. told: position of the first token that was not
-    passed on yet. due: the clock at which the batch wants to look at it."""
+    passed on yet. due: the clock at which the batch wants to look at it. stored_tokens: leading ones that the sink has."""
 
     __slots__ = (
         "cached_tokens", "computed", "due", "in_step", "job", "keys", "loading", "loading_keys", "num_published", "num_tokens",
-        "offset", "one_token", "order", "page_array", "seq", "source_tokens", "started", "state", "storing", "told",
-        "told_cached", "wants_store",
+        "offset", "one_token", "order", "page_array", "seq", "source_tokens", "started", "state", "stored_tokens", "storing",
+        "told", "told_cached", "wants_store",
     )  # fmt: skip
 
-    def __init__(self, seq: int, job: Job, order: Order, source_tokens: int, one_token: bool, store: bool) -> None:
+    def __init__(
+        self, seq: int, job: Job, order: Order, source_tokens: int, one_token: bool, store: bool, stored_tokens: int
+    ) -> None:
         self.seq = seq
         self.job = job
         self.order = order
         self.source_tokens = source_tokens
         self.one_token = one_token
         self.wants_store = store
+        self.stored_tokens = stored_tokens
         self.keys = job.block_keys
         self.num_tokens = self.told = job.num_tokens
         self.state = State.WAITING

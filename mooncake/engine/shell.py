@@ -17,6 +17,7 @@ from mooncake.core.types import KvSource
 from mooncake.engine.attempts import (
     AbortSequence,
     CloseSource,
+    ListBlocks,
     LoadBlocks,
     OpenSource,
     PeerGone,
@@ -58,6 +59,7 @@ class InstanceShell:
             CloseSource: lambda command: self.spawn(self._close_source(command.seq)),
             RunSequence: self._run_sequence,
             LoadBlocks: self._load_blocks,
+            ListBlocks: lambda command: self.engine.list_blocks(),
             AbortSequence: lambda command: self.engine.abort(command.seq),
         }
 

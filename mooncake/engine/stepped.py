@@ -75,6 +75,9 @@ class SteppedEngine:
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:
         self._inbox.put(lambda: self._load_ahead(seq, block_keys, start, reader))
 
+    def list_blocks(self) -> None:
+        self._inbox.put(self._list_blocks)
+
     def abort(self, seq: int) -> None:
         self._inbox.put(lambda: self._abort(seq))
         self._drop_load(seq)  # a step may be waiting for it
@@ -99,12 +102,22 @@ class SteppedEngine:
             self._readers[seq] = reader
         if writer is not None:
             self._writers[seq] = writer
-        source_tokens = 0 if reader is None else reader.num_tokens
-        self.core.submit(seq, job, source_tokens=source_tokens, one_token=one_token, store=writer is not None)
+        self.core.submit(
+            seq,
+            job,
+            source_tokens=0 if reader is None else reader.num_tokens,
+            one_token=one_token,
+            store=writer is not None,
+            stored_tokens=0 if writer is None else writer.num_stored * self.core.limits.block_tokens,
+        )
 
     def _load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:
         self._readers[seq] = reader
         self.core.load_ahead(seq, block_keys, start)
+
+    def _list_blocks(self) -> None:
+        added, removed = self.core.pool.drain_changes()
+        self._on_progress(EngineProgress((), self.core.load, 0, added, removed, self.core.pool.cached_keys()))
 
     def _abort(self, seq: int) -> None:
         self.core.abort(seq)

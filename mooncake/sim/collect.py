@@ -182,7 +182,7 @@ class Collector:
         self.num_retries += max(0, record.num_attempts - 1)
         self.num_wasted += not record.completed and _stage(record, Stage.PREFILL_START) is not None
         self.outcomes[record.outcome] += 1
-        gaps = np.diff(times)
+        gaps = times[1:] - times[:-1]
         measured = _measure(record, times, gaps)
         effective = record.completed and _meets(self._slo, measured)
         self._append(record, times, measured, effective)
@@ -258,7 +258,8 @@ def _measure(record: RequestRecord, times: np.ndarray, gaps: np.ndarray) -> Meas
     network = record.choices[0].first_way
     if number == 1:
         return Measured(first - arrival, network, latency=last - arrival)
-    in_order = np.sort(gaps)
+    in_order = gaps.copy()
+    in_order.sort()
     tbt, itl = _tbt(in_order), (last - first) / (number - 1)
     if not record.prefill or record.prefill == record.decode:
         return Measured(first - arrival, network, tbt, itl, last - arrival, NONE, tbt)
@@ -270,15 +271,21 @@ def _measure(record: RequestRecord, times: np.ndarray, gaps: np.ndarray) -> Meas
 def _tbt(in_order: np.ndarray) -> float:
     """Of at least one gap, the shortest first."""
     num_longest = math.ceil(TBT_SHARE * len(in_order))
-    return int(in_order[-num_longest:].sum()) / num_longest
+    return _sum(in_order[-num_longest:]) / num_longest
 
 
 def _tbt_without(in_order: np.ndarray, gap: int) -> float:
     """Of at least two, if one of that length is left out."""
     num_longest = math.ceil(TBT_SHARE * (len(in_order) - 1))
     if gap < in_order[-num_longest]:
-        return int(in_order[-num_longest:].sum()) / num_longest
-    return (int(in_order[-num_longest - 1 :].sum()) - gap) / num_longest
+        return _sum(in_order[-num_longest:]) / num_longest
+    return (_sum(in_order[-num_longest - 1 :]) - gap) / num_longest
+
+
+def _sum(few: np.ndarray) -> int:
+    """Of few numbers numpy takes longer."""
+    numbers: list[int] = few.tolist()
+    return sum(numbers)
 
 
 def _meets(slo: Slo, measured: Measured) -> bool:

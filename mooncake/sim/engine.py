@@ -3,8 +3,9 @@
 It goes round as the live engine thread does (`mooncake.engine.stepped`): take all calls, plan, copy, compute, apply,
 tell. Two things differ, and neither changes what happens when:
 
-* When a plan holds for several steps, they are run as one event; a call that comes meanwhile ends the run at the end of the
-  step that it falls into, where the live thread would have taken it. So every token's time is that of one step at a time.
+* When a plan holds for several steps, they are run as one event. A run stops between two steps where the live thread would
+  take a call, at the end of the step that it falls into, or tell what came up before. It goes on if the plan still holds. So
+  every token's time is that of one step at a time.
 * Of a sequence that decodes, tokens are told when it has its first, when it ends or leaves the batch, and when somebody is
   about to miss them (`flush`), with the time of each; nobody decides anything by those in between.
 """
@@ -27,7 +28,6 @@ from mooncake.engine.core import (
     Behind,
     Drawn,
     EngineCore,
-    EngineOutput,
     LeftBatch,
     LoadKv,
     SequenceReleased,
@@ -72,9 +72,13 @@ class EngineConfig(msgspec.Struct, frozen=True):
 
 
 class _Run:
-    """Steps under way. `ends`: when each of them is computed. `waits`: loads that the step cannot end without."""
+    """Steps under way. `ends`: when each of them is computed; num_passed: how many the engine core knows of; num_steps: after
+    how many it stops next. `waits`: loads that the step cannot end without. outputs and the tokens of those who joined are told
+    when it stops."""
 
-    __slots__ = ("ends", "failed", "num_steps", "outputs", "plan", "started", "stores", "times", "waits")
+    __slots__ = (
+        "ends", "failed", "joined", "num_passed", "num_steps", "outputs", "plan", "started", "stores", "times", "waits",
+    )  # fmt: skip
 
     def __init__(self, plan: StepPlan, started: int, times: RunTimes, outputs: list[ServiceOutput]) -> None:
         self.plan = plan
@@ -82,10 +86,18 @@ class _Run:
         self.times = times
         self.ends = times.ends
         self.num_steps = len(times.ends)
+        self.num_passed = 0
         self.outputs = outputs
+        self.joined = plan.joined
         self.waits: dict[int, None] = {}
         self.failed: dict[int, None] = {}
         self.stores: list[tuple[int, Done]] = []
+
+    @property
+    def last_step_ns(self) -> int:
+        """Of those that have passed; at least 1."""
+        before = self.ends[self.num_passed - 2] if self.num_passed > 1 else self.started
+        return max(1, self.ends[self.num_passed - 1] - before)
 
 
 class _Member:
@@ -141,12 +153,17 @@ class SimEngine:
 
     # ------------------------------------------------------------------ calls
 
-    def submit(self, seq: int, job: Job, *, source_tokens: int, one_token: bool, store: bool) -> None:
+    def submit(
+        self, seq: int, job: Job, *, source_tokens: int, one_token: bool, store: bool, stored_tokens: int
+    ) -> None:
         self._jobs[seq] = job
-        self._call(self._submit, seq, job, source_tokens, one_token, store)
+        self._call(self._submit, seq, job, source_tokens, one_token, store, stored_tokens)
 
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int) -> None:
         self._call(self.core.load_ahead, seq, block_keys, start)
+
+    def list_blocks(self) -> None:
+        self._call(self._list_blocks)
 
     def abort(self, seq: int) -> None:
         self._call(self.core.abort, seq)
@@ -172,14 +189,17 @@ class SimEngine:
         run = self._run
         if run is None or not self._members:
             return
-        kept_back, self._times = self._times, {}  # of tokens that are told when the step ends
+        kept_back, self._times = self._times, {}  # of tokens that are told when the run stops
         # The last step of the run may end sequences; that is told when it ends.
-        num_done = min(bisect_right(run.ends, self._loop.now, 0, run.num_steps), run.num_steps - 1)
-        done = array("q", run.ends[:num_done])
+        self._pass(run, min(bisect_right(run.ends, self._loop.now, 0, run.num_steps), run.num_steps - 1))
         for seq, member in self._members.items():
-            self._tell_member(seq, member, len(self._step_ends) + num_done, self._step_ends + done)
-        self._report(self._perform(self.core.take_outputs(), []), 0)
+            self._tell_member(seq, member, len(self._step_ends))
+        self._report(self._perform([]), 0)
         self._times = kept_back
+
+    def _list_blocks(self) -> None:
+        added, removed = self.core.pool.drain_changes()
+        self._tell(EngineProgress((), self.core.load, 0, added, removed, self.core.pool.cached_keys()), {})
 
     def _replace_core(self, core: EngineCore, on_replaced: Call) -> None:
         assert self.core.idle and not self._members
@@ -188,15 +208,18 @@ class SimEngine:
         self._ends.clear()  # the new core numbers its sequences from the beginning
         on_replaced()
 
-    def _submit(self, seq: int, job: Job, source_tokens: int, one_token: bool, store: bool) -> None:
-        self.core.submit(seq, job, source_tokens=source_tokens, one_token=one_token, store=store)
+    def _submit(self, seq: int, job: Job, source_tokens: int, one_token: bool, store: bool, stored_tokens: int) -> None:
+        self.core.submit(
+            seq, job, source_tokens=source_tokens, one_token=one_token, store=store, stored_tokens=stored_tokens
+        )
 
     def _call(self, call: Call, *arguments: Any) -> None:
         self._inbox.append((call, arguments))
-        if self._run is None:
+        run = self._run
+        if run is None:
             self._wake()
         else:
-            self._cut(self._run)
+            self._stop_after(run, max(bisect_left(run.ends, self._loop.now), run.num_passed) + 1)
 
     def _wake(self) -> None:
         if not self._woken:
@@ -212,25 +235,29 @@ class SimEngine:
     def _go_round(self) -> None:
         if not self.alive or self._run is not None:
             return
-        calls, self._inbox = self._inbox, []
-        for call, arguments in calls:
-            call(*arguments)
+        self._take_calls()
         plan = self.core.schedule()
         during: list[StoreKv] = []
-        outputs = self._perform(self.core.take_outputs(), during)
+        outputs = self._perform(during)
         if plan is None:
             self._report(outputs, 0)
             return
         for seq in plan.joined:
             self._join(seq)
-        now = self._loop.now
-        run = self._run = _Run(plan, now, self._run_times(plan, 1 if outputs else plan.horizon), outputs)
+        run = self._run = _Run(plan, self._loop.now, self._run_times(plan), outputs)
         for item in plan.items:
             if item.num_loading:
                 self._wait_for_load(run, item.seq)
         for command in during:
             run.stores.append((command.seq, self._store_behind(command)))
         self._loop.at(run.ends[-1], self._end, run, run.num_steps)
+        if outputs or run.joined:
+            self._stop_after(run, 1)
+
+    def _take_calls(self) -> None:
+        calls, self._inbox = self._inbox, []
+        for call, arguments in calls:
+            call(*arguments)
 
     def _join(self, seq: int) -> None:
         job, num_tokens, clock = self._jobs[seq], self.core.num_tokens(seq), len(self._step_ends)
@@ -238,11 +265,11 @@ class SimEngine:
         self._members[seq] = _Member(job, num_tokens, num_tokens - clock, clock + left)
         heapq.heappush(self._ends, (clock + left, seq))
 
-    def _run_times(self, plan: StepPlan, num_steps_max: int) -> RunTimes:
-        """Nobody draws its first token, or its last, before the last step of a run."""
+    def _run_times(self, plan: StepPlan) -> RunTimes:
+        """Nobody draws its last token before the last step of a run."""
         now, steps = self._loop.now, 1
-        if num_steps_max > 1 and not plan.joined and not self._config.one_step:
-            steps = min(num_steps_max, self._next_end() - len(self._step_ends), NUM_STEPS_MAX)
+        if plan.horizon > 1 and not self._config.one_step:
+            steps = min(plan.horizon, self._next_end() - len(self._step_ends), NUM_STEPS_MAX)
         if steps == 1:
             return self._step_times.one(now, plan.items, plan.num_decode, plan.num_context)
         return self._step_times.many(now, plan.num_decode, plan.num_context, steps)
@@ -256,38 +283,67 @@ class SimEngine:
                 return end
             heapq.heappop(ends)
 
-    def _cut(self, run: _Run) -> None:
-        """A call came: the run ends with the step that is being computed."""
-        if run.num_steps > 1:
-            steps = bisect_left(run.ends, self._loop.now, 0, run.num_steps) + 1
-            if steps < run.num_steps:
-                run.num_steps = steps
-                self._loop.at(int(run.ends[steps - 1]), self._end, run, steps)
+    def _stop_after(self, run: _Run, num_steps: int) -> None:
+        if num_steps < run.num_steps:
+            run.num_steps = num_steps
+            self._loop.at(run.ends[num_steps - 1], self._end, run, num_steps)
 
-    def _end(self, run: _Run, steps: int) -> None:
-        if self.alive and self._run is run and run.num_steps == steps and not run.waits:
-            self._finish(run)
+    def _stop(self, run: _Run) -> None:
+        """Between two steps, tell what has come up, take calls, and go on with the run if they leave its batch as it is."""
+        self._pass(run, run.num_steps)
+        for seq in run.joined:
+            self._tell_member(seq, self._members[seq], len(self._step_ends))
+        outputs = run.outputs + self._perform([])
+        run.outputs, run.joined = [], ()
+        self._report(outputs, run.last_step_ns)
+        self._take_calls()
+        if not self.core.holds(run.plan):
+            self._close(run, StepResult((), num_steps=0))
+            self._go_round()
+            return
+        run.num_steps = len(run.ends)
+        run.outputs = self._perform([])
+        if run.outputs or self._inbox:
+            self._stop_after(run, run.num_passed + 1)
+
+    def _pass(self, run: _Run, num_steps: int) -> None:
+        """So many steps of the run are done, and it goes on."""
+        if num_steps > run.num_passed:
+            self.core.pass_steps(num_steps - run.num_passed)
+            self._note_passed(run, num_steps)
+
+    def _note_passed(self, run: _Run, num_steps: int) -> None:
+        self._step_ends.extend(run.ends[run.num_passed : num_steps])
+        run.num_passed = num_steps
+
+    def _end(self, run: _Run, num_steps: int) -> None:
+        if self.alive and self._run is run and run.num_steps == num_steps and not run.waits:
+            if num_steps < len(run.ends):
+                self._stop(run)
+            else:
+                self._finish(run)
 
     def _finish(self, run: _Run) -> None:
-        self._run = None
-        plan, steps, now = run.plan, run.num_steps, self._loop.now
-        self._step_times.ended(run.times, steps)
-        self.busy_ns += now - run.started
-        if steps == 1:
-            self._step_ends.append(now)
-        else:
-            self._step_ends.extend(run.ends[:steps])
+        if run.num_steps == 1:
+            run.ends = [self._loop.now]  # it may have waited for a load
+        new_steps = run.num_steps - run.num_passed
+        self._note_passed(run, run.num_steps)
         if self._chance(self._config.fault):
             self._fail_one(run)
-        tokens = tuple([self._draw(item) if item.sample else () for item in plan.items])
+        tokens = tuple([self._draw(item) if item.sample else () for item in run.plan.items])
         told = self._told_now(run) if self._members else ()
-        result = StepResult(tokens, failed=tuple(run.failed), num_steps=steps, told=told)
-        self.core.update(plan, result)
+        self._close(run, StepResult(tokens, failed=tuple(run.failed), num_steps=new_steps, told=told))
         for seq, end_store in run.stores:
             end_store(seq not in run.failed)
-        outputs = run.outputs + self._perform(self.core.take_outputs(), [])
-        self._report(outputs, (now - run.started) // steps or 1)
+        outputs = run.outputs + self._perform([])
+        self._report(outputs, run.last_step_ns)
         self._go_round()
+
+    def _close(self, run: _Run, result: StepResult) -> None:
+        self._run = None
+        self._step_times.ended(run.times, run.num_passed)
+        self.busy_ns += self._loop.now - run.started
+        self.core.update(run.plan, result)
 
     def _fail_one(self, run: _Run) -> None:
         """The last step could not compute one sequence; what it drew before is good."""
@@ -297,7 +353,7 @@ class SimEngine:
             run.failed[seq] = None
         member = self._members.get(seq) if seq is not None else None
         if seq is not None and member is not None:
-            self._tell_member(seq, member, len(self._step_ends) - 1, self._step_ends)
+            self._tell_member(seq, member, len(self._step_ends) - 1)
 
     # ------------------------------------------------------------------ tokens
 
@@ -319,34 +375,34 @@ class SimEngine:
         if self._config.one_step:
             due = list(self._members)
         else:
-            due = [seq for seq in (*run.plan.joined, *run.failed) if seq in self._members]
+            due = [seq for seq in (*run.joined, *run.failed) if seq in self._members]
             while self._ends and self._ends[0][0] <= clock:
                 end, seq = heapq.heappop(self._ends)
                 member = self._members.get(seq)
                 if member is not None and member.end == end:
                     due.append(seq)
-        return tuple(
-            [(seq, self._take_tokens(self._members[seq], clock, self._step_ends)) for seq in dict.fromkeys(due)]
-        )
+        return tuple([(seq, self._take_tokens(self._members[seq], clock)) for seq in dict.fromkeys(due)])
 
-    def _take_tokens(self, member: _Member, clock: int, step_ends: Times) -> tuple[int, ...]:
+    def _take_tokens(self, member: _Member, clock: int) -> tuple[int, ...]:
         """All that were drawn by then and not told."""
         first, last = member.told, member.offset + clock
         member.told = last
         key = member.job.key
-        self._times[key.request, key.choice] = step_ends[first - member.offset : last - member.offset]
+        self._times[key.request, key.choice] = self._step_ends[first - member.offset : last - member.offset]
         return self._oracle.tokens(member.job, key.choice, first, last)
 
-    def _tell_member(self, seq: int, member: _Member, clock: int, step_ends: Times) -> None:
-        tokens = self._take_tokens(member, clock, step_ends)
+    def _tell_member(self, seq: int, member: _Member, clock: int) -> None:
+        tokens = self._take_tokens(member, clock)
         if tokens:
             self.core.tell(seq, tokens)
 
     # ------------------------------------------------------------------ copies
 
-    def _perform(self, outputs: list[EngineOutput], during: list[StoreKv]) -> list[ServiceOutput]:
+    def _perform(self, during: list[StoreKv]) -> list[ServiceOutput]:
+        """What the core has put out: begin the copies; give what is the service's business. during: gets the stores that follow
+        the next step."""
         rest: list[ServiceOutput] = []
-        for output in outputs:
+        for output in self.core.take_outputs():
             if isinstance(output, LoadKv):
                 self._start_load(output)
             elif isinstance(output, StoreKv):
@@ -358,7 +414,7 @@ class SimEngine:
                     self._copies.store(output, self._stored(output))
             elif isinstance(output, LeftBatch):
                 self._leave(output)
-                rest += self._perform(self.core.take_outputs(), during)
+                rest += self._perform(during)
             else:
                 rest.append(output)
                 if isinstance(output, SequenceReleased):
@@ -372,7 +428,7 @@ class SimEngine:
     def _leave(self, command: LeftBatch) -> None:
         member = self._members.pop(command.seq, None)
         if member is not None:  # else it had come with the same plan
-            self._tell_member(command.seq, member, command.num_tokens - member.offset, self._step_ends)
+            self._tell_member(command.seq, member, command.num_tokens - member.offset)
 
     def _forget(self, seq: int) -> None:
         del self._jobs[seq]

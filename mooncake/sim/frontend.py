@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -61,28 +62,28 @@ class SimRequest(msgspec.Struct, frozen=True):
 
 
 class ChoiceRecord:
-    """finish: stop or length, "" until then. Times are kept as they came, a piece each time, and are put together when asked
-    for."""
+    """finish: stop or length, "" until then. Tokens and times are kept as they came, a piece each time, and are put together
+    when asked for."""
 
     __slots__ = ("_pieces", "_tokens", "finish")
 
     def __init__(self) -> None:
         self.finish = ""
-        self._tokens = array("I")
+        self._tokens: list[tuple[int, ...]] = []
         self._pieces: list[tuple[Times, int]] = []
 
     def add(self, tokens: tuple[int, ...], computed: Times, now: int) -> None:
         """Tokens that reach the client now. Each of them is taken to have had the way that the last one had."""
-        self._tokens.extend(tokens)
+        self._tokens.append(tokens)
         self._pieces.append((computed, now - computed[-1]))
 
     @property
     def tokens(self) -> list[int]:
-        return self._tokens.tolist()
+        return [*chain.from_iterable(self._tokens)]
 
     @property
     def num_tokens(self) -> int:
-        return len(self._tokens)
+        return sum([len(piece) for piece, _ in self._pieces])
 
     @property
     def times(self) -> list[int]:
@@ -95,8 +96,15 @@ class ChoiceRecord:
 
     def time_array(self) -> np.ndarray:
         """`times`, as nanoseconds in an array."""
-        pieces = [np.frombuffer(piece, dtype=np.int64) + way for piece, way in self._pieces]
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+        computed: Times = array("q")
+        for piece, _ in self._pieces:
+            computed += piece
+        times = np.array(computed)
+        first = 0
+        for piece, way in self._pieces:
+            times[first : first + len(piece)] += way
+            first += len(piece)
+        return times
 
     @property
     def first_way(self) -> int:

@@ -19,6 +19,7 @@ from mooncake.engine.attempts import (
     CloseSource,
     EngineProgress,
     KvStored,
+    ListBlocks,
     LoadBlocks,
     OpenSource,
     PeerGone,
@@ -96,6 +97,7 @@ class SimInstance:
             CloseSource: lambda command: self._sources.pop(command.seq).close(),
             RunSequence: self._run_sequence,
             LoadBlocks: lambda command: self.engine.load_ahead(command.seq, command.block_keys, command.start),
+            ListBlocks: lambda command: self.engine.list_blocks(),
             AbortSequence: lambda command: self.engine.abort(command.seq),
             ReserveKv: self._reserve,
             CommitKv: self._commit,
@@ -210,7 +212,8 @@ class SimInstance:
         def reserved(granted: bool) -> None:
             if granted:
                 self._targets[command.seq] = target
-            self.runner.handle(KvReserved(command.seq, granted, reachable=not client.lost))
+            num_stored = target.num_stored if granted else 0
+            self.runner.handle(KvReserved(command.seq, granted, not client.lost, num_stored))
 
         target = SimTarget(client, command.target, reserved)
 
@@ -221,12 +224,14 @@ class SimInstance:
         self._targets[command.seq].commit(command.first, command.last, committed)
 
     def _run_sequence(self, command: RunSequence) -> None:
+        limits = self._config.limits
         self.engine.submit(
             command.seq,
             command.job,
             source_tokens=command.source_tokens,
             one_token=command.one_token,
             store=command.store,
+            stored_tokens=self._targets[command.seq].num_stored * limits.block_tokens if command.store else 0,
         )
 
     # ------------------------------------------------------------------ the engine's copies

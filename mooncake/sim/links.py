@@ -34,4 +34,7 @@ class Link:
 
 def transfer(path: Sequence[Link], num_bytes: int, now: int) -> int:
     """When the last byte has passed the last link; the slowest or busiest link decides."""
-    return max((link.occupy(num_bytes, now) for link in path), default=now)
+    arrives = now
+    for link in path:
+        arrives = max(arrives, link.occupy(num_bytes, now))
+    return arrives

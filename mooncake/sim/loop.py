@@ -5,9 +5,9 @@ Calls at the same time run in the order in which they were asked for; so a run i
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any, Protocol
 
 Call = Callable[..., None]
@@ -24,11 +24,11 @@ class Loop:
     def at(self, time: int, call: Call, *arguments: Any) -> None:
         """A time that has passed means now."""
         self._sequence += 1
-        heapq.heappush(self._heap, (max(time, self.now), self._sequence, call, arguments))
+        heappush(self._heap, (max(time, self.now), self._sequence, call, arguments))
 
     def after(self, delay: int, call: Call, *arguments: Any) -> None:
         self._sequence += 1
-        heapq.heappush(self._heap, (self.now + delay, self._sequence, call, arguments))
+        heappush(self._heap, (self.now + delay, self._sequence, call, arguments))
 
     def stop(self) -> None:
         """`run` returns after the present event."""
@@ -37,10 +37,10 @@ class Loop:
     def run(self, until: int) -> None:
         """All events up to and at `until`, or until one calls `stop`. Time then stands at the last event, or at `until` if
         there are no more before it."""
-        heap, pop = self._heap, heapq.heappop
+        heap = self._heap
         self._stopped = False
         while heap and heap[0][0] <= until:
-            self.now, _, call, arguments = pop(heap)
+            self.now, _, call, arguments = heappop(heap)
             self.num_events += 1
             call(*arguments)
             if self._stopped:
@@ -62,7 +62,8 @@ class CoreRunner:
     """What `mooncake.rpc.driver.CoreDriver` is to live cores. actions: by type of command; they may call `handle` again, which
     waits its turn.
 
-    Wake-ups are lazy: the heap has one at or before the core's deadline, and an early one only looks again."""
+    Wake-ups are lazy: the heap has one at or before the core's deadline, and an early one only looks again. A new one is made
+    only if it is to come before all others."""
 
     def __init__(
         self,
@@ -82,7 +83,8 @@ class CoreRunner:
         self._observe = observe
         self._events: deque[Any] = deque()
         self._handling = False
-        self._wake_at: int | None = None
+        self._wakes: list[int] = []
+        """When those in the heap come, the next one last."""
 
     def handle(self, event: Any) -> None:
         if self._handling:
@@ -102,8 +104,8 @@ class CoreRunner:
                 break
             event = events.popleft()
         self._handling = False
-        deadline = core.deadline()
-        if deadline is not None and (self._wake_at is None or deadline < self._wake_at):
+        deadline, wakes = core.deadline(), self._wakes
+        if deadline is not None and (not wakes or deadline < wakes[-1]):
             self._arm(deadline)
 
     def stop(self) -> None:
@@ -112,17 +114,16 @@ class CoreRunner:
         self._events.clear()
 
     def _arm(self, deadline: int) -> None:
-        self._wake_at = deadline
-        self._loop.at(deadline, self._wake, deadline)
+        self._wakes.append(deadline)
+        self._loop.at(deadline, self._wake)
 
-    def _wake(self, time: int) -> None:
-        if not self.alive or self._wake_at != time:
-            return
-        self._wake_at = None
+    def _wake(self) -> None:
+        wakes = self._wakes
+        wakes.pop()
         deadline = self.core.deadline()
-        if deadline is None:
+        if not self.alive or deadline is None:
             return
         if deadline <= self._loop.now:
             self.handle(self._tick)
-        else:
+        elif not wakes or deadline < wakes[-1]:
             self._arm(deadline)

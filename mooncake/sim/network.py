@@ -40,9 +40,6 @@ class NetworkConfig(msgspec.Struct, frozen=True):
     redial_ns: int = 200 * NANOS_PER_MS
 
 
-_EMPTY: tuple[int, list[Any]] = (-1, [])
-
-
 class Peer(Protocol):
     """A process, as the network sees it."""
 
@@ -54,18 +51,30 @@ class Peer(Protocol):
 
 
 class _Stream:
-    """`ends`: the names, dialling end first. An end that is not in `hears` gets nothing through this stream any more.
-    envelope: by sender, the last messages on their way, and when they were sent: what follows at once goes with them."""
+    """`ends`: the names, dialling end first. An end that is not in `hears` gets nothing through this stream any more."""
 
-    __slots__ = ("ends", "envelope", "hears", "last_at", "pending")
+    __slots__ = ("ends", "hears", "last_at", "pending")
 
     def __init__(self, dialler: str, acceptor: str) -> None:
         self.ends = (dialler, acceptor)
         self.hears: dict[str, None] = {}
-        self.envelope: dict[str, tuple[int, list[Any]]] = {dialler: _EMPTY, acceptor: _EMPTY}
         self.pending = True
         self.last_at = {dialler: 0, acceptor: 0}
         """By receiver: when the last message so far arrives; the next one comes no sooner."""
+
+
+class _Way:
+    """From one end of a stream to the other. messages: the last ones on their way, sent at sent_at: what follows at once goes
+    with them."""
+
+    __slots__ = ("messages", "receiver", "sender", "sent_at", "stream")
+
+    def __init__(self, stream: _Stream, sender: str, receiver: str) -> None:
+        self.stream = stream
+        self.sender = sender
+        self.receiver = receiver
+        self.sent_at = -1
+        self.messages: list[Any] = []
 
 
 def _pair(one: str, other: str) -> tuple[str, str]:
@@ -83,8 +92,8 @@ class Network:
         self._dials: dict[tuple[str, str], None] = {}
         """(dialler, acceptor) pairs that are wanted."""
         self._streams: dict[tuple[str, str], _Stream] = {}
-        self._ways: dict[tuple[str, str], _Stream] = {}
-        """By (sender, receiver), the stream that the sender holds to be open."""
+        self._ways: dict[tuple[str, str], _Way] = {}
+        """By (sender, receiver), as long as the sender holds the stream to be open."""
         self._is_plain = not (config.jitter_ns or config.loss or config.repeat or config.delay or config.reorder)
         self._cuts: dict[tuple[str, str], int] = {}
         self._on_cut: list[Callable[[str, str], None]] = []
@@ -142,35 +151,27 @@ class Network:
         self._on_cut.append(listener)
 
     def send(self, sender: str, receiver: str, message: Any) -> None:
-        stream = self._ways.get((sender, receiver))
-        if stream is None or (self._cuts and not self.reachable(sender, receiver)):
+        way = self._ways.get((sender, receiver))
+        if way is None or (self._cuts and not self.reachable(sender, receiver)):
             self.num_lost += 1
-        elif self._is_plain:
-            self._send_plainly(stream, sender, receiver, message)
-        else:
-            self._send_badly(stream, sender, receiver, message)
+        elif not self._is_plain:
+            self._send_badly(way, message)
+        elif way.sent_at == self._loop.now:
+            way.messages.append(message)
+        else:  # everything takes equally long, so nothing overtakes
+            way.sent_at, way.messages = self._loop.now, [message]
+            self._loop.after(self.config.latency_ns, self._deliver, way, way.messages)
 
-    def _send_plainly(self, stream: _Stream, sender: str, receiver: str, message: Any) -> None:
-        """Everything takes equally long, so nothing overtakes."""
-        now = self._loop.now
-        sent_at, messages = stream.envelope[sender]
-        if sent_at == now:
-            messages.append(message)
-        else:
-            messages = [message]
-            stream.envelope[sender] = (now, messages)
-            self._loop.after(self.config.latency_ns, self._deliver, stream, sender, receiver, messages)
-
-    def _send_badly(self, stream: _Stream, sender: str, receiver: str, message: Any) -> None:
+    def _send_badly(self, way: _Way, message: Any) -> None:
         spared = isinstance(message, _SPARED)
         if not spared and self._chance(self.config.loss):
             self.num_lost += 1
             return
-        self._send_once(stream, sender, receiver, message)
+        self._send_once(way, message)
         if not spared and self._chance(self.config.repeat):
             self.num_repeated += 1
             delay = self._rng.randrange(self.config.delay_ns)
-            self._loop.after(delay, self._send_once, stream, sender, receiver, message)
+            self._loop.after(delay, self._send_once, way, message)
 
     # ------------------------------------------------------------------ inside
 
@@ -201,7 +202,8 @@ class Network:
         stream.pending = False
         stream.hears = dict.fromkeys(stream.ends)
         dialler, acceptor = stream.ends
-        self._ways[dialler, acceptor] = self._ways[acceptor, dialler] = stream
+        for sender, receiver in ((dialler, acceptor), (acceptor, dialler)):
+            self._ways[sender, receiver] = _Way(stream, sender, receiver)
         self._peers[acceptor].opened(dialler)
         self._peers[dialler].opened(acceptor)
 
@@ -232,7 +234,8 @@ class Network:
             one, other = stream.ends
             self._ways.pop((end, other if end == one else one), None)
 
-    def _send_once(self, stream: _Stream, sender: str, receiver: str, message: Any) -> None:
+    def _send_once(self, way: _Way, message: Any) -> None:
+        stream, receiver = way.stream, way.receiver
         if receiver not in stream.hears:
             return
         arrives = self._loop.now + self._latency()
@@ -240,13 +243,14 @@ class Network:
             arrives += self._rng.randrange(self.config.delay_ns)
         if not self.config.reorder:
             arrives = stream.last_at[receiver] = max(arrives, stream.last_at[receiver])
-        self._loop.at(arrives, self._deliver, stream, sender, receiver, [message])
+        self._loop.at(arrives, self._deliver, way, [message])
 
-    def _deliver(self, stream: _Stream, sender: str, receiver: str, messages: list[Any]) -> None:
-        if stream.envelope[sender][1] is messages:
-            stream.envelope[sender] = _EMPTY
-        if receiver in stream.hears and receiver in self._peers:
-            self._peers[receiver].received(sender, messages)
+    def _deliver(self, way: _Way, messages: list[Any]) -> None:
+        if way.messages is messages:
+            way.sent_at = -1  # without latency, more may be sent at this very time
+        peer = self._peers.get(way.receiver)
+        if peer is not None and way.receiver in way.stream.hears:
+            peer.received(way.sender, messages)
 
     def _latency(self) -> int:
         jitter = self.config.jitter_ns

@@ -6,6 +6,7 @@ ends with either process, or when the network between them is cut; then all its 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -53,7 +54,7 @@ from mooncake.store.events import (
 )
 from mooncake.store.ssd import SsdConfig
 from mooncake.store.ssd_layout import geometry_of
-from mooncake.store.types import CommitStatus, Location, Places, Puts, PutStatus
+from mooncake.store.types import CommitStatus, Location, Places, Puts, PutStatus, num_existing
 
 SHARD = bytes(SHARD_BYTES)
 """Of all objects: an engine whose KV has no bytes has one layout."""
@@ -273,15 +274,15 @@ class NodeClient:
         for on_reply in pending.values():
             on_reply(None)
 
-    def call(self, make: Callable[[int, int], Request], on_reply: OnReply | None) -> int:
-        """make(client, request number) gives the request, whose number is returned. on_reply is never called before."""
+    def call(self, kind: Callable[..., Request], on_reply: OnReply | None, *arguments: Any, **more: Any) -> int:
+        """kind: of the request, to which the arguments go. Its number is returned; on_reply is never called before."""
         node, request_id = self.node, next(self._ids)
         if on_reply is not None:
             self._pending[request_id] = on_reply
         if self.lost:
             node.loop.after(node.config.call_ns, self.replied, request_id, None)
         else:
-            node.loop.after(node.config.call_ns, self._arrive, make(self.number, request_id))
+            node.loop.after(node.config.call_ns, self._arrive, kind(self.number, request_id, *arguments, **more))
         return request_id
 
     def _arrive(self, request: Request) -> None:
@@ -336,11 +337,9 @@ class SimSource:
         self._locations: list[Location | None] = []
         """If claims are checked."""
         self._held: tuple[int, ...] = ()
-        keys = _object_keys(source)
+        keys = _object_keys(source.block_keys, source.partial_key)
         # on_opened is not kept: it may hold this object, and what is no cycle is freed at once.
-        self._request_id = client.call(
-            lambda number, request: Lease(number, request, keys), lambda found: self._leased(found, on_opened)
-        )
+        self._request_id = client.call(Lease, lambda found: self._leased(found, on_opened), keys)
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
         config = self._client.node.config
@@ -355,12 +354,11 @@ class SimSource:
 
     def close(self) -> None:
         if self._held:
-            numbers = self._held
-            self._client.call(lambda number, request: Release(number, request, numbers), None)
+            self._client.call(Release, None, self._held)
 
     def _leased(self, results: Places | None, on_opened: Callable[[int], None]) -> None:
         config, numbers = self._client.node.config, () if results is None else results.numbers
-        self._held = tuple([number for number in numbers if number is not None])
+        self._held = tuple(filter(None, numbers))
         if config.checked and results is not None:
             self._locations = results.locations()
         if len(self._held) < len(numbers):
@@ -379,6 +377,8 @@ class SimTarget:
 
     def __init__(self, client: NodeClient, target: KvSource, on_reserved: Callable[[bool], None]) -> None:
         self.num_tokens = target.num_tokens
+        self.num_stored = 0
+        """Leading objects that exist already."""
         self._client = client
         self._config = config = client.node.config
         self._numbers: tuple[int | None, ...] = ()
@@ -387,16 +387,19 @@ class SimTarget:
         self._locations: list[Location | None] = []
         """If claims are checked."""
         num_blocks = len(target.block_keys)
-        keys = _object_keys(target)
+        keys = _object_keys(target.block_keys, target.partial_key)
         sizes = (config.block_tokens * config.token_bytes,) * num_blocks
         partial = bool(target.partial_key)
         if partial:
             sizes += ((target.num_tokens - num_blocks * config.block_tokens) * config.token_bytes,)
         client.call(
-            lambda number, request: Reserve(
-                number, request, keys, sizes, lease_existing=True, all_or_nothing=True, ephemeral_last=partial
-            ),
+            Reserve,
             lambda puts: self._answered(puts, on_reserved),
+            keys,
+            sizes,
+            lease_existing=True,
+            all_or_nothing=True,
+            ephemeral_last=partial,
         )
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
@@ -440,30 +443,29 @@ class SimTarget:
     def commit(self, first: int, last: int, done: Callable[[bool], None]) -> None:
         for location in self._open_locations(first, last):
             self._client.node.take_written(location)
-        numbers = tuple([number for number in self._open[first:last] if number is not None])
+        numbers = tuple(filter(None, self._open[first:last]))
         if not numbers:
             self._client.node.loop.after(0, lambda: done(not self._client.lost))
             return
         self._open[first:last] = [None] * len(self._open[first:last])
         self._client.call(
-            lambda number, request: Commit(number, request, numbers, lease=True),
-            lambda results: done(results is not None and _all_there(results)),
+            Commit, lambda results: done(results is not None and _all_there(results)), numbers, lease=True
         )
 
     def close(self) -> None:
         """Cancel what is not committed, release the rest."""
-        reserved = tuple([number for number in self._open if number is not None])
-        leased = tuple([number for number in self._numbers if number is not None])
+        reserved, leased = tuple(filter(None, self._open)), tuple(filter(None, self._numbers))
         if reserved:
             open_numbers = dict.fromkeys(reserved)
             leased = tuple([number for number in leased if number not in open_numbers])
-            self._client.call(lambda number, request: Cancel(number, request, reserved), None)
+            self._client.call(Cancel, None, reserved)
         if leased:
-            self._client.call(lambda number, request: Release(number, request, leased), None)
+            self._client.call(Release, None, leased)
 
     def _answered(self, results: Puts | None, on_reserved: Callable[[bool], None]) -> None:
         if results is not None:
             self._numbers = results.numbers
+            self.num_stored = num_existing(results.statuses)
             pairs = zip(results.numbers, results.statuses, strict=True)
             self._open = [number if status is _RESERVED else None for number, status in pairs]
             if self._config.checked:
@@ -478,6 +480,7 @@ def _all_there(statuses: tuple[CommitStatus, ...]) -> bool:
     return statuses.count(_COMMITTED) == len(statuses) or all(status in (_COMMITTED, _EXISTS) for status in statuses)
 
 
-def _object_keys(source: KvSource) -> tuple[bytes, ...]:
-    keys = (*source.block_keys, source.partial_key) if source.partial_key else source.block_keys
-    return object_keys(keys, SHARD)
+@functools.lru_cache(maxsize=1024)
+def _object_keys(block_keys: tuple[bytes, ...], partial_key: bytes) -> tuple[bytes, ...]:
+    """What prefill reserves, decode leases a moment later."""
+    return object_keys((*block_keys, partial_key) if partial_key else block_keys, SHARD)

@@ -10,6 +10,7 @@ their order.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import heapq
 import random
@@ -26,6 +27,7 @@ from mooncake.trace.types import TraceFormat, TraceRequest
 START_NS = 2 * NANOS_PER_S
 """When the first request arrives: by then all processes of the cluster know each other."""
 KEY_BYTES = 16
+_KEYS_MAX = 1 << 16
 
 
 class Workload(msgspec.Struct, frozen=True):
@@ -104,7 +106,9 @@ def jittered(
         yield heapq.heappop(times), waiting.popleft()
 
 
+@functools.lru_cache(maxsize=_KEYS_MAX)
 def _key(hash_id: int) -> bytes:
+    """The same object for prompts that share it soon after each other: whoever looks it up need not compare its bytes."""
     return hash_id.to_bytes(KEY_BYTES, "little", signed=True)
 
 

@@ -41,5 +41,10 @@ def make_info(role: Role) -> InstanceInfo:
     return InstanceInfo("i0", 1, role, "unix:/i0", "c", "n0", ("unix:/n0",), 10, 4, 4, 16)
 
 
-def progress(*outputs: Any, added: tuple[bytes, ...] = (), removed: tuple[bytes, ...] = ()) -> EngineProgress:
-    return EngineProgress(outputs, IDLE, 1, added, removed)
+def progress(
+    *outputs: Any,
+    added: tuple[bytes, ...] = (),
+    removed: tuple[bytes, ...] = (),
+    cached: tuple[bytes, ...] | None = None,
+) -> EngineProgress:
+    return EngineProgress(outputs, IDLE, 1, added, removed, cached)

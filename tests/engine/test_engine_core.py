@@ -293,6 +293,19 @@ def test_prefill_overlaps_its_load_and_stores_what_was_loaded() -> None:
     assert drive.outputs[-1] == SequenceReleased(1) and drive.of(Drawn)[0].cached_tokens == 16
 
 
+@pytest.mark.parametrize(
+    ("stored_tokens", "expected"),
+    [(8, [(8, 16, Behind.LOAD), (16, 20, Behind.STEP)]), (16, [(16, 20, Behind.STEP)])],
+)
+def test_what_the_sink_has_already_is_not_stored(stored_tokens: int, expected: list[tuple[int, int, Behind]]) -> None:
+    drive = Driver(overlap=True)
+    drive.hold = True
+    drive.submit(1, 20, source_tokens=16, one_token=True, store=True, stored_tokens=stored_tokens)
+    drive.shape()
+    drive.finish()
+    assert [(s.start, s.end, s.behind) for s in drive.of(StoreKv)] == expected
+
+
 @pytest.mark.parametrize("order", ["loaded first", "step first"])
 def test_a_failed_load_is_computed_instead(order: str) -> None:
     drive = Driver(overlap=True)

@@ -161,6 +161,17 @@ def test_what_exists_is_leased_and_not_wanted() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(("present", "num_stored"), [((0, 1), 2), ((0,), 1), ((1,), 0), ((), 0)])
+def test_a_target_says_how_many_of_its_leading_objects_exist(present: tuple[int, ...], num_stored: int) -> None:
+    async def main() -> None:
+        node = Node()
+        if present:
+            await put(node.client(), *present)
+        assert (await granted(node.client())).num_stored == num_stored
+
+    asyncio.run(main())
+
+
 def test_without_room_for_all_nothing_is_reserved_or_leased() -> None:
     async def main() -> None:
         node = Node(num_objects=3)

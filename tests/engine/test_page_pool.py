@@ -44,6 +44,52 @@ def test_published_blocks_are_found_and_shared() -> None:
     pages.check_integrity()
 
 
+def test_a_chain_that_is_shared_in_part_is_let_go_of_in_parts() -> None:
+    pages = pool()
+    assert pages.allocate(1, [], 24)
+    pages.publish(1, 0, K[:3])
+    assert pages.allocate(2, K[:1], 8) and pages.allocate(3, K[:2], 16)
+    pages.check_integrity()
+    pages.free(1)
+    assert pages.num_free == 8, "the first two blocks are still held"
+    pages.free(3)
+    assert pages.num_free == 10
+    pages.check_integrity()
+    assert pages.allocate(4, K[:3], 24) and pages.pages(4) == [0, 1, 2, 3, 4, 5]
+    pages.free(2)
+    pages.free(4)
+    pages.check_integrity()
+    assert pages.allocate(5, [], 40), "evicts from the end of the chain"
+    assert pages.cached_keys() == (K[0],)
+    pages.check_integrity()
+
+
+def test_a_block_in_the_middle_of_a_chain_can_be_had_alone() -> None:
+    pages = pool()
+    fill(pages, 1, 1)
+    assert pages.allocate(2, [], 24)
+    pages.publish(2, 0, K[4:7])
+    pages.free(2)
+    assert pages.allocate(3, [K[0], K[5]], 16) and pages.pages(3) == [0, 1, 4, 5]
+    pages.check_integrity()
+    assert pages.match(K[4:7]) == 3 and pages.num_free == 8
+    pages.free(3)
+    pages.check_integrity()
+
+
+def test_blocks_behind_one_that_somebody_else_published_are_published() -> None:
+    pages = pool()
+    assert pages.allocate(1, [], 8) and pages.allocate(2, [], 24)
+    pages.publish(1, 0, K[:1])
+    pages.publish(2, 0, K[:3])
+    assert pages.match(K[:3]) == 3
+    pages.check_integrity()
+    pages.free(2)
+    assert pages.num_free == 10, "its copy of the first block is free"
+    assert pages.allocate(3, K[:3], 24) and pages.pages(3) == [0, 1, *pages.pages(3)[2:]]
+    pages.check_integrity()
+
+
 def test_eviction_takes_the_least_recently_used_and_the_suffix_first() -> None:
     pages = pool(8)
     fill(pages, 1, 2, first_key=0)

@@ -19,7 +19,7 @@ from mooncake.core.messages import (
     StateChange,
 )
 from mooncake.core.types import InstanceLoad, InstanceState, Role, Tier
-from mooncake.engine.attempts import EngineProgress
+from mooncake.engine.attempts import EngineProgress, ListBlocks
 from mooncake.engine.core import EngineLoad
 from mooncake.engine.reporting import REPORT_NS, InstanceReporter
 from tests.engine.jobs import make_info
@@ -43,6 +43,12 @@ def moved(added: tuple[bytes, ...] = (), removed: tuple[bytes, ...] = (), step_n
     return EngineProgress((), LOAD, step_ns, added, removed)
 
 
+def snapshot_of(reporter: InstanceReporter, *keys: bytes) -> list[Any]:
+    """Asked for by the Conductor, and by the reporter of the engine, which has these keys."""
+    assert reporter.received(SnapshotRequest("i0", Tier.HBM)) == [ListBlocks()]
+    return messages(reporter.progress(EngineProgress((), LOAD, cached=keys), 0))
+
+
 def delta(seq: int, added: tuple[bytes, ...] = (), removed: tuple[bytes, ...] = ()) -> CacheDelta:
     return CacheDelta("i0", 1, seq, Tier.HBM, added, removed)
 
@@ -57,10 +63,10 @@ def told(reporter: InstanceReporter, now: int) -> list[Any]:
     return messages(reporter.report(0, 0))
 
 
-def test_a_connection_starts_with_who_it_is_what_it_caches_and_its_load() -> None:
+def test_a_connection_starts_with_who_it_is_and_its_load() -> None:
     load = InstanceLoad("i0", 1, 1, 2, 40, 0, 0, INFO.num_pages, 0, 40)
     found = messages(InstanceReporter(INFO).opened(2, 40))
-    assert found == [Register(INFO), snapshot(0), LoadReport(load)]
+    assert found == [Register(INFO), LoadReport(load)]
 
 
 def test_the_load_is_the_engines_and_what_waits_before_it() -> None:
@@ -99,7 +105,7 @@ def test_blocks_are_told_by_numbered_differences_before_the_load() -> None:
     assert [type(message) for message in told(reporter, REPORT_NS)] == [LoadReport]
     reporter.progress(moved((b"c",), (b"a",)), 0)
     assert told(reporter, REPORT_NS)[0] == delta(2, (b"c",), (b"a",))
-    assert messages(reporter.received(SnapshotRequest("i0", Tier.HBM))) == [snapshot(2, b"b", b"c")]
+    assert snapshot_of(reporter, b"b", b"c") == [snapshot(2, b"b", b"c")]
 
 
 def test_a_block_that_came_and_went_between_two_reports_is_in_neither() -> None:
@@ -109,13 +115,13 @@ def test_a_block_that_came_and_went_between_two_reports_is_in_neither() -> None:
     reporter.progress(moved((b"c", b"d"), (b"a", b"b")), 0)
     reporter.progress(moved((b"a",), (b"c",)), 1)
     assert told(reporter, REPORT_NS)[0] == delta(2, (b"d",), (b"b",))
-    assert messages(reporter.received(SnapshotRequest("i0", Tier.HBM))) == [snapshot(2, b"d", b"a")]
+    assert snapshot_of(reporter, b"d", b"a") == [snapshot(2, b"d", b"a")]
 
 
 def test_what_a_snapshot_contains_is_not_told_again() -> None:
     reporter = connected()
     reporter.progress(moved((b"a",)), 0)
-    assert messages(reporter.received(SnapshotRequest("i0", Tier.HBM))) == [snapshot(0, b"a")]
+    assert snapshot_of(reporter, b"a") == [snapshot(0, b"a")]
     assert [type(message) for message in told(reporter, REPORT_NS)] == [LoadReport]
 
 
@@ -126,10 +132,12 @@ def test_what_changed_without_a_connection_is_in_the_snapshot_of_the_next() -> N
     reporter.progress(moved((b"b",), (b"a",)), 1)
     assert reporter.change_state(InstanceState.DRAINING) == []
     assert reporter.deadline() is None and not reporter.due(9 * REPORT_NS)
-    register, cached, report = messages(reporter.opened(0, 0))
+    register, report = messages(reporter.opened(0, 0))
     assert register == Register(msgspec.structs.replace(INFO, state=InstanceState.DRAINING))
-    assert cached == snapshot(0, b"b")
     assert report.load.num_running == 3 and report.load.seq == 2
+    assert snapshot_of(reporter, b"b") == [snapshot(0, b"b")]
+    reporter.progress(moved((b"c",)), 2)
+    assert told(reporter, REPORT_NS)[0] == delta(1, (b"c",))
 
 
 def test_a_change_of_state_is_told() -> None:

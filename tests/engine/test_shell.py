@@ -15,6 +15,7 @@ from mooncake.core.types import KvSource
 from mooncake.engine.attempts import (
     AbortSequence,
     CloseSource,
+    ListBlocks,
     LoadBlocks,
     OpenSource,
     PeerGone,
@@ -54,6 +55,9 @@ class FakeEngine:
 
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: Any) -> None:
         self.calls.append((seq, block_keys, start, reader.num_tokens))
+
+    def list_blocks(self) -> None:
+        self.calls.append(("list_blocks",))
 
     def abort(self, seq: int) -> None:
         self.calls.append(("abort", seq))
@@ -160,6 +164,8 @@ def test_blocks_are_loaded_ahead_from_an_open_source() -> None:
         assert await instance.answers(OpenSource(1, source)) == [SourceOpened(1, 16)]
         await instance.answers(LoadBlocks(1, SOURCE.block_keys, 8))
         assert instance.engine.calls == [(1, SOURCE.block_keys, 8, 16)]
+        await instance.answers(ListBlocks())
+        assert instance.engine.calls[1:] == [("list_blocks",)]
         await instance.answers(CloseSource(1))
         assert instance.held == (0, 0)
 

@@ -169,6 +169,17 @@ def test_blocks_that_were_loaded_ahead_are_used_and_not_loaded_again(running: Ma
     run.assert_let_go()
 
 
+def test_it_lists_the_blocks_that_are_cached(running: Make) -> None:
+    run = running(overlap=False)
+    keys = (b"k" * 16, b"l" * 16)
+    run.engine.load_ahead(7, keys, 0, full(16))
+    run.until(AheadEnded(7))
+    run.engine.list_blocks()
+    progress = run.progress.get(timeout=WAIT_S)
+    assert isinstance(progress, EngineProgress) and progress.cached == keys
+    run.assert_let_go()
+
+
 def test_a_load_ahead_that_fails_leaves_everything_to_the_sequence(running: Make) -> None:
     def fail(number: int) -> None:
         if number == 3:

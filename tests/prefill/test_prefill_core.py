@@ -29,6 +29,7 @@ from mooncake.engine.attempts import (
     AbortSequence,
     CloseSource,
     KvStored,
+    ListBlocks,
     OpenSource,
     PeerGone,
     PeerOpened,
@@ -163,6 +164,27 @@ def test_the_last_part_is_told_by_the_hand_over() -> None:
     assert drive(KvCommitted(1, 0, 4, True)) == []
     kinds = [type(c.message) for c in drive(progress(SequenceStarted(1), Drawn(1, 32, (5,), None, (), 0)))]
     assert kinds == [StepTokens, KvReady]
+
+
+def test_what_the_store_has_already_is_told_of_at_once_and_not_committed_again() -> None:
+    drive = Driver(part_tokens=16)
+    drive.submit(1, 60)
+    run, told_part = drive(KvReserved(1, True, num_stored=4))
+    assert isinstance(run, RunSequence) and told_part == part(1, 0, 32)
+    assert drive(KvStored(1, 32, 48)) == [CommitKv(1, 4, 6)]
+    assert drive(KvCommitted(1, 4, 6, True)) == [part(1, 32, 48)]
+    drive(progress(SequenceStarted(1), Drawn(1, 60, (5,), None, (), 0)))
+    assert drive(KvStored(1, 48, 60)) == [CommitKv(1, 6, 8)]
+    [ready] = drive(KvCommitted(1, 6, 8, True))
+    assert isinstance(ready.message, KvReady)
+
+
+def test_what_decode_heard_of_with_the_placement_is_not_told_again() -> None:
+    drive = Driver(part_tokens=16)
+    drive.submit(1, 60, source=make_source(1, 32))
+    drive(SourceOpened(1, 32))
+    assert [type(command) for command in drive(KvReserved(1, True, num_stored=4))] == [RunSequence]
+    assert drive(KvCommitted(1, 4, 6, True)) == [part(1, 32, 48)]
 
 
 @pytest.mark.parametrize("why", ["no hand-over", "aborted", "not committed"])
@@ -406,14 +428,17 @@ def test_the_conductor_hears_of_life_load_and_cache() -> None:
     drive = Driver()
     drive(progress(added=(b"a", b"b")))
     commands = drive.core.handle(PeerOpened(CONDUCTOR), 0)
-    assert [type(c.message) for c in commands if isinstance(c, Send)] == [Register, CacheSnapshot, LoadReport]
-    assert commands[1].message.keys == (b"a", b"b")  # type: ignore[union-attr]
+    assert [type(c.message) for c in commands if isinstance(c, Send)] == [Register, LoadReport]
+    assert drive(Received(CONDUCTOR, SnapshotRequest("i0", "hbm"))) == [ListBlocks()]
+    [snapshot] = drive(progress(cached=(b"a", b"b")))
+    assert snapshot == Send(CONDUCTOR, CacheSnapshot("i0", 1, 0, "hbm", (b"a", b"b")))
     assert drive(progress(added=(b"c",), removed=(b"a",))) == []
     delta, load = drive.core.handle(Tick(), REPORT_NS)
     assert delta == Send(CONDUCTOR, CacheDelta("i0", 1, 1, "hbm", (b"c",), (b"a",)))
     assert isinstance(load, Send) and isinstance(load.message, LoadReport)
-    [snapshot] = drive(Received(CONDUCTOR, SnapshotRequest("i0", "hbm")))
-    assert (snapshot.message.seq, snapshot.message.keys) == (1, (b"b", b"c"))
+    assert drive(Received(CONDUCTOR, SnapshotRequest("i0", "hbm"))) == [ListBlocks()]
+    [snapshot] = drive(progress(added=(b"d",), cached=(b"b", b"c", b"d")))
+    assert (snapshot.message.seq, snapshot.message.keys) == (1, (b"b", b"c", b"d"))
     [change] = drive(Received(CONDUCTOR, Drain("i0")))
     assert isinstance(change.message, StateChange) and change.message.state == "draining"
     drive(PeerGone(CONDUCTOR))

@@ -132,3 +132,17 @@ def test_stages_pass_in_their_order() -> None:
     [record] = run(CONFIG, SimRequest(START, NUM_TOKENS, 8, keys(1))).records
     times = [record.timeline[stage] for stage in Stage]
     assert None not in times and times == sorted(times)
+
+
+def test_a_first_token_is_told_at_once_when_its_step_has_waited_for_a_load() -> None:
+    """The second prompt's KV is read from the machine's memory, which takes longer than to compute the rest."""
+    slow = msgspec.structs.replace(NODE, local_bytes_per_s=5e6)
+    conductor = msgspec.structs.replace(CONFIG.conductor, policy="round_robin")
+    config = msgspec.structs.replace(CONFIG, prefill=2, nodes=1, node=slow, conductor=conductor)
+    cluster = run(config, *[SimRequest(at * START, NUM_TOKENS, 2, keys(1)) for at in (1, 5)])
+    for record in cluster.records:
+        assert record.times[0] - record.computed[0] == config.network.latency_ns
+    later = cluster.records[1]
+    started = later.timeline[Stage.PREFILL_START]
+    assert started is not None and later.cached_tokens == 16 * BLOCK
+    assert later.times[0] - started == 16 * BLOCK * slow.token_bytes / slow.local_bytes_per_s * NANOS_PER_S
