@@ -4,7 +4,7 @@ Copied and hashed piece by piece, so that a piece is hashed while it is in the c
 quarter of the speed of a copy, this a tenth. Both release the GIL.
 
 Pieces are as large as that allows. Below some 800 KiB the C library copies by one string instruction, which runs at half its
-speed where the target lies 16 bytes further than the source within their pages: a page-aligned object copied into a numpy array.
+speed where the target lies 16 bytes further than the source within their pages: an object copied into a numpy array.
 """
 
 from __future__ import annotations

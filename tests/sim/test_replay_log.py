@@ -45,7 +45,7 @@ MS = 1_000_000
 SEED = 5
 STORE = StoreSettings(1 << 16, 7, 4096)
 OBJECTS = (b"a" * 24, b"b" * 24)
-STORE_EVENTS = (Reserve(1, 1, OBJECTS, (100, 5000)), Commit(1, 2, (1, 2)), Lease(2, 1, OBJECTS), ClientGone(2))
+STORE_EVENTS = (Reserve(1, 1, OBJECTS, (100, 5000)), Commit(1, 2, (8, 9)), Lease(2, 1, OBJECTS), ClientGone(2))
 
 
 def record(path: Path, kind: str, settings: Any, core: Any, events: Iterable[Any]) -> list[Any]:
@@ -61,7 +61,8 @@ def record(path: Path, kind: str, settings: Any, core: Any, events: Iterable[Any
 
 
 def store_log(path: Path, events: Iterable[Any] = STORE_EVENTS) -> Path:
-    record(path, "store", STORE, StoreCore(STORE.capacity_bytes, epoch=7, alignment=STORE.alignment), events)
+    core = StoreCore(STORE.capacity_bytes, epoch=STORE.epoch, alignment=STORE.alignment, last_number=STORE.epoch)
+    record(path, "store", STORE, core, events)
     return path
 
 
@@ -249,7 +250,7 @@ def test_an_event_that_is_missing_shows_in_what_comes_after_it(tmp_path: Path) -
     header, entries = frames(path)
     write(path, header, entries[1:])
     assert differs(path) == (
-        "event 0, Commit(client=1, request_id=2, numbers=(1, 2), lease=False, checksums=()): "
+        "event 0, Commit(client=1, request_id=2, numbers=(8, 9), lease=False, checksums=()): "
         "command 0, Reply.results[0]: 0 in the log, 2 now"
     )
 
