@@ -125,6 +125,9 @@ class Config(msgspec.Struct, frozen=True):
     prefill: Annotated[int, Meta(ge=1, le=64), _text("number of prefill instances")] = 1
     decode: Annotated[int, Meta(ge=1, le=64), _text("number of decode instances")] = 1
     store_memory: Annotated[NumBytes, _text("DRAM of the store node, such as 2GiB")] = 1 << 30
+    eviction: Annotated[
+        Literal["lru", "lfu", "fifo", "s3fifo", "learned"], _text("what goes first from a full store; docs/eviction.md")
+    ] = "learned"
     host: Annotated[NonEmpty, _text("address that the HTTP port listens on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535), _text("HTTP port; 0: a free one")] = 8000
 

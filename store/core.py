@@ -284,7 +284,9 @@ class StoreCore:
 
     def _mark(self, event: Reserve, rows: Sequence[int], made: Sequence[int]) -> None:
         """What the call says of its new objects. made: their indices."""
-        transient = self._objects.transient
+        transient, before = self._objects.transient, self._objects.before
+        for row, key in zip(rows, _select((b"", *event.keys), made), strict=True):
+            before[row] = key
         if self._writers is not None:
             self._writers.update(_select(event.keys, made))
         if event.checksums:
@@ -521,6 +523,7 @@ class StoreCore:
             row = ssd.loading.get(keys[at]) if found[at] is None else None
             if row is not None:
                 found[at] = row
+                objects.before[row] = keys[at - 1] if at else b""
                 objects.hold((row,))
                 loads += 1
         if loads:

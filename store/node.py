@@ -26,6 +26,7 @@ from mooncake.core.types import NANOS_PER_S, Tier
 from mooncake.store import wire
 from mooncake.store.core import StoreCore
 from mooncake.store.events import ClientGone, Command, Event, Fault, Reply, Report, Snapshot, SnapshotWanted, Tick
+from mooncake.store.eviction import POLICIES
 from mooncake.transport.frames import Frame, FrameReader, Kind, pack
 from mooncake.transport.shm import SHM_DIR, ShmSegment
 from mooncake.transport.tcp import RangeServer
@@ -52,6 +53,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     alignment: int = 4096
     shm_dir: str = SHM_DIR
     compat: str = ""
+    eviction: str = "lru"
 
 
 class StoreNode:
@@ -63,7 +65,8 @@ class StoreNode:
         self.config = config
         self.epoch = time.time_ns()
         self.addresses: tuple[str, ...] = ()
-        self.core = StoreCore(config.capacity_bytes, epoch=self.epoch, alignment=config.alignment)
+        policy = POLICIES[config.eviction]()
+        self.core = StoreCore(config.capacity_bytes, epoch=self.epoch, alignment=config.alignment, policy=policy)
         self.token = config.token.encode()
         self.segment: ShmSegment | None = None
         self.connections: set[Connection] = set()

@@ -23,6 +23,7 @@ class StoreSettings(msgspec.Struct, frozen=True):
     capacity_bytes: int
     epoch: int
     alignment: int
+    eviction: str = "lru"
 
 
 async def run(config: Config, role: RoleConfig, status: Status) -> None:
@@ -30,7 +31,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     status.loading(f"populating {config.store_memory >> 20} MiB of shared memory")
     reporter = _Reporter()
     node = StoreNode(_node_config(config, role), reporter.report)
-    settings = StoreSettings(node.config.capacity_bytes, node.epoch, node.config.alignment)
+    settings = StoreSettings(node.config.capacity_bytes, node.epoch, node.config.alignment, node.config.eviction)
     node.event_log = open_event_log(config, role, settings)
     try:
         await node.start()
@@ -93,7 +94,9 @@ def _node_config(config: Config, role: RoleConfig) -> NodeConfig:
     """A node always has a Unix socket, for its own machine; one that listens on TCP serves others too."""
     if role.listen.startswith("unix:"):
         path = role.listen.removeprefix("unix:")
-        return NodeConfig(config.cluster, role.name, config.store_memory, config.token, unix_path=path)
+        return NodeConfig(
+            config.cluster, role.name, config.store_memory, config.token, unix_path=path, eviction=config.eviction
+        )
     try:
         _, target = parse_address(role.listen)
     except MooncakeError as error:
@@ -109,4 +112,5 @@ def _node_config(config: Config, role: RoleConfig) -> NodeConfig:
         tcp_host=host,
         tcp_port=port,
         advertised_host=host,
+        eviction=config.eviction,
     )

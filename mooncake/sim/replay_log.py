@@ -33,6 +33,7 @@ from mooncake.scheduler.config import ConductorConfig
 from mooncake.scheduler.dispatcher import Dispatcher, DispatcherEvent, DispatcherSettings, Ended, hashed_keys
 from mooncake.store import events as store
 from mooncake.store.core import StoreCore
+from mooncake.store.eviction import POLICIES
 from mooncake.store.service import StoreSettings
 
 _BRIEF_CHARS = 300
@@ -82,7 +83,8 @@ def _frontend(settings: DispatcherSettings, seed: int) -> Dispatcher:
 
 
 def _store(settings: StoreSettings, seed: int) -> StoreCore:
-    return StoreCore(settings.capacity_bytes, epoch=settings.epoch, alignment=settings.alignment)
+    policy = POLICIES[settings.eviction]()
+    return StoreCore(settings.capacity_bytes, epoch=settings.epoch, alignment=settings.alignment, policy=policy)
 
 
 def _refusal(info: InstanceInfo, max_tokens: int) -> Callable[[Job], str | None]:
