@@ -87,7 +87,7 @@ class StoreCore:
         self.epoch = epoch
         self.counters = dict.fromkeys(("hits", "misses", "commits", "refusals", "conflicts", "expired"), 0)
         self._allocator = allocator or Allocator(capacity, alignment)
-        self._objects = Objects(self._allocator, policy or Lru())
+        self._objects = Objects(self._allocator, Lru() if policy is None else policy)
         self._reservation_ns = reservation_ns
         self._report_ns = report_ns
         self._clients: dict[int, Claims] = {}

@@ -275,4 +275,7 @@ def test_policies_order_the_objects_of_a_store(name: str) -> None:
             continue
         ask(Commit, ask(Reserve, (bytes([key]) * 24,), (100,)).numbers, lease=False)
     held = [chr(key) for key in b"abcde" if ask(Lease, (bytes([key]) * 24,)).numbers != (None,)]
-    assert held == ["a", "b", "d", "e"]  # c was the oldest, and is one of those used once
+    if name in ("fifo", "s3fifo"):
+        assert held == ["a", "c", "d", "e"]  # a and b came first, one use more or not, and a came again
+    else:
+        assert held == ["a", "b", "d", "e"]  # c was the oldest, and is one of those used once

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mooncake.config import Config
+from mooncake.store.events import Commit, Reserve
 from mooncake.store.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy, Fifo, Learned, S3Fifo
 from mooncake.store.eviction.ghosts import Ghosts
 from mooncake.store.eviction.reuse_model import ReuseModel
+from tests.store.helpers import UNIT, Driver, Told, keys, ten_objects
 
 SIZES = (1, 1, 2, 3)
 """Of an object by the number of its row."""
@@ -164,6 +166,25 @@ def test_leases_of_any_rows_in_any_order(name: str, steps: list[tuple[str, list[
         for row in rows:
             state[row] = {"h": "leased", "i": "idle", "d": "gone", "t": "gone"}[kind]
         assert len(policy) == state.count("idle")
+
+
+def test_a_store_tells_what_is_before_an_object() -> None:
+    """Reserve names a chain from its beginning; what is committed, in pieces and in the end, knows its place."""
+    policy = Told()
+    drive = Driver(ten_objects(policy=policy))
+
+    def reserve(*names: int) -> list[int]:
+        puts = drive(Reserve(1, 0, keys(*names), (UNIT,) * len(names), lease_existing=True))
+        return [put.location.generation for put in puts]
+
+    numbers = reserve(1, 2, 3, 4)
+    drive(Commit(1, 0, (numbers[0], numbers[1]), lease=True))
+    drive(Commit(1, 0, (numbers[3],), lease=True))  # what is before it is not there yet
+    drive(Commit(1, 0, (numbers[2],), lease=True))
+    other = reserve(1, 2, 5)
+    drive(Commit(1, 0, (other[2],)))
+    one, two, three, four, five = keys(1, 2, 3, 4, 5)
+    assert policy.parents == {one: None, two: one, three: two, four: None, five: two}
 
 
 def test_the_configuration_names_all_policies() -> None:

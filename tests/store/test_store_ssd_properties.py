@@ -38,6 +38,7 @@ from mooncake.store.events import (
     Tick,
     WriteSsd,
 )
+from mooncake.store.eviction import POLICIES
 from mooncake.store.ssd import SsdConfig
 from mooncake.store.types import CommitStatus, Location, PutStatus
 from tests.store.helpers import UNIT, by_key, key
@@ -59,14 +60,20 @@ class TieredHistory:
         config = SsdConfig(
             SSD * UNIT,
             UNIT,
-            policy=rng.choice(["lru", "lfu"]),
+            policy=rng.choice(list(POLICIES)),
             ready_bytes=rng.randrange(5) * UNIT,
             job_bytes=rng.randrange(1, 5) * UNIT,
             room_wait_ns=10,
             load_wait_ns=25,
         )
         self.core = StoreCore(
-            MEMORY * UNIT, epoch=1, alignment=UNIT, reservation_ns=60, report_ns=rng.randrange(3), ssd=config
+            MEMORY * UNIT,
+            epoch=1,
+            alignment=UNIT,
+            policy=POLICIES[rng.choice(list(POLICIES))](),
+            reservation_ns=60,
+            report_ns=rng.randrange(3),
+            ssd=config,
         )
         self.now = 0
         self.requests: dict[int, Request] = {}
