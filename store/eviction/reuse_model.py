@@ -10,8 +10,8 @@ can bring,
     density(age) = max over T of  P(used between age and T) / E[time until it is used or T is reached]
 
 which is Gittins' index (1979) of the choice when to give it up. A plain hazard would drop a conversation while its user thinks;
-this looks ahead to the time when the answer is due. "Least hit density" (Beckmann, Chen, Cidon: LHD, NSDI 2018) orders objects
-by a like quantity, with the time that its policy happens to keep them for T.
+this looks ahead to the time when the answer is due. LHD, least hit density (Beckmann, Chen, Cidon, NSDI 2018), orders objects by a
+like quantity, with the time that its policy happens to keep them for T.
 
 Ages are counted in objects that went idle, since a policy has no clock. A bucket is half an octave of them.
 """
@@ -32,7 +32,7 @@ true, longer learns late that times have changed."""
 REFITS = 8
 """While as many objects as there are here go idle: often enough to tell ages near that apart. One takes 1 ms."""
 OBJECTS_MIN = 4096
-"""A smaller store learns as slowly as one of so many objects: it needs to see as many prompts."""
+"""A smaller store learns as slowly as one of so many objects: it needs to see as many prompts, two hundred or so."""
 HISTORY_MAX = 64 * REFITS
 """Refits whose times are known: what is older than those is taken to be as old as the first of them."""
 PRIOR_CHANCE = 0.02
