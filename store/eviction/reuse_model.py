@@ -10,8 +10,8 @@ can bring,
     density(age) = max over T of  P(used between age and T) / E[time until it is used or T is reached]
 
 which is Gittins' index (1979) of the choice when to give it up. A plain hazard would drop a conversation while its user thinks;
-this looks ahead to the time when the answer is due. LHD, least hit density (Beckmann, Chen, Cidon, NSDI 2018), orders objects by a
-like quantity, with the time that its policy happens to keep them for T.
+this looks ahead to the time when the answer is due. LHD, least hit density (Beckmann, Chen, Cidon, NSDI 2018), orders objects
+by a like quantity, with the time that its policy happens to keep them for T.
 
 Ages are counted in objects that went idle, since a policy has no clock. A bucket is half an octave of them.
 """
