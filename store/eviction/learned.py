@@ -37,6 +37,7 @@ COMPARISONS = 16
 """While as many objects as there are here go idle, all heads are compared anew, as the densities of all of them change."""
 _NUM_KINDS = USES_MAX * NUM_DEPTHS
 _FEW_QUEUED = 64
+"""Groups that need not be cleared of empty ones."""
 
 
 class _Node:
