@@ -141,7 +141,7 @@ def _add_trace_commands(commands: Any) -> None:
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     rates.add_argument("--capacity", metavar="LIST", help="such as 1000,30k,1.5M")
     rates.add_argument("--unit", choices=("blocks", "tokens"), default="blocks", help="of the capacity; blocks")
-    rates.add_argument("--policy", metavar="LIST", help="lru,lfu,belady; all if not given")
+    rates.add_argument("--policy", metavar="LIST", help="lru,lfu,fifo,s3fifo,learned,belady; all if not given")
     synth.add_argument("--out", metavar="FILE", required=True, help="replaced if there; gzipped if it ends with .gz")
     for name, text in TEXTS.items():
         synth.add_argument(f"--{name.replace('_', '-')}", metavar=name.upper(), help=text, default=argparse.SUPPRESS)

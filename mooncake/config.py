@@ -130,6 +130,9 @@ class Config(msgspec.Struct, frozen=True):
     store_memory: Annotated[NumBytes, _text("DRAM of the store node, such as 2GiB")] = 1 << 30
     store_ssd: Annotated[NumBytes | None, _text("SSD of the store node, such as 100GiB; none: no SSD tier")] = None
     store_ssd_dir: Annotated[NonEmpty | None, _text("folder on that SSD, for the store node's file")] = None
+    eviction: Annotated[
+        Literal["lru", "lfu", "fifo", "s3fifo", "learned"], _text("what goes first from a full store; docs/eviction.md")
+    ] = "lru"
     host: Annotated[NonEmpty, _text("address that the HTTP port listens on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535), _text("HTTP port; 0: a free one")] = 8000
 

@@ -98,7 +98,7 @@ class StoreCore:
         self.counters = dict.fromkeys(("hits", "misses", "commits", "refusals", "conflicts", "expired", "damaged"), 0)
         self.readers = NoReaders() if readers is None else readers
         self._allocator = allocator or Allocator(capacity, alignment)
-        self._objects = Objects(self._allocator, policy or Lru(), self.readers, last_number)
+        self._objects = Objects(self._allocator, Lru() if policy is None else policy, self.readers, last_number)
         self._reservation_ns = reservation_ns
         self._report_ns = report_ns
         self._clients: dict[int, Claims] = {}
@@ -315,7 +315,9 @@ class StoreCore:
 
     def _mark(self, event: Reserve, rows: Sequence[int], made: Sequence[int]) -> None:
         """What the call says of its new objects. made: their indices."""
-        transient = self._objects.transient
+        transient, before = self._objects.transient, self._objects.before
+        for row, key in zip(rows, _select((b"", *event.keys), made), strict=True):
+            before[row] = key
         if self._writers is not None:
             self._writers.update(_select(event.keys, made))
         if event.checksums:
@@ -573,6 +575,7 @@ class StoreCore:
             row = ssd.loading.get(keys[at]) if found[at] is None else None
             if row is not None:
                 found[at] = row
+                objects.before[row] = keys[at - 1] if at else b""
                 objects.hold((row,))
                 loads += 1
         if loads:

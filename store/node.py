@@ -44,6 +44,7 @@ from mooncake.store.events import (
     Tick,
     Used,
 )
+from mooncake.store.eviction import POLICIES
 from mooncake.store.local.readers import LocalReaders
 from mooncake.store.local.segment import take_segment
 from mooncake.store.ssd import SsdConfig
@@ -82,6 +83,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     alignment: int = 4096
     shm_dir: str = SHM_DIR
     compat: str = ""
+    eviction: str = "lru"
     ssd: SsdConfig = SsdConfig()
     ssd_dir: str = ""
 
@@ -143,6 +145,7 @@ class StoreNode:
                 config.capacity_bytes,
                 epoch=self.epoch,
                 alignment=config.alignment,
+                policy=POLICIES[config.eviction](),
                 ssd=config.ssd,
                 readers=self.readers,
                 last_number=self.epoch,  # a time in nanoseconds: no life can have numbered so many

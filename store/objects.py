@@ -29,7 +29,8 @@ _RECYCLED = TABLE[_EVICTED, Trigger.RESERVE]
 
 class Objects:
     """Of one tier. Columns by row: keys; numbers; offsets in the segment; sizes in bytes; extents, the bytes taken of the
-    segment; refs, how often it is leased; states.
+    segment; refs, how often it is leased; states; before, the key of the block before it in its chain, b"" if there is none or
+    nobody knows.
 
     by_key: rows of committed objects. transient: rows that end with their last lease, being ephemeral or removed; the
     directory does not hear of them. checksums: of those that have one. changes: for the directory. idle_bytes: extents of
@@ -54,6 +55,7 @@ class Objects:
         self.extents: list[int] = []
         self.refs: list[int] = []
         self.states: list[State] = []
+        self.before: list[bytes] = []
         self.by_key: dict[bytes, int] = {}
         self.transient: dict[int, None] = {}
         self.checksums: dict[int, int] = {}
@@ -165,7 +167,7 @@ class Objects:
             del self._leaving[row]
             self.refs[row] -= 1
             if self.refs[row]:
-                self._policy.add((row,), (self.keys[row],), self.extents)
+                self._enter((row,), (self.keys[row],))
             else:
                 self.ready[row] = None
                 self.ready_bytes += self.extents[row]
@@ -178,7 +180,7 @@ class Objects:
         for row in rows:
             if row in self.ready:
                 self._unready(row)
-                self._policy.add((row,), (self.keys[row],), self.extents)
+                self._enter((row,), (self.keys[row],))
             else:
                 others.append(row)
         return others
@@ -202,13 +204,14 @@ class Objects:
         for row in rows:
             self.move(row, Trigger.LOAD)
             self.refs[row] = 1
+            self.before[row] = b""
 
     def finish_load(self, row: int) -> None:
         """LOADING to COMMITTED, leased as before."""
         key = self.keys[row]
         self.move(row, Trigger.LOADED)
         self.by_key[key] = row
-        self._policy.add((row,), (key,), self.extents)
+        self._enter((row,), (key,))
         self._readers.publish(self, (row,))
         self.changes.gained.append((key,))
 
@@ -227,8 +230,13 @@ class Objects:
             if len(lasting) < len(rows):
                 rows, keys = lasting, [self.keys[row] for row in lasting]
         if rows:
-            self._policy.add(rows, keys, self.extents)
+            self._enter(rows, keys)
             self.changes.gained.append(keys)
+
+    def _enter(self, rows: Sequence[int], keys: Sequence[bytes]) -> None:
+        """The policy hears of committed objects."""
+        parents = list(map(self.by_key.get, pick(self.before, rows)))
+        self._policy.add(rows, keys, self.extents, parents)
 
     def move(self, row: int, trigger: Trigger) -> None:
         before = self.states[row]
@@ -241,7 +249,7 @@ class Objects:
         """COMMITTED: nobody finds it any more; it is gone when nobody holds it."""
         if row in self._leaving:
             del self._leaving[row]
-            self._policy.add((row,), (self.keys[row],), self.extents)
+            self._enter((row,), (self.keys[row],))
         elif row not in self.transient and not self.refs[row]:
             self._policy.hold(self._recall((row,)))
             self.idle_bytes -= self.extents[row]
@@ -420,7 +428,7 @@ class Objects:
             self.refs[row] = 1
             self.lingering[row] = None
             self.idle_bytes -= self.extents[row]
-            self._policy.add((row,), (self.keys[row],), self.extents)
+            self._enter((row,), (self.keys[row],))
         self._readers.publish(self, read)
         return [row for row in victims if row not in self.lingering]
 
@@ -456,6 +464,7 @@ class Objects:
         for column in (self.numbers, self.offsets, self.sizes, self.extents, self.refs):
             column += [0] * count
         self.states += [State.FREE] * count
+        self.before += [b""] * count
         self._free += range(first + count - 1, first - 1, -1)
 
     # ------------------------------------------------------------ conservation

@@ -28,6 +28,7 @@ class StoreSettings(msgspec.Struct, frozen=True):
     epoch: int
     alignment: int
     ssd: SsdConfig = SsdConfig()
+    eviction: str = "lru"
 
 
 async def run(config: Config, role: RoleConfig, status: Status) -> None:
@@ -35,7 +36,8 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     status.loading(f"populating {config.store_memory >> 20} MiB of shared memory")
     reporter = _Reporter()
     node = StoreNode(_node_config(config, role), reporter.report)
-    settings = StoreSettings(node.config.capacity_bytes, node.epoch, node.config.alignment, node.config.ssd)
+    kept = node.config
+    settings = StoreSettings(kept.capacity_bytes, node.epoch, kept.alignment, kept.ssd, kept.eviction)
     node.event_log = open_event_log(config, role, settings)
     try:
         await node.start()
@@ -130,7 +132,16 @@ def _node_config(config: Config, role: RoleConfig) -> NodeConfig:
     ssd, ssd_dir = SsdConfig(config.store_ssd or 0), config.store_ssd_dir or ""
     if role.listen.startswith("unix:"):
         path = role.listen.removeprefix("unix:")
-        return NodeConfig(config.cluster, role.name, config.store_memory, config.token, path, ssd=ssd, ssd_dir=ssd_dir)
+        return NodeConfig(
+            config.cluster,
+            role.name,
+            config.store_memory,
+            config.token,
+            path,
+            eviction=config.eviction,
+            ssd=ssd,
+            ssd_dir=ssd_dir,
+        )
     try:
         _, target = parse_address(role.listen)
     except MooncakeError as error:
@@ -146,6 +157,7 @@ def _node_config(config: Config, role: RoleConfig) -> NodeConfig:
         tcp_host=host,
         tcp_port=port,
         advertised_host=host,
+        eviction=config.eviction,
         ssd=ssd,
         ssd_dir=ssd_dir,
     )

@@ -165,26 +165,30 @@ def figure8(lab: Lab) -> Iterator[Row]:
 
 
 def figure9(lab: Lab) -> Iterator[Row]:
-    """Hit rate of one cache, as a share of that of an infinite one; by token, least recently used goes first."""
+    """Hit rate of one cache, as a share of that of an infinite one; by token."""
     parameters = lab.parameters
     for name in TRACE_FILES:
         case = f"{name}: {parameters.store_tokens / 1e6:g} M tokens, share of the maximum"
         if lab.trace(name) is None:
             yield absent("fig9", case, published.FIG9_SHARE[name], "share", name)
             continue
-        most = _lru(lab, name, None)
-        yield row("fig9", case, published.FIG9_SHARE[name], _lru(lab, name, parameters.store_tokens) / most, "share")
-        large = _lru(lab, name, parameters.large_cache_tokens) / most
+        most = _hit_rate(lab, name, None)
+        yield row(
+            "fig9", case, published.FIG9_SHARE[name], _hit_rate(lab, name, parameters.store_tokens) / most, "share"
+        )
+        large = _hit_rate(lab, name, parameters.large_cache_tokens) / most
         text = f"{name}: {parameters.large_cache_tokens / 1e6:g} M tokens, share of the maximum"
         yield row("fig9", text, None, large, "share", "published as near the maximum")
         yield row("fig9", f"{name}: maximum", None, most, "share", "hit rate by token")
 
 
-def _lru(lab: Lab, name: str, tokens: int | None) -> float:
+def _hit_rate(lab: Lab, name: str, tokens: int | None) -> float:
     trace = lab.trace(name)
     block = trace.summary.info.format.block_tokens if trace is not None else None
     assert block is not None
-    found = hit_rate(lab.requests(name), block, POLICIES["lru"](), None if tokens is None else tokens // block)
+    found = hit_rate(
+        lab.requests(name), block, POLICIES[lab.parameters.eviction](), None if tokens is None else tokens // block
+    )
     assert found is not None
     return found.by_token
 

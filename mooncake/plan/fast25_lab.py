@@ -112,6 +112,7 @@ class Lab:
             "model": parameters.model,
             "block_tokens": parameters.block_tokens,
             "store_memory": parameters.store_tokens * MODELS[parameters.model].kv_token_bytes,
+            "eviction": parameters.eviction,
             "jitter": parameters.jitter,
             "seed": parameters.seed,
             "limit": self.limit,

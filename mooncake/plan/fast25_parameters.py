@@ -14,6 +14,8 @@ class Parameters(msgspec.Struct, frozen=True):
     block_tokens: int = 512
     store_tokens: int = 3_000_000
     """Of a node's DRAM."""
+    eviction: str = "lru"
+    """As the paper has it; ours is another."""
     mooncake: str = "algorithm1"
     joint: str = "joint"
     """Ours, shown beside it."""
@@ -56,7 +58,7 @@ def assumptions(parameters: Parameters) -> list[str]:
         f"cluster: {p.num_nodes} nodes of {p.hardware}, {split}",
         "prefill time: fit of the paper's Fig 14 (a800-paper); decode time: that of 8xA100, as the paper gives none",
         f"blocks of {p.block_tokens} tokens, as the traces have them; the paper's store has 256",
-        f"a node's store holds {p.store_tokens:,} tokens, least recently used go first; KV in GPU memory is a cache before it",
+        f"a node's store holds {p.store_tokens:,} tokens, eviction {p.eviction}; KV in GPU memory is a cache before it",
         "network 87 GB/s and host to GPU 128 GB/s per node, as measured in the paper; hops of control messages 0.3 ms",
         f"timestamps: --jitter {p.jitter}: where the trace's clock has a step (conversation: 3 s), {spread}",
         f"Mooncake is policy {p.mooncake}, threshold 2 (unpublished; results hardly change between 1 and 4); {p.joint} is ours",

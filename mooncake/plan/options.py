@@ -43,6 +43,9 @@ class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: Annotated[_Count | None, _text("unit of reuse; 512")] = None
     kv_tokens: Annotated[_Count | None, _text("KV room of an instance; what fits beside the weights")] = None
     store_memory: Annotated[_Size | None, _text("DRAM of a node's store, such as 1TiB; 3M tokens")] = None
+    eviction: Annotated[
+        str | None, _text("what goes first from a full store: lru, lfu, fifo, s3fifo, learned; lru")
+    ] = None
     store_ssd: Annotated[_Size | None, _text("SSD of a node's store, such as 16TiB; none")] = None
     ssd_rate: Annotated[
         _Size | None, _text("what that reads and writes in a second, together, such as 20GiB; 6 GB")

@@ -24,6 +24,7 @@ from mooncake.sim.live_config import Machines, cluster_config, machines_config
 from mooncake.sim.replay import Progress, Replay, run_replay
 from mooncake.sim.report import ClusterSection, Report, Setup, TraceSection, clock_note, make_report
 from mooncake.sim.workload import Workload, check_blocks, sim_requests
+from mooncake.store.eviction import DEFAULT_POLICY, POLICIES
 from mooncake.trace.files import check_trace, open_trace
 from mooncake.trace.stats import GAPS_MAX, clock_step
 from mooncake.trace.types import TraceSummary
@@ -33,8 +34,8 @@ DEFAULT_INSTANCES = 8
 _TIMED_MODEL = "LLaMA-3.1-70B"
 SUMMARY, LINES, PAGE = "summary.json", "requests.jsonl", "report.html"
 _FILE_KEYS = (
-    "prefill", "decode", "policy", "admission", "admission_rule", "block_tokens", "kv_tokens", "store_memory", "max_batch",
-    "max_step_tokens",
+    "prefill", "decode", "policy", "admission", "admission_rule", "block_tokens", "kv_tokens", "store_memory", "eviction",
+    "max_batch", "max_step_tokens",
 )  # fmt: skip
 """Options that are also keys of the configuration file, which they override."""
 _MACHINE_KEYS = ("hardware", "model", "colocated", "nic_gbps", "assumed_nic_gbps", "store_ssd", "ssd_rate")
@@ -119,6 +120,7 @@ def _from_machines(options: ReplayOptions) -> Target:
         colocated=colocated,
         kv_tokens=options.kv_tokens,
         store_bytes=options.store_memory,
+        eviction=_known("eviction", options.eviction or DEFAULT_POLICY, {name: name for name in POLICIES}),
         ssd_bytes=options.store_ssd or 0,
         ssd_bytes_per_s=options.ssd_rate,
         nic_bytes_per_s=_bytes_per_s(options.nic_gbps),
@@ -261,6 +263,7 @@ def _cluster_section(aim: Target) -> ClusterSection:
         block_tokens=config.block_tokens,
         kv_tokens_per_instance=config.num_pages * config.page_tokens,
         store_bytes_per_node=config.node.capacity_bytes,
+        eviction=config.node.eviction,
         ssd_bytes_per_node=config.node.ssd_bytes,
         ssd_bytes_per_s=config.node.ssd_bytes_per_s,
         nic_bytes_per_s=config.node.nic_bytes_per_s,

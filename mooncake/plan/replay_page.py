@@ -420,7 +420,7 @@ def _setup(report: Report) -> str:
         ),
         ("requests", f"{count(requests.total)}: {outcomes}; {requests.unfinished} unfinished"),
         ("each instance", f"{room}, {steps}"),
-        ("each node", f"store of {size(cluster.store_bytes_per_node)}{ssd}, {rates}"),
+        ("each node", f"store of {size(cluster.store_bytes_per_node)} ({cluster.eviction}){ssd}, {rates}"),
         ("blocks", f"{cluster.block_tokens} tokens"),
         ("seed", str(setup.seed)),
         ("cost", f"{cost.gpu_hours:,.1f} GPU-hours of {cost.num_gpus} GPUs{price}"),

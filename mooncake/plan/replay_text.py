@@ -31,7 +31,8 @@ def _title(setup: Setup) -> Iterator[str]:
         f"blocks of {cluster.block_tokens} tokens"
     )
     yield (
-        f"each: KV room {cluster.kv_tokens_per_instance:,} tokens, store {size(cluster.store_bytes_per_node)}, "
+        f"each: KV room {cluster.kv_tokens_per_instance:,} tokens, store {size(cluster.store_bytes_per_node)} "
+        f"({cluster.eviction}), "
         f"network {size(cluster.nic_bytes_per_s)}/s, host to GPU {size(cluster.host_bytes_per_s)}/s"
     )
     if cluster.ssd_bytes_per_node:

@@ -30,12 +30,12 @@ CAPACITY_MAX = 1 << 50
 
 
 class HitRateRow(msgspec.Struct, frozen=True):
-    """capacity_blocks: None for a cache that never evicts. by_token and per_request: None for Belady's bound, which counts
-    blocks."""
+    """capacity_blocks: None for a cache that never evicts. Of Belady's bound, which counts blocks, by_token is what no policy
+    exceeds: the tokens of as many whole blocks, but no more than a cache that never evicts reuses. per_request: None for it."""
 
     capacity_blocks: int | None
     policy: str
-    by_token: float | None
+    by_token: float
     by_block: float
     per_request: float | None
 
@@ -79,7 +79,7 @@ def stats_report(path: str, trace_format: str | None) -> StatsReport:
     info, num_skipped, stats = _measured(path, trace_format)
     rows: list[HitRateRow] = []
     if stats.reuse is not None and stats.reuse.num_references <= REFERENCES_MAX:
-        rows = _hit_rates(_reread(info), info, _default_capacities(stats.reuse), POLICY_NAMES, stats.reuse)
+        rows = _hit_rates(_reread(info), info, _default_capacities(stats.reuse), POLICY_NAMES, stats)
     return StatsReport(info, num_skipped, stats, rows)
 
 
@@ -100,7 +100,7 @@ def hit_rate_report(
         )
     possible = POLICY_NAMES if stats.reuse.num_references <= FUTURE_MAX else tuple(POLICIES)
     sizes = blocks or _default_capacities(stats.reuse)
-    rows = _hit_rates(_reread(info), info, sizes, named or possible, stats.reuse)
+    rows = _hit_rates(_reread(info), info, sizes, named or possible, stats)
     return HitRateReport(info, stats.num_requests, rows)
 
 
@@ -171,25 +171,35 @@ def _reread(info: TraceInfo, limit: int | None = None) -> _Requests:
 
 
 def _hit_rates(
-    requests: _Requests, info: TraceInfo, capacities: Sequence[int], policies: Sequence[str], reuse: Reuse
+    requests: _Requests, info: TraceInfo, capacities: Sequence[int], policies: Sequence[str], stats: TraceStats
 ) -> list[HitRateRow]:
-    """By capacity, then policy; at last of a cache that never evicts, where `reuse` is that of all requests."""
+    """By capacity, then policy; at last of a cache that never evicts, where the reuse is known of all requests."""
+    reuse = stats.reuse
+    assert reuse is not None
     future = Future(requests()) if BELADY in policies else None
     rows = []
     for capacity in capacities:
         for policy in policies:
             if future is not None and policy == BELADY:
-                rows.append(HitRateRow(capacity, policy, None, future.belady(capacity), None))
+                rows.append(_bound(future, capacity, info, stats))
             else:
                 rate = _replayed(requests, info, policy, capacity)
                 rows.append(HitRateRow(capacity, policy, rate.by_token, rate.by_block, rate.per_request))
     for policy in policies if reuse.is_complete else ():
         if policy == BELADY:
-            rows.append(HitRateRow(None, policy, None, reuse.hit_rate_by_block, None))
+            rows.append(HitRateRow(None, policy, reuse.hit_rate_by_token, reuse.hit_rate_by_block, None))
         else:
             rates = reuse.hit_rate_by_token, reuse.hit_rate_by_block, reuse.hit_rate_per_request
             rows.append(HitRateRow(None, policy, *rates))
     return rows
+
+
+def _bound(future: Future, capacity: int, info: TraceInfo, stats: TraceStats) -> HitRateRow:
+    assert info.format.block_tokens is not None and stats.reuse is not None
+    by_block = future.belady(capacity)
+    by_token = by_block * future.num_references * info.format.block_tokens / stats.input_length.total
+    most = stats.reuse.hit_rate_by_token if stats.reuse.is_complete else 1.0
+    return HitRateRow(capacity, BELADY, min(by_token, most), by_block, None)
 
 
 def _lru(requests: _Requests, info: TraceInfo, capacities: Sequence[int]) -> list[float]:

@@ -10,7 +10,9 @@ from mooncake.trace.stats import Arrivals, Lengths, Reuse, TraceStats
 from mooncake.trace.types import TraceInfo
 
 _HIT_RATE_NOTE = "one global cache, order of requests only, reuse stops at the first miss; cold start included"
-_BELADY_NOTE = "* a bound that looks into the future, by block and not by token"
+_BELADY_NOTE = (
+    "* a bound: the tokens of as many blocks as the best choice with knowledge of the future reuses, block by block"
+)
 
 
 def stats_text(report: StatsReport) -> str:
@@ -113,7 +115,7 @@ def _hit_rate_lines(rows: Sequence[HitRateRow], info: TraceInfo) -> Iterator[str
         of_size = rows[at : at + len(policies)]
         size = of_size[0].capacity_blocks
         sizes = ["no limit", ""] if size is None else [count(size), count(size * info.format.block_tokens)]
-        cells.append([*sizes, *(_share(row.by_block if row.by_token is None else row.by_token) for row in of_size)])
+        cells.append([*sizes, *(_share(row.by_token) for row in of_size)])
     yield from table(cells)
     if BELADY in policies:
         yield _BELADY_NOTE

@@ -2,7 +2,7 @@
 
 The prefix rule holds: reuse stops at the first block that is not there. A request's blocks are all there while it is served, as
 leases keep them in a store node; when it ends, the policy, which is one of the store's, evicts until the rest fits. Belady's
-bound looks into the future and counts block by block: no policy has a higher rate *by block*. It knows no prefix rule.
+bound looks into the future and counts block by block: no policy reuses more blocks. It knows no prefix rule.
 """
 
 from __future__ import annotations
@@ -72,12 +72,13 @@ class PrefixCache:
         new = [hash_id for hash_id in hash_ids[num_matched:] if hash_id not in rows]
         self._policy.hold([rows[hash_id] for hash_id in hash_ids if hash_id in rows])
         if new:
-            self._add(new)
+            self._add(new, hash_ids)
         self._policy.idle([rows[hash_id] for hash_id in hash_ids])
         self._shrink()
         return num_matched
 
-    def _add(self, hash_ids: Sequence[int]) -> None:
+    def _add(self, hash_ids: Sequence[int], chain: Sequence[int]) -> None:
+        rows = self._rows
         first, missing = len(self._hash_ids), max(0, len(hash_ids) - len(self._free))
         self._free += range(first, first + missing)
         self._hash_ids += [0] * missing
@@ -85,9 +86,11 @@ class PrefixCache:
         added = [self._free.pop() for _ in hash_ids]
         for row, hash_id in zip(added, hash_ids, strict=True):
             self._hash_ids[row] = hash_id
-            self._rows[hash_id] = row
+            rows[hash_id] = row
         keys = [hash_id.to_bytes(KEY_BYTES, "little", signed=True) for hash_id in hash_ids]
-        self._policy.add(added, keys, self._sizes)
+        before = dict(zip(chain[1:], chain, strict=False))
+        parents = [rows[before[hash_id]] if hash_id in before else None for hash_id in hash_ids]
+        self._policy.add(added, keys, self._sizes, parents)
 
     def _shrink(self) -> None:
         if self._capacity is not None and len(self._rows) > self._capacity:
@@ -129,6 +132,7 @@ class Future:
             if len(blocks) > REFERENCES_MAX:
                 raise TraceError(f"Belady's bound keeps the trace in memory, and takes up to {REFERENCES_MAX} blocks")
         self.num_blocks = len(places)
+        self.num_references = len(blocks)
         self._blocks = np.array(blocks, dtype=np.int64)
         # Sorted by block and then place, each reference is followed by the next one to the same block.
         order = np.argsort(self._blocks, kind="stable")

@@ -18,6 +18,7 @@ from mooncake.sim.cluster import ClusterConfig
 from mooncake.sim.hardware import Hardware, ModelShape, kv_tokens
 from mooncake.sim.network import NetworkConfig
 from mooncake.sim.node import NodeConfig
+from mooncake.store.eviction import DEFAULT_POLICY
 
 WHOLE_PROMPTS = 1 << 20
 """Tokens of a step that no prompt is chunked for."""
@@ -53,6 +54,7 @@ def cluster_config(config: Config) -> ClusterConfig:
         network=NetworkConfig(latency_ns=HOP_NS),
         node=NodeConfig(
             capacity_bytes=config.store_memory,
+            eviction=config.eviction,
             token_bytes=LAYOUT.object_bytes(1),
             block_tokens=limits.block_tokens,
             call_ns=CALL_NS,
@@ -81,6 +83,7 @@ class Machines(msgspec.Struct, frozen=True):
     block_tokens: int = 512
     kv_tokens: int | None = None
     store_bytes: int | None = None
+    eviction: str = DEFAULT_POLICY
     ssd_bytes: int = 0
     ssd_bytes_per_s: float | None = None
     nic_bytes_per_s: float | None = None
@@ -122,6 +125,7 @@ def machines_config(machines: Machines) -> ClusterConfig:
         network=NetworkConfig(jitter_ns=0),
         node=NodeConfig(
             capacity_bytes=machines.store_bytes or hardware.dram_bytes,
+            eviction=machines.eviction,
             token_bytes=model.kv_token_bytes,
             block_tokens=block_tokens,
             local_bytes_per_s=host,

@@ -52,6 +52,7 @@ from mooncake.store.events import (
     Tick,
     WriteSsd,
 )
+from mooncake.store.eviction import POLICIES
 from mooncake.store.ssd import SsdConfig
 from mooncake.store.ssd_layout import geometry_of
 from mooncake.store.types import CommitStatus, Location, Places, Puts, PutStatus, num_existing
@@ -78,6 +79,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     local_bytes_per_s: float = 10e9
     """Between the segment and instances of the same machine."""
     nic_bytes_per_s: float = 5e9
+    eviction: str = "lru"
     ssd_bytes: int = 0
     """Of the tier below memory; 0: there is none."""
     ssd_bytes_per_s: float = 6e9
@@ -125,6 +127,7 @@ class SimNode:
         self.core = StoreCore(
             config.capacity_bytes,
             epoch=epoch,
+            policy=POLICIES[config.eviction](),
             allocator=Budget(config.capacity_bytes, config.alignment),
             ssd=_ssd_config(config),
         )

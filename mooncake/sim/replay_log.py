@@ -33,6 +33,7 @@ from mooncake.scheduler.config import ConductorConfig
 from mooncake.scheduler.dispatcher import Dispatcher, DispatcherEvent, DispatcherSettings, Ended, hashed_keys
 from mooncake.store import events as store
 from mooncake.store.core import StoreCore
+from mooncake.store.eviction import POLICIES
 from mooncake.store.readers import Answers, RecordedReaders
 from mooncake.store.service import StoreSettings
 
@@ -93,6 +94,7 @@ def _store(settings: StoreSettings, seed: int) -> StoreCore:
         settings.capacity_bytes,
         epoch=settings.epoch,
         alignment=settings.alignment,
+        policy=POLICIES[settings.eviction](),
         ssd=settings.ssd,
         readers=RecordedReaders(),
         last_number=settings.epoch,

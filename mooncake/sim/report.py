@@ -157,6 +157,7 @@ class ClusterSection(msgspec.Struct, frozen=True):
     block_tokens: int
     kv_tokens_per_instance: int
     store_bytes_per_node: int
+    eviction: str
     ssd_bytes_per_node: int
     ssd_bytes_per_s: float
     nic_bytes_per_s: float

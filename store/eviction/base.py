@@ -9,6 +9,10 @@ object from its commit to its end:
 
 so that leased objects are never looked at and choosing needs no scan. Everything comes in batches, which are in chain order,
 prefix first. `sizes` is a column: the bytes of an object by its row.
+
+A block behind a missing one is worth nothing, so a suffix should go before its prefix. `Lru` and `Learned` do so; `Lru` as far
+as leases are of whole chains, so that a prefix is used whenever a suffix is. The others are textbook policies, which know
+nothing of chains.
 """
 
 from __future__ import annotations
@@ -22,8 +26,11 @@ class EvictionPolicy(Protocol):
         """How many candidates there are."""
         ...
 
-    def add(self, rows: Sequence[int], keys: Sequence[bytes], sizes: Sequence[int]) -> None:
-        """New objects were committed; they are leased until `idle` says otherwise."""
+    def add(
+        self, rows: Sequence[int], keys: Sequence[bytes], sizes: Sequence[int], parents: Sequence[int | None]
+    ) -> None:
+        """New objects were committed; they are leased until `idle` says otherwise. parents: one for each, the row of the block
+        before it in its chain. None: it is the first, or nobody knows, or that block is gone."""
         ...
 
     def hold(self, rows: Sequence[int]) -> None:

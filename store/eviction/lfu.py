@@ -17,7 +17,9 @@ class Lfu:
     def __len__(self) -> int:
         return sum(map(len, self._candidates.values()))
 
-    def add(self, rows: Sequence[int], keys: Sequence[bytes], sizes: Sequence[int]) -> None:
+    def add(
+        self, rows: Sequence[int], keys: Sequence[bytes], sizes: Sequence[int], parents: Sequence[int | None]
+    ) -> None:
         self._num_uses.update(dict.fromkeys(rows, 1))
 
     def hold(self, rows: Sequence[int]) -> None:

@@ -24,7 +24,9 @@ class Lru:
     def __len__(self) -> int:
         return len(self._order) + len(self._next) - self._at - len(self._held)
 
-    def add(self, rows: Sequence[int], keys: Sequence[bytes], sizes: Sequence[int]) -> None:
+    def add(
+        self, rows: Sequence[int], keys: Sequence[bytes], sizes: Sequence[int], parents: Sequence[int | None]
+    ) -> None:
         pass
 
     def hold(self, rows: Sequence[int]) -> None:

@@ -6,13 +6,14 @@ import asyncio
 import itertools
 import os
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, NamedTuple
 
 from mooncake.store.client import StoreClient
 from mooncake.store.core import StoreCore
 from mooncake.store.events import Event, Reply, Report, Snapshot
+from mooncake.store.eviction import Lru
 from mooncake.store.memory import MemoryNode, MemoryStore
 from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.store.operations import StoreOperations
@@ -50,6 +51,22 @@ def by_key(results: Any) -> Any:
     if isinstance(results, Puts):
         return tuple(Put(*pair) for pair in zip(results.statuses, results.locations(), strict=True))
     return tuple(results.locations()) if isinstance(results, Places) else results
+
+
+class Told(Lru):
+    """parents: by key, the keys of those that it was told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parents: dict[bytes, bytes | None] = {}
+        self._keys: dict[int, bytes] = {}
+
+    def add(
+        self, rows: Sequence[int], keys: Sequence[bytes], sizes: Sequence[int], parents: Sequence[int | None]
+    ) -> None:
+        self._keys.update(zip(rows, keys, strict=True))
+        found = [None if parent is None else self._keys[parent] for parent in parents]
+        self.parents.update(zip(keys, found, strict=True))
 
 
 class Driver:

@@ -28,6 +28,7 @@ from mooncake.store.events import (
     SnapshotWanted,
     Tick,
 )
+from mooncake.store.eviction import POLICIES
 from mooncake.store.types import CommitStatus, Location, PutMode, PutStatus
 from mooncake.transport.frames import Frame, FrameReader
 from tests.store.helpers import UNIT, Driver, key
@@ -68,9 +69,14 @@ class StoreHistory(RuleBasedStateMachine):
     A key may have several writers. Which objects are committed, and which are pinned under a loser's number, is modelled
     too: an alias must keep its winner's bytes as they are until it is released."""
 
-    @initialize(reservation_ns=st.sampled_from([5, 1000]), report_ns=st.sampled_from([0, 3]))
-    def begin(self, reservation_ns: int, report_ns: int) -> None:
-        self.core = StoreCore(12 * UNIT, epoch=1, alignment=UNIT, reservation_ns=reservation_ns, report_ns=report_ns)
+    @initialize(
+        reservation_ns=st.sampled_from([5, 1000]),
+        report_ns=st.sampled_from([0, 3]),
+        policy=st.sampled_from(list(POLICIES)),
+    )
+    def begin(self, reservation_ns: int, report_ns: int, policy: str) -> None:
+        options = {"reservation_ns": reservation_ns, "report_ns": report_ns, "policy": POLICIES[policy]()}
+        self.core = StoreCore(12 * UNIT, epoch=1, alignment=UNIT, **options)
         self.drive = Driver(self.core)
         self.reserved: dict[int, dict[int, Location]] = {client: {} for client in CLIENTS}
         self.leased: dict[int, list[Location]] = {client: [] for client in CLIENTS}

@@ -33,7 +33,7 @@ from mooncake.store.events import (
 from mooncake.store.lifecycle import State, Trigger, advance
 from mooncake.store.ssd import REST_NS, SsdConfig
 from mooncake.store.types import CommitStatus, PutMode, PutStatus
-from tests.store.helpers import UNIT, key, keys
+from tests.store.helpers import UNIT, Told, key, keys
 from tests.store.ssd import LOAD_WAIT, ROOM_WAIT, TABLE_PAGES, Tiered, tiered
 
 A, B = 1, 2
@@ -632,3 +632,14 @@ def test_a_newer_copy_needs_no_note_of_the_removal_before() -> None:
     put(store, 1)
     store.do_all()
     assert store(Exists(A, 0, keys(1))) == (True,) and not store.core._ssd._removed  # type: ignore[union-attr]
+
+
+def test_what_is_read_back_knows_its_place_in_the_chain() -> None:
+    policy = Told()
+    config = SsdConfig(8 * UNIT, UNIT, ready_bytes=0, room_wait_ns=ROOM_WAIT, load_wait_ns=LOAD_WAIT)
+    store = Tiered(StoreCore(4 * UNIT, epoch=7, alignment=UNIT, report_ns=0, ssd=config, policy=policy))
+    demoted(store, 1, 2, 3, room=4)
+    assert set(policy.parents.values()) == {None}  # each was stored in a call of its own
+    assert store(Lease(A, 9, keys(1, 2, 3))) is None
+    settle(store, 9)
+    assert [policy.parents[key(number)] for number in (1, 2, 3)] == [None, key(1), key(2)]

@@ -38,6 +38,7 @@ from mooncake.store.events import (
     Tick,
     WriteSsd,
 )
+from mooncake.store.eviction import POLICIES
 from mooncake.store.ssd import SsdConfig
 from mooncake.store.ssd_layout import Entry, Page, merged, recovered
 from mooncake.store.types import CommitStatus, Location, PutStatus
@@ -81,6 +82,7 @@ class TieredHistory:
             MEMORY * UNIT,
             epoch=1,
             alignment=UNIT,
+            policy=POLICIES[self.rng.choice(list(POLICIES))](),
             reservation_ns=60,
             report_ns=self.rng.randrange(3),
             ssd=self.config,
