@@ -636,8 +636,7 @@ def test_a_newer_copy_needs_no_note_of_the_removal_before() -> None:
 
 def test_what_is_read_back_knows_its_place_in_the_chain() -> None:
     policy = Told()
-    config = SsdConfig(8 * UNIT, UNIT, ready_bytes=0, room_wait_ns=ROOM_WAIT, load_wait_ns=LOAD_WAIT)
-    store = Tiered(StoreCore(4 * UNIT, epoch=7, alignment=UNIT, report_ns=0, ssd=config, policy=policy))
+    store = tiered(4, 8, policy=policy)
     demoted(store, 1, 2, 3, room=4)
     assert set(policy.parents.values()) == {None}  # each was stored in a call of its own
     assert store(Lease(A, 9, keys(1, 2, 3))) is None

@@ -348,7 +348,7 @@ def run(seed: int) -> Counter[str]:
 
 def test_two_tiers_hold_their_laws() -> None:
     happened: Counter[str] = Counter()
-    for seed in range(40):
+    for seed in range(60):
         happened += run(seed)
     assert happened["ssd_reads"] > 200
     assert happened["crashes"] > 30 and happened["ssd_recovered"] > 50
