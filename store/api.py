@@ -32,21 +32,22 @@ from typing import Any, Self
 
 import msgspec
 
-from mooncake.core.errors import BadArgument, DeadlineExceeded, StoreUnavailable
+from mooncake.core.errors import BadArgument, DeadlineExceeded, HandleLost, StoreUnavailable
 from mooncake.core.keys import OBJECT_KEY_BYTES
 from mooncake.core.messages import NodeInfo
 from mooncake.core.types import Tier
 from mooncake.store import contents, reading
 from mooncake.store.directory.core import REPLICAS_MAX, Found
 from mooncake.store.directory.session import DirectorySession
-from mooncake.store.events import Cancel, Commit, Exists, Remove, Reserve
+from mooncake.store.events import Cancel, Commit, Exists, Grant, Name, Remove, Reserve
+from mooncake.store.grants import Grants, Slot, granted_max, slots_of
 from mooncake.store.handles import Hold, LeasedObjects, Link, Reservation
 from mooncake.store.local.reader import LocalReader
 from mooncake.store.operations import DEADLINE_S
 from mooncake.store.peers import Peers
 from mooncake.store.reading import LAST_ATTEMPT_S, Absent
 from mooncake.store.session import NodeSession
-from mooncake.store.types import CommitStatus, PutMode, Puts, PutStatus
+from mooncake.store.types import CommitStatus, Named, PutMode, Puts, PutStatus
 from mooncake.transport.base import MappedPath, Piece
 
 __all__ = ["Absent", "LeasedView", "PutResult", "Replica", "Stat", "Store", "WriteSession", "named_key"]
@@ -114,6 +115,7 @@ class Store:
         self._home = home
         self._directory = directory
         self._peers = peers
+        self._grants = Grants()
         self._pins: dict[bytes, LeasedObjects] = {}
         self._lock = threading.Lock()
 
@@ -175,16 +177,14 @@ class Store:
             raise BadArgument(f"data: {len(data)} buffers for {len(keys)} keys")
         self._check_replicas(replicas)
         buffers = [contents.as_bytes(each, f"data[{at}]") for at, each in enumerate(data)]
-        checksums = tuple([contents.checksum(each) for each in buffers]) if strict else ()
-        mode = PutMode.STRICT if strict else PutMode.EQUIVALENT
-        puts, link = self._reserve(keys, [each.nbytes for each in buffers], mode, checksums)
-        results = [_OF_PUT[status] for status in puts.statuses]
-        new = [at for at, status in enumerate(puts.statuses) if status is _RESERVED]
-        if new:
-            for at, status in zip(new, self._fill(link, puts, new, buffers), strict=True):
-                results[at] = _OF_COMMIT[status]
-            if self._directory is not None:
-                self._home.sync(self.deadline_s)
+        results = None
+        if not strict:
+            with contextlib.suppress(HandleLost):  # the grants went with a connection; there may be a new one
+                results = self._put_granted(keys, buffers)
+        if results is None:
+            results = self._put_reserved(keys, buffers, strict=strict)
+        if self._directory is not None and PutResult.STORED in results:
+            self._home.sync(self.deadline_s)
         there = [key for key, result in zip(keys, results, strict=True) if result in _THERE]
         if replicas > 1 and there and self._directory is not None:
             self._directory.want(there, replicas, self.deadline_s)
@@ -333,6 +333,55 @@ class Store:
         return objects is not None
 
     # ------------------------------------------------------------ writing
+
+    def _put_granted(self, keys: Sequence[bytes], buffers: Sequence[memoryview]) -> list[PutResult] | None:
+        """Into space that was granted before, so that the node is asked once; None if that cannot be: then nothing is done."""
+        link, welcome, local = self._home.link(self.deadline_s), self._home.welcome(self.deadline_s), self._local()
+        results = [PutResult.EXISTS] * len(keys)
+        new = [at for at, key in enumerate(keys) if local is None or not local.index.contains(key)]
+        if not new:
+            return results if keys else None
+        sizes = tuple([buffers[at].nbytes for at in new])
+        extents = tuple([(size + welcome.alignment - 1) & -welcome.alignment for size in sizes])
+        most = granted_max(welcome.capacity)
+        if sum(extents) > most or len(set(keys)) < len(keys):
+            return None
+        slots = self._grants.take(link, extents) or self._ask_for_grants(link, extents)
+        if slots is None:
+            return None
+        try:
+            pieces = [Piece(slot.offset, buffers[at], slot.number) for at, slot in zip(new, slots, strict=True)]
+            checksums = _write(link, pieces)
+            more = extents if self._grants.num_bytes + sum(extents) <= most else ()
+            names, numbers = tuple([keys[at] for at in new]), tuple([slot.number for slot in slots])
+            request = Name(0, 0, names, numbers, sizes, checksums, more)
+            named: Named = self._home.call(request, self.deadline_s, link=link)
+        except BadArgument:
+            self._grants.give(link, extents, slots)
+            raise
+        if more:
+            self._grants.give(link, more, slots_of(named.granted))
+        for at, status in zip(new, named.statuses, strict=True):
+            results[at] = _OF_COMMIT[status]
+        return None if PutResult.LOST in results else results  # grants ran out of time: what is stored exists now
+
+    def _ask_for_grants(self, link: Link, extents: tuple[int, ...]) -> list[Slot] | None:
+        granted = slots_of(self._home.call(Grant(0, 0, extents), self.deadline_s, link=link))
+        if None in granted:
+            self._grants.give(link, extents, granted)
+            return None
+        return granted  # type: ignore[return-value]
+
+    def _put_reserved(self, keys: Sequence[bytes], buffers: Sequence[memoryview], *, strict: bool) -> list[PutResult]:
+        checksums = tuple([contents.checksum(each) for each in buffers]) if strict else ()
+        mode = PutMode.STRICT if strict else PutMode.EQUIVALENT
+        puts, link = self._reserve(keys, [each.nbytes for each in buffers], mode, checksums)
+        results = [_OF_PUT[status] for status in puts.statuses]
+        new = [at for at, status in enumerate(puts.statuses) if status is _RESERVED]
+        if new:
+            for at, status in zip(new, self._fill(link, puts, new, buffers), strict=True):
+                results[at] = _OF_COMMIT[status]
+        return results
 
     def _reserve(
         self, keys: Sequence[bytes], sizes: Sequence[int], mode: PutMode, checksums: tuple[int, ...]

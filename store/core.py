@@ -36,7 +36,9 @@ from mooncake.store.events import (
     Exists,
     Fault,
     Flush,
+    Grant,
     Lease,
+    Name,
     Release,
     Remove,
     Reply,
@@ -59,7 +61,7 @@ from mooncake.store.lifecycle import State, Trigger
 from mooncake.store.objects import Objects, pick
 from mooncake.store.readers import NoReaders, Readers
 from mooncake.store.ssd import SsdConfig, SsdTier
-from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
+from mooncake.store.types import CommitStatus, Named, Places, PutMode, Puts, PutStatus
 from mooncake.store.waiting import Waiting, WaitingCall, WaitingLease
 
 _T = TypeVar("_T")
@@ -113,6 +115,8 @@ class StoreCore:
         self._handlers: dict[type[Event], Callable[[Any, int], list[Command]]] = {
             Reserve: self._reserve,
             Commit: self._commit,
+            Grant: self._grant,
+            Name: self._name,
             Cancel: self._cancel,
             Lease: self._lease,
             Release: self._release,
@@ -183,6 +187,8 @@ class StoreCore:
     def metrics(self) -> dict[str, int]:
         """Bytes are rounded to the alignment. `evictable_bytes`: of committed, unleased objects. With SSD, its own too."""
         objects, clients = self._objects, self._clients.values()
+        reserved = [row for claims in clients for _, row in claims.reserved_rows()]
+        granted = sum([not objects.keys[row] for row in reserved])
         below = {} if self._ssd is None else self._ssd.metrics() | {"waiting": len(self._waiting)}
         return (
             self.counters
@@ -195,7 +201,8 @@ class StoreCore:
                 "evictable_bytes": objects.idle_bytes,
                 "objects": len(objects.by_key),
                 "lingering": len(objects.lingering),
-                "reservations": sum([claims.num_reservations for claims in clients]),
+                "reservations": len(reserved) - granted,
+                "granted": granted,
                 "leases": sum([claims.num_leases + len(claims.aliases) for claims in clients]),
             }
         )
@@ -381,6 +388,52 @@ class StoreCore:
         if committed:
             self._keep(event, claims, tuple(committed), list(committed.values()))
         return _reply(event, tuple(results))
+
+    def _commit_with_keys(self, event: Commit, now: int) -> list[Command]:
+        """As Commit is handled from the first grant on."""
+        claims, keys = self._claims(event.client), self._objects.keys
+        rows = [claims.writable_row(number) for number in event.numbers]
+        if any(row is not None and not keys[row] for row in rows):
+            return [Fault(event.client, event.request_id, "numbers: granted space has no key; it is to be named")]
+        return self._commit(event, now)
+
+    def _grant(self, event: Grant, now: int) -> list[Command]:
+        self._handlers[Commit] = self._commit_with_keys
+        fault = self._fault(event)
+        return fault or _reply(event, self._grant_sizes(event, event.sizes, now))
+
+    def _grant_sizes(self, event: Request, sizes: tuple[int, ...], now: int) -> Places:
+        """Space without keys, if that need not wait for anything."""
+        if self._ssd is not None and self._objects.rounded(sizes) > self._objects.spare_bytes:
+            return _nowhere(len(sizes))
+        blank = Reserve(event.client, event.request_id, (b"",) * len(sizes), sizes)
+        made = self._make(blank, self._claims(event.client), range(len(sizes)), now)
+        assert made is not None  # it is not all or nothing
+        return made
+
+    def _name(self, event: Name, now: int) -> list[Command]:
+        fault = self._fault(event)
+        if fault:
+            return fault
+        objects, claims = self._objects, self._claims(event.client)
+        before, numbers = b"", list(event.numbers)
+        for at, (key, number, size) in enumerate(zip(event.keys, event.numbers, event.sizes, strict=True)):
+            row = claims.writable_row(number)
+            if row is not None and not objects.keys[row] and size <= objects.extents[row]:
+                objects.keys[row], objects.sizes[row], objects.before[row] = key, size, before
+                if self._writers is not None:
+                    self._forget_writers((b"",))
+                    self._writers[key] += 1
+            elif row is not None:
+                numbers[at] = 0  # nobody's: it has a key, or too little space
+            before = key
+        commit = Commit(event.client, event.request_id, tuple(numbers), False, event.checksums)
+        [reply] = self._commit(commit, now)
+        if isinstance(reply, Fault):
+            return [reply]
+        assert isinstance(reply, Reply)
+        granted = self._grant_sizes(event, event.more, now) if event.more else _nowhere(0)
+        return _reply(event, Named(reply.results, granted))  # type: ignore[arg-type]  # a Commit's are statuses
 
     def _keep(self, event: Commit, claims: Claims, numbers: tuple[int, ...], rows: list[int]) -> None:
         """What was committed is held by the call; now the client has a lease of it, or nobody."""

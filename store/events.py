@@ -13,7 +13,7 @@ import msgspec
 
 from mooncake.core.keys import OBJECT_KEY_BYTES
 from mooncake.core.types import Tier
-from mooncake.store.types import CommitStatus, Places, PutMode, Puts
+from mooncake.store.types import CommitStatus, Named, Places, PutMode, Puts
 
 _KEY_LENGTHS = {OBJECT_KEY_BYTES}
 MAX_BATCH = 16_384
@@ -56,6 +56,24 @@ class Commit(Request, frozen=True):
     numbers: tuple[int, ...]
     lease: bool = False
     checksums: tuple[int | None, ...] = ()
+
+
+class Grant(Request, frozen=True):
+    """Ask for space for objects that have no keys yet, to be written and named later. Answered by Places, None for what finds
+    no room at once."""
+
+    sizes: tuple[int, ...]
+
+
+class Name(Request, frozen=True):
+    """Commit granted and written space under these keys, which may be of fewer bytes than it has. Answered by Named. checksums
+    as in Commit. more: sizes of what is to be granted in its place."""
+
+    keys: tuple[bytes, ...]
+    numbers: tuple[int, ...]
+    sizes: tuple[int, ...]
+    checksums: tuple[int | None, ...] = ()
+    more: tuple[int, ...] = ()
 
 
 class Cancel(Request, frozen=True):
@@ -155,7 +173,7 @@ class SsdRecovered(Event, frozen=True):
     sequences: tuple[int, ...]
 
 
-Results = Puts | Places | tuple[CommitStatus, ...] | tuple[bool, ...]
+Results = Puts | Places | Named | tuple[CommitStatus, ...] | tuple[bool, ...]
 
 
 class Command(msgspec.Struct, frozen=True, tag=True):
@@ -257,6 +275,24 @@ def _check_commit(event: Commit, capacity: int) -> str | None:
     return _fault_of_numbers(event.numbers) or _fault_of_checksums(event.checksums, len(event.numbers))
 
 
+def _check_grant(event: Grant, capacity: int) -> str | None:
+    if not 0 < len(event.sizes) <= MAX_BATCH:
+        return f"sizes: a batch has 1 to {MAX_BATCH}, got {len(event.sizes)}"
+    return _fault_of_sizes(event.sizes, capacity)
+
+
+def _check_name(event: Name, capacity: int) -> str | None:
+    count = len(event.keys)
+    if len(event.numbers) != count or len(event.sizes) != count:
+        return f"numbers: {len(event.numbers)}, and {len(event.sizes)} sizes, for {count} keys"
+    fault = _fault_of_keys(event.keys) or _fault_of_sizes(event.sizes, capacity)
+    if fault is None and len(set(event.keys)) != count:
+        fault = "keys: a key is in the batch twice"
+    if fault is None and event.more:
+        fault = _fault_of_sizes(event.more, capacity) if len(event.more) <= MAX_BATCH else "more: too many"
+    return fault or _fault_of_checksums(event.checksums, count)
+
+
 def _check_reserve(event: Reserve, capacity: int) -> str | None:
     return fault_of_reserve(event, 0, capacity)
 
@@ -271,16 +307,24 @@ def fault_of_reserve(event: Reserve, num_found: int, capacity: int) -> str | Non
     if len(set(keys)) != len(keys):
         return "keys: a key is in the batch twice"
     if sizes and not 0 < min(sizes) <= max(sizes) <= capacity:
-        at, size = next((at, size) for at, size in enumerate(event.sizes) if not 0 < size <= capacity)
-        return f"sizes[{at}]: must be between 1 and the segment's {capacity} bytes, got {size}"
+        return _fault_of_sizes(event.sizes, capacity)
     if event.mode is PutMode.STRICT and not event.checksums:
         return "checksums: a strict put needs them"
     return _fault_of_checksums(event.checksums, len(event.keys)) if event.checksums else None
 
 
+def _fault_of_sizes(sizes: tuple[int, ...], capacity: int) -> str | None:
+    if 0 < min(sizes) <= max(sizes) <= capacity:
+        return None
+    at, size = next((at, size) for at, size in enumerate(sizes) if not 0 < size <= capacity)
+    return f"sizes[{at}]: must be between 1 and the segment's {capacity} bytes, got {size}"
+
+
 _CHECKS: dict[type[Request], Callable[[Any, int], str | None]] = {
     Reserve: _check_reserve,
     Commit: _check_commit,
+    Grant: _check_grant,
+    Name: _check_name,
     Cancel: _check_numbers,
     Lease: _check_keys,
     Release: _check_numbers,

@@ -12,8 +12,8 @@ import msgspec
 
 from mooncake.core.errors import ProtocolError, StoreError, StoreUnavailable
 from mooncake.store import wire
-from mooncake.store.events import Cancel, Commit, Release, Request, Results
-from mooncake.store.types import CommitStatus, Places, Puts, PutStatus
+from mooncake.store.events import Cancel, Commit, Grant, Release, Request, Results
+from mooncake.store.types import CommitStatus, Named, Places, Puts, PutStatus
 from mooncake.transport.frames import Frame, FrameReader, Kind, pack
 
 MAX_PENDING = 4096
@@ -102,10 +102,14 @@ def undo(request: Request, results: Results) -> list[Request]:
     reserved: tuple[int, ...] = ()
     leased: tuple[int, ...] = ()
     match results:
+        case Named():
+            reserved = tuple([number for number in results.granted.numbers if number])
         case Puts():
             pairs = list(zip(results.numbers, results.statuses, strict=True))
             reserved = tuple([number for number, status in pairs if number and status is PutStatus.RESERVED])
             leased = tuple([number for number, status in pairs if number and status is PutStatus.EXISTS])
+        case Places() if isinstance(request, Grant):
+            reserved = tuple([number for number in results.numbers if number])
         case Places():
             leased = tuple([number for number in results.numbers if number])
         case _ if isinstance(request, Commit) and request.lease:

@@ -289,7 +289,13 @@ class StoreNode:
         config = self.config
         num_entries = 0 if self.readers is None else self.readers.index.num_entries
         return wire.Welcome(
-            config.node, self.epoch, config.capacity_bytes, self.segment.path, connection.session, num_entries
+            config.node,
+            self.epoch,
+            config.capacity_bytes,
+            self.segment.path,
+            connection.session,
+            num_entries,
+            config.alignment,
         )
 
     def gone(self, connection: Connection) -> None:

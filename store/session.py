@@ -106,9 +106,15 @@ class NodeSession:
             number, data = connection.exchange.ask(request)
             return self._answer(connection, number, data, deadline_s), connection.link
 
-    def node_name(self, deadline_s: float = DEADLINE_S) -> str:
+    def welcome(self, deadline_s: float = DEADLINE_S) -> wire.Welcome:
+        connection = self._connection
+        if connection is not None:
+            return connection.welcome
         with self._lock:
-            return self._connected(deadline_s).welcome.node
+            return self._connected(deadline_s).welcome
+
+    def node_name(self, deadline_s: float = DEADLINE_S) -> str:
+        return self.welcome(deadline_s).node
 
     def sync(self, deadline_s: float = DEADLINE_S) -> None:
         """Returns when the directory knows all that was committed until now. Raises as call."""

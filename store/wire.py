@@ -21,14 +21,16 @@ from mooncake.store.events import (
     Cancel,
     Commit,
     Exists,
+    Grant,
     Lease,
+    Name,
     Release,
     Remove,
     Request,
     Reserve,
     Results,
 )
-from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
+from mooncake.store.types import CommitStatus, Named, Places, PutMode, Puts, PutStatus
 from mooncake.transport.frames import ErrorCode, Frame, Kind, pack, pack_error
 
 _T = TypeVar("_T")
@@ -50,6 +52,8 @@ class Op(enum.IntEnum):
     REMOVE = 14
     ATTACH = 15
     """Payload: path of the client's table. Answered by OK or ERROR."""
+    GRANT = 17
+    NAME = 18
     SYNC = 16
     """Answered by OK as soon as the directory knows all that was committed until now, or by ERROR."""
 
@@ -76,7 +80,7 @@ class Hello(msgspec.Struct, frozen=True):
 
 class Welcome(msgspec.Struct, frozen=True):
     """segment: path of the shared segment. session: a secret that admits data connections. num_entries: of the index in front
-    of the segment, 0 if there is none."""
+    of the segment, 0 if there is none. alignment: what sizes are rounded up to."""
 
     node: str
     epoch: int
@@ -84,6 +88,7 @@ class Welcome(msgspec.Struct, frozen=True):
     segment: str
     session: bytes
     num_entries: int = 0
+    alignment: int = 4096
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -131,6 +136,13 @@ def encode_request(event: Request) -> bytes:
             flags = Flag.LEASE * event.lease | Flag.CHECKSUMS * bool(event.checksums)
             payload = _u64s(event.numbers) + (_encode_checksums(event.checksums) if event.checksums else b"")
             return pack(op, payload, flags=flags, count=len(event.numbers), request=event.request_id)
+        case Grant():
+            return pack(op, _u64s(event.sizes), count=len(event.sizes), request=event.request_id)
+        case Name():
+            flags = Flag.CHECKSUMS * bool(event.checksums)
+            sums = _encode_checksums(event.checksums) if event.checksums else b""
+            payload = b"".join((*event.keys, _u64s(event.numbers + event.sizes), sums, _u64s(event.more)))
+            return pack(op, payload, flags=flags, count=len(event.keys), request=event.request_id)
         case Cancel() | Release():
             return pack(op, _u64s(event.numbers), count=len(event.numbers), request=event.request_id)
         case Lease() | Exists() | Remove():
@@ -176,6 +188,25 @@ def _decode_commit(client: int, frame: Frame) -> Request:
     return Commit(client, frame.request, numbers, lease, _decode_checksums(n, frame.payload[8 * n :]))
 
 
+def _decode_grant(client: int, frame: Frame) -> Request:
+    _expect_length(frame, frame.count * 8)
+    return Grant(client, frame.request, struct.unpack(f"<{frame.count}Q", frame.payload))
+
+
+def _decode_name(client: int, frame: Frame) -> Request:
+    """What is behind all else are the sizes of what is to be granted."""
+    n, payload = frame.count, frame.payload
+    sums_bytes = 9 * n if frame.flags & Flag.CHECKSUMS else 0
+    more_at = n * (OBJECT_KEY_BYTES + 16) + sums_bytes
+    num_more, rest = divmod(len(payload) - more_at, 8)
+    if num_more < 0 or rest:
+        raise ProtocolError(f"{n} items of kind {frame.kind} in {len(payload)} bytes")
+    values = struct.unpack_from(f"<{'24s' * n}{2 * n}Q", payload)
+    sums = _decode_checksums(n, payload[more_at - sums_bytes : more_at]) if sums_bytes else ()
+    more = struct.unpack_from(f"<{num_more}Q", payload, more_at)
+    return Name(client, frame.request, values[:n], values[n : 2 * n], values[2 * n :], sums, more)
+
+
 def _numbers_decoder(make: type[Cancel | Release]) -> Callable[[int, Frame], Request]:
     def decode(client: int, frame: Frame) -> Request:
         _expect_length(frame, frame.count * 8)
@@ -200,6 +231,8 @@ def _decode_keys(frame: Frame) -> tuple[bytes, ...]:
 _OPS: dict[type[Request], Op] = {
     Reserve: Op.RESERVE,
     Commit: Op.COMMIT,
+    Grant: Op.GRANT,
+    Name: Op.NAME,
     Cancel: Op.CANCEL,
     Lease: Op.LEASE,
     Release: Op.RELEASE,
@@ -209,6 +242,8 @@ _OPS: dict[type[Request], Op] = {
 _DECODERS: dict[int, Callable[[int, Frame], Request]] = {
     Op.RESERVE: _decode_reserve,
     Op.COMMIT: _decode_commit,
+    Op.GRANT: _decode_grant,
+    Op.NAME: _decode_name,
     Op.CANCEL: _numbers_decoder(Cancel),
     Op.LEASE: _keys_decoder(Lease),
     Op.RELEASE: _numbers_decoder(Release),
@@ -225,7 +260,9 @@ _COMMIT_STATUSES = tuple(CommitStatus).__getitem__
 
 def encode_reply(request_id: int, results: Results) -> bytes:
     flags = 0
-    if isinstance(results, Puts):
+    if isinstance(results, Named):
+        payload = bytes(results.statuses) + _encode_places(results.granted)
+    elif isinstance(results, Puts):
         payload = bytes(results.statuses) + _encode_places(results)
     elif isinstance(results, Places):
         payload = _encode_places(results)
@@ -240,7 +277,7 @@ def decode_reply(event: Request, frame: Frame) -> Results:
     """The results of `event`, which the frame answers. Raises ProtocolError if they cannot be."""
     n, payload = frame.count, frame.payload
     try:
-        if n != len(event.keys if isinstance(event, Reserve | Lease | Exists | Remove) else event.numbers):  # type: ignore[attr-defined]
+        if n != _num_items(event):
             raise ValueError(f"{n} results")
         match event:
             case Reserve():
@@ -248,6 +285,11 @@ def decode_reply(event: Request, frame: Frame) -> Results:
                 return Puts(
                     places.offsets, places.sizes, places.numbers, statuses=tuple(map(_PUT_STATUSES, payload[:n]))
                 )
+            case Grant():
+                return _decode_places(n, payload, checksums=False)
+            case Name():
+                granted = _decode_places(len(event.more), payload[n:], checksums=False)
+                return Named(tuple(map(_COMMIT_STATUSES, payload[:n])), granted)
             case Lease():
                 return _decode_places(n, payload, checksums=bool(frame.flags & Flag.CHECKSUMS))
             case Commit():
@@ -256,6 +298,17 @@ def decode_reply(event: Request, frame: Frame) -> Results:
                 return tuple(map(bool, payload))
     except (ValueError, IndexError, struct.error) as error:
         raise ProtocolError(f"reply of {len(payload)} bytes does not answer {type(event).__name__}: {error}") from error
+
+
+def _num_items(event: Request) -> int:
+    match event:
+        case Reserve() | Lease() | Exists() | Remove() | Name():
+            return len(event.keys)
+        case Grant():
+            return len(event.sizes)
+        case Commit() | Cancel() | Release():
+            return len(event.numbers)
+    raise TypeError(f"not a request: {event!r}")
 
 
 def _encode_places(places: Places) -> bytes:

@@ -44,6 +44,8 @@ _ConductorEvent = conductor.Received | conductor.PeerGone | conductor.Tick
 _StoreEvent = (
     store.Reserve
     | store.Commit
+    | store.Grant
+    | store.Name
     | store.Cancel
     | store.Lease
     | store.Release

@@ -19,7 +19,9 @@ from mooncake.store.events import (
     ClientGone,
     Commit,
     Exists,
+    Grant,
     Lease,
+    Name,
     Release,
     Remove,
     Report,
@@ -278,9 +280,22 @@ def _reserves(draw: st.DrawFn) -> Reserve:
     )
 
 
+@st.composite
+def _names(draw: st.DrawFn) -> Name:
+    keys = draw(_any_keys)
+    u64s = st.tuples(*[st.integers(0, 2**64 - 1)] * len(keys))
+    sums = st.tuples(*[st.one_of(st.none(), st.integers(0, 2**64 - 1))] * len(keys))
+    checksums = draw(st.one_of(st.just(()), sums))
+    return Name(
+        0, draw(st.integers(0, 9)), keys, draw(u64s), draw(u64s), checksums, draw(st.one_of(st.just(()), _numbers))
+    )
+
+
 _requests = st.one_of(
     _reserves(),
     st.builds(Commit, st.just(0), st.integers(0, 9), _numbers, st.booleans()),
+    st.builds(Grant, st.just(0), st.integers(0, 9), _numbers),
+    _names(),
     st.builds(Cancel, st.just(0), st.integers(0, 9), _numbers),
     st.builds(Release, st.just(0), st.integers(0, 9), _numbers),
     st.builds(Lease, st.just(0), st.integers(0, 9), _any_keys),
