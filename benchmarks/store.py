@@ -69,7 +69,8 @@ class Mooncake:
         self.remote = Store.connect([tcp], token=TOKEN)
 
     def put(self, store: Store, keys: Sequence[bytes], data: Sequence[Any]) -> None:
-        assert set(store.put_batch(keys, data)) == {PutResult.STORED}
+        results = store.put_batch(keys, data)
+        assert set(results) == {PutResult.STORED}, results
 
     def get(self, store: Store, keys: Sequence[bytes], buffers: Sequence[Any]) -> None:
         assert store.get_into_batch(keys, buffers) == [len(each) for each in buffers]

@@ -29,9 +29,11 @@ from mooncake.store.core import StoreCore
 from mooncake.store.events import (
     ClientGone,
     Command,
+    Commit,
     Event,
     Fault,
     Flush,
+    Name,
     Reply,
     Report,
     Reserve,
@@ -215,8 +217,8 @@ class StoreNode:
 
     def handle(self, event: Event) -> None:
         """One event through the core, and its commands carried out."""
-        if isinstance(event, Reserve):
-            self._take_uses()  # what was read a moment ago should not be what makes room
+        if isinstance(event, Reserve | Commit | Name):
+            self._take_uses()  # before what is new: told of them later, eviction would take them for newer than that
         now, readers = time.monotonic_ns(), self.readers
         with self.lock:
             if readers is not None:
