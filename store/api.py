@@ -506,8 +506,9 @@ def _write(link: Link, pieces: Sequence[Piece]) -> tuple[int, ...]:
     with link.writing() as path:
         if isinstance(path, MappedPath):
             return tuple([contents.copy_hashed(path.view(at, local.nbytes), local) for at, local, _ in pieces])
-        path.write(pieces).wait()
-        return tuple([contents.checksum(local) for _, local, _ in pieces])
+        checksums: list[int] = []
+        path.write(pieces, lambda piece: checksums.append(contents.checksum(piece.local))).wait()
+        return tuple(checksums)
 
 
 def _replicas(found: Found) -> list[list[Replica]]:

@@ -169,9 +169,16 @@ class LeasedObjects:
     def read_batch(self, pieces: Sequence[DataPiece]) -> None:
         """All of them in one call; over TCP in one round trip. Raises Damaged if objects that were read whole, or range by
         range in order, do not have the checksum that their writers took."""
+        damaged: list[int] = []
+        following = iter(pieces)
+
+        def check(piece: Piece) -> None:
+            index, offset, _ = next(following)
+            if not self._is_sound(index, offset, piece.local):
+                damaged.append(index)
+
         with self._using(pieces, Hold.LEASED) as batch, self._reading() as path:
-            path.read(batch).wait()
-        damaged = [piece[0] for piece in pieces if not self._is_sound(*piece)]
+            path.read(batch, check).wait()
         if damaged:
             self.damaged.update(dict.fromkeys(damaged))
             raise Damaged(f"objects {damaged} of {len(self)} do not match their checksums", damaged)
@@ -236,12 +243,11 @@ class LeasedObjects:
                 for index, _, _ in pieces:
                     self._num_running[index] -= 1
 
-    def _is_sound(self, index: int, offset: int, data: Any) -> bool:
+    def _is_sound(self, index: int, offset: int, view: memoryview) -> bool:
         """Unless it is known that it is not."""
         checksum, place = self.checksums[index], self.locations[index]
         if checksum is None or place is None:
             return True
-        view = memoryview(data).cast("B")
         if view.nbytes == place.size:
             return contents.checksum(view) == checksum
         running = self._running.setdefault(index, RunningChecksum())

@@ -10,7 +10,7 @@ region with a remote key, a path with queue pairs, a completion that waits for t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -49,6 +49,9 @@ class Piece(NamedTuple):
     claim: int = 0
 
 
+Each = Callable[[Piece], None]
+
+
 class Registration(Protocol):
     """Owner's side: the buffer stays valid and registered until `close`."""
 
@@ -70,12 +73,13 @@ class Path(Protocol):
 
     region: Region
 
-    def read(self, pieces: Sequence[Piece]) -> Completion:
-        """From the region into the local buffers (writable, contiguous bytes)."""
+    def read(self, pieces: Sequence[Piece], each: Each | None = None) -> Completion:
+        """From the region into the local buffers (writable, contiguous bytes). each: called with every piece as soon as it is
+        there, in order, while others are still on their way."""
         ...
 
-    def write(self, pieces: Sequence[Piece]) -> Completion:
-        """From the local buffers into the region."""
+    def write(self, pieces: Sequence[Piece], each: Each | None = None) -> Completion:
+        """From the local buffers into the region. each: called with every piece when it is on its way."""
         ...
 
     def view(self, offset: int, size: int) -> memoryview | None:
@@ -102,14 +106,18 @@ class MappedPath:
         self.region = region
         self._buffer = buffer
 
-    def read(self, pieces: Sequence[Piece]) -> Completion:
-        for offset, local, _ in pieces:
-            copy(local, self.view(offset, local.nbytes))
+    def read(self, pieces: Sequence[Piece], each: Each | None = None) -> Completion:
+        for piece in pieces:
+            copy(piece.local, self.view(piece.offset, piece.local.nbytes))
+            if each is not None:
+                each(piece)
         return DONE
 
-    def write(self, pieces: Sequence[Piece]) -> Completion:
-        for offset, local, _ in pieces:
-            copy(self.view(offset, local.nbytes), local)
+    def write(self, pieces: Sequence[Piece], each: Each | None = None) -> Completion:
+        for piece in pieces:
+            copy(self.view(piece.offset, piece.local.nbytes), piece.local)
+            if each is not None:
+                each(piece)
         return DONE
 
     def view(self, offset: int, size: int) -> memoryview:

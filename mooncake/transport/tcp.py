@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from mooncake.core.errors import BadArgument, OutOfRange, PathLost, TransferTimeout
-from mooncake.transport.base import DONE, Completion, Piece, Region
+from mooncake.transport.base import DONE, Completion, Each, Piece, Region
 from mooncake.transport.frames import HEADER, MAX_PIECES, PIECE, ErrorCode, Kind
 from mooncake.transport.sockets import limit_time, receive, send
 
@@ -21,6 +21,7 @@ MAX_STREAMS = 4
 """Sockets per path. Two saturate loopback, a few a fast network; each costs the node a connection."""
 TIMEOUT_S = 10.0
 """Without progress. A transfer that moves is not cut off."""
+_GROUP_BYTES = 1 << 20
 _TIMED_OUT = (errno.EAGAIN, errno.EINPROGRESS, errno.ETIMEDOUT)
 _MAX_ERROR_BYTES = 4096
 
@@ -50,18 +51,23 @@ class TcpPath:
         self._idle: list[socket.socket] = []
         self._closed = False
 
-    def read(self, pieces: Sequence[Piece]) -> Completion:
+    def read(self, pieces: Sequence[Piece], each: Each | None = None) -> Completion:
         for batch in _batches(pieces):
             with self._stream(Kind.READ) as stream:
                 stream.sendall(_request(Kind.READ, batch))
                 _expect_ok(stream, sum(piece.local.nbytes for piece in batch))
-                receive(stream, [piece.local for piece in batch])
+                for some in _groups(batch):
+                    receive(stream, [piece.local for piece in some])
+                    _call_each(each, some)
         return DONE
 
-    def write(self, pieces: Sequence[Piece]) -> Completion:
+    def write(self, pieces: Sequence[Piece], each: Each | None = None) -> Completion:
         for batch in _batches(pieces):
             with self._stream(Kind.WRITE) as stream:
-                send(stream, [_request(Kind.WRITE, batch), *[piece.local for piece in batch]])
+                stream.sendall(_request(Kind.WRITE, batch))
+                for some in _groups(batch):
+                    send(stream, [piece.local for piece in some])
+                    _call_each(each, some)
                 _expect_ok(stream, 0)
         return DONE
 
@@ -128,6 +134,24 @@ class TcpPath:
 def _batches(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
     for start in range(0, len(pieces), MAX_PIECES):
         yield pieces[start : start + MAX_PIECES]
+
+
+def _groups(pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+    """Of one system call each: what is done with one, is done while the socket's buffer moves the next."""
+    first, num_bytes = 0, 0
+    for at, piece in enumerate(pieces):
+        num_bytes += piece.local.nbytes
+        if num_bytes >= _GROUP_BYTES:
+            yield pieces[first : at + 1]
+            first, num_bytes = at + 1, 0
+    if first < len(pieces):
+        yield pieces[first:]
+
+
+def _call_each(each: Each | None, pieces: Sequence[Piece]) -> None:
+    if each is not None:
+        for piece in pieces:
+            each(piece)
 
 
 def _request(kind: Kind, pieces: Sequence[Piece]) -> bytes:
