@@ -47,7 +47,7 @@ from mooncake.store.operations import DEADLINE_S
 from mooncake.store.peers import Peers
 from mooncake.store.reading import LAST_ATTEMPT_S, Absent
 from mooncake.store.session import NodeSession
-from mooncake.store.types import CommitStatus, Named, PutMode, Puts, PutStatus
+from mooncake.store.types import CommitStatus, PutMode, Puts, PutStatus
 from mooncake.transport.base import MappedPath, Piece
 
 __all__ = ["Absent", "LeasedView", "PutResult", "Replica", "Stat", "Store", "WriteSession", "named_key"]
@@ -346,31 +346,38 @@ class Store:
         most = granted_max(welcome.capacity)
         if sum(extents) > most or len(set(keys)) < len(keys):
             return None
-        slots = self._grants.take(link, extents) or self._ask_for_grants(link, extents)
+        slots = self._take_grants(link, extents)
         if slots is None:
             return None
+        pieces = [Piece(slot.offset, buffers[at], slot.number) for at, slot in zip(new, slots, strict=True)]
+        names, numbers = tuple([keys[at] for at in new]), tuple([slot.number for slot in slots])
+        more = Grant(0, 0, extents) if self._grants.num_bytes + sum(extents) <= most else None
         try:
-            pieces = [Piece(slot.offset, buffers[at], slot.number) for at, slot in zip(new, slots, strict=True)]
-            checksums = _write(link, pieces)
-            more = extents if self._grants.num_bytes + sum(extents) <= most else ()
-            names, numbers = tuple([keys[at] for at in new]), tuple([slot.number for slot in slots])
-            request = Name(0, 0, names, numbers, sizes, checksums, more)
-            named: Named = self._home.call(request, self.deadline_s, link=link)
-        except BadArgument:
+            request = Name(0, 0, names, numbers, sizes, _write(link, pieces))
+            statuses: tuple[CommitStatus, ...]
+            statuses, _, posted = self._home.claim_and_post(request, more, self.deadline_s, link=link)
+        except BadArgument:  # after any other error they may have been named
             self._grants.give(link, extents, slots)
             raise
-        if more:
-            self._grants.give(link, more, slots_of(named.granted))
-        for at, status in zip(new, named.statuses, strict=True):
+        if more is not None:
+            self._grants.note_posted(link, posted, extents)
+        for at, status in zip(new, statuses, strict=True):
             results[at] = _OF_COMMIT[status]
         return None if PutResult.LOST in results else results  # grants ran out of time: what is stored exists now
 
-    def _ask_for_grants(self, link: Link, extents: tuple[int, ...]) -> list[Slot] | None:
-        granted = slots_of(self._home.call(Grant(0, 0, extents), self.deadline_s, link=link))
-        if None in granted:
+    def _take_grants(self, link: Link, extents: tuple[int, ...]) -> list[Slot] | None:
+        slots = self._grants.take(link, extents)
+        posted = None if slots is not None else self._grants.take_posted(link)
+        if posted is not None:
+            number, granted_extents = posted
+            granted = slots_of(self._home.collect(number, link, self.deadline_s))
+            self._grants.give(link, granted_extents, granted)
+            slots = self._grants.take(link, extents)
+        if slots is None:
+            granted = slots_of(self._home.call(Grant(0, 0, extents), self.deadline_s, link=link))
             self._grants.give(link, extents, granted)
-            return None
-        return granted  # type: ignore[return-value]
+            slots = self._grants.take(link, extents)
+        return slots
 
     def _put_reserved(self, keys: Sequence[bytes], buffers: Sequence[memoryview], *, strict: bool) -> list[PutResult]:
         checksums = tuple([contents.checksum(each) for each in buffers]) if strict else ()

@@ -61,7 +61,7 @@ from mooncake.store.lifecycle import State, Trigger
 from mooncake.store.objects import Objects, pick
 from mooncake.store.readers import NoReaders, Readers
 from mooncake.store.ssd import SsdConfig, SsdTier
-from mooncake.store.types import CommitStatus, Named, Places, PutMode, Puts, PutStatus
+from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
 from mooncake.store.waiting import Waiting, WaitingCall, WaitingLease
 
 _T = TypeVar("_T")
@@ -398,18 +398,17 @@ class StoreCore:
         return self._commit(event, now)
 
     def _grant(self, event: Grant, now: int) -> list[Command]:
-        self._handlers[Commit] = self._commit_with_keys
-        fault = self._fault(event)
-        return fault or _reply(event, self._grant_sizes(event, event.sizes, now))
-
-    def _grant_sizes(self, event: Request, sizes: tuple[int, ...], now: int) -> Places:
         """Space without keys, if that need not wait for anything."""
+        self._handlers[Commit] = self._commit_with_keys
+        fault, sizes = self._fault(event), event.sizes
+        if fault:
+            return fault
         if self._ssd is not None and self._objects.rounded(sizes) > self._objects.spare_bytes:
-            return _nowhere(len(sizes))
+            return _reply(event, _nowhere(len(sizes)))
         blank = Reserve(event.client, event.request_id, (b"",) * len(sizes), sizes)
         made = self._make(blank, self._claims(event.client), range(len(sizes)), now)
         assert made is not None  # it is not all or nothing
-        return made
+        return _reply(event, made)
 
     def _name(self, event: Name, now: int) -> list[Command]:
         fault = self._fault(event)
@@ -427,13 +426,7 @@ class StoreCore:
             elif row is not None:
                 numbers[at] = 0  # nobody's: it has a key, or too little space
             before = key
-        commit = Commit(event.client, event.request_id, tuple(numbers), False, event.checksums)
-        [reply] = self._commit(commit, now)
-        if isinstance(reply, Fault):
-            return [reply]
-        assert isinstance(reply, Reply)
-        granted = self._grant_sizes(event, event.more, now) if event.more else _nowhere(0)
-        return _reply(event, Named(reply.results, granted))  # type: ignore[arg-type]  # a Commit's are statuses
+        return self._commit(Commit(event.client, event.request_id, tuple(numbers), False, event.checksums), now)
 
     def _keep(self, event: Commit, claims: Claims, numbers: tuple[int, ...], rows: list[int]) -> None:
         """What was committed is held by the call; now the client has a lease of it, or nobody."""

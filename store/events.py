@@ -13,7 +13,7 @@ import msgspec
 
 from mooncake.core.keys import OBJECT_KEY_BYTES
 from mooncake.core.types import Tier
-from mooncake.store.types import CommitStatus, Named, Places, PutMode, Puts
+from mooncake.store.types import CommitStatus, Places, PutMode, Puts
 
 _KEY_LENGTHS = {OBJECT_KEY_BYTES}
 MAX_BATCH = 16_384
@@ -66,14 +66,13 @@ class Grant(Request, frozen=True):
 
 
 class Name(Request, frozen=True):
-    """Commit granted and written space under these keys, which may be of fewer bytes than it has. Answered by Named. checksums
-    as in Commit. more: sizes of what is to be granted in its place."""
+    """Commit granted and written space under these keys, which may be of fewer bytes than it has. Answered by a CommitStatus
+    per key. checksums as in Commit."""
 
     keys: tuple[bytes, ...]
     numbers: tuple[int, ...]
     sizes: tuple[int, ...]
     checksums: tuple[int | None, ...] = ()
-    more: tuple[int, ...] = ()
 
 
 class Cancel(Request, frozen=True):
@@ -173,7 +172,7 @@ class SsdRecovered(Event, frozen=True):
     sequences: tuple[int, ...]
 
 
-Results = Puts | Places | Named | tuple[CommitStatus, ...] | tuple[bool, ...]
+Results = Puts | Places | tuple[CommitStatus, ...] | tuple[bool, ...]
 
 
 class Command(msgspec.Struct, frozen=True, tag=True):
@@ -288,8 +287,6 @@ def _check_name(event: Name, capacity: int) -> str | None:
     fault = _fault_of_keys(event.keys) or _fault_of_sizes(event.sizes, capacity)
     if fault is None and len(set(event.keys)) != count:
         fault = "keys: a key is in the batch twice"
-    if fault is None and event.more:
-        fault = _fault_of_sizes(event.more, capacity) if len(event.more) <= MAX_BATCH else "more: too many"
     return fault or _fault_of_checksums(event.checksums, count)
 
 

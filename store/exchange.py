@@ -13,7 +13,7 @@ import msgspec
 from mooncake.core.errors import ProtocolError, StoreError, StoreUnavailable
 from mooncake.store import wire
 from mooncake.store.events import Cancel, Commit, Grant, Release, Request, Results
-from mooncake.store.types import CommitStatus, Named, Places, Puts, PutStatus
+from mooncake.store.types import CommitStatus, Places, Puts, PutStatus
 from mooncake.transport.frames import Frame, FrameReader, Kind, pack
 
 MAX_PENDING = 4096
@@ -102,8 +102,6 @@ def undo(request: Request, results: Results) -> list[Request]:
     reserved: tuple[int, ...] = ()
     leased: tuple[int, ...] = ()
     match results:
-        case Named():
-            reserved = tuple([number for number in results.granted.numbers if number])
         case Puts():
             pairs = list(zip(results.numbers, results.statuses, strict=True))
             reserved = tuple([number for number, status in pairs if number and status is PutStatus.RESERVED])

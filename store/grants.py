@@ -1,6 +1,7 @@
 """Space that a client has been granted and has not used: so a put asks the node once, to name what it has written.
 
-    put:  take ──▶ write ──▶ Name: committed, and as much is granted again ──▶ give
+    put:  take ──▶ write ──▶ Name: committed ─▶ done
+                             Grant, right behind it: as much again, which the next put collects
 
 A grant is a reservation like any other: it ends with the connection. It is known by the bytes that it has, which are a size
 rounded up to the node's alignment.
@@ -38,12 +39,30 @@ class Grants:
         self._link: Link | None = None
         self._slots: dict[int, list[Slot]] = {}
         self._num_bytes = 0
+        self._posted: tuple[int, tuple[int, ...]] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """That are here, or on their way."""
+        return self._num_bytes + (sum(self._posted[1]) if self._posted is not None else 0)
+
+    def note_posted(self, link: Link, number: int, extents: tuple[int, ...]) -> None:
+        """A Grant of these is on its way, under that number."""
+        with self._lock:
+            if link is self._link:
+                self._posted = number, extents
+
+    def take_posted(self, link: Link) -> tuple[int, tuple[int, ...]] | None:
+        """To be collected now, by whoever asks first."""
+        with self._lock:
+            posted, self._posted = (self._posted, None) if link is self._link else (None, self._posted)
+            return posted
 
     def take(self, link: Link, extents: Sequence[int]) -> list[Slot] | None:
         """A slot for each, or None if there is not one for each."""
         with self._lock:
             if link is not self._link:
-                self._link, self._slots, self._num_bytes = link, {}, 0
+                self._link, self._slots, self._num_bytes, self._posted = link, {}, 0, None
             taken: list[Slot] = []
             for at, extent in enumerate(extents):
                 slots = self._slots.get(extent)
@@ -64,10 +83,6 @@ class Grants:
                 if slot is not None:
                     self._slots.setdefault(extent, []).append(slot)
                     self._num_bytes += extent
-
-    @property
-    def num_bytes(self) -> int:
-        return self._num_bytes
 
 
 def slots_of(granted: Places) -> list[Slot | None]:

@@ -44,6 +44,8 @@ class _Connection:
         self.link = link
         self.welcome = welcome
         self.exchange = Exchange()
+        self.posted: dict[int, Any] = {}
+        """Answers that nobody has collected yet, None for those that did not come."""
         self.deadline_s = 0.0
 
     def limit(self, seconds: float) -> None:
@@ -94,17 +96,54 @@ class NodeSession:
 
     def claim(self, request: Request, deadline_s: float = DEADLINE_S, *, link: Link | None = None) -> tuple[Any, Link]:
         """As call, with the link of the claims that the results may be."""
+        results, link, _ = self.claim_and_post(request, None, deadline_s, link=link)
+        return results, link
+
+    def claim_and_post(
+        self,
+        request: Request,
+        following: Request | None,
+        deadline_s: float = DEADLINE_S,
+        *,
+        link: Link | None = None,
+    ) -> tuple[Any, Link, int]:
+        """As claim. following: a request behind it whose answer is not waited for, but taken by its number with `collect`; not
+        more than one at a time for each link."""
         with self._lock:
             if self._connection is not None and has_ended(self._connection.stream):
                 self._lose(self._connection, "the node closed the connection")
             connection = self._connected(deadline_s)
             if link is not None and link is not connection.link:
                 raise HandleLost("the claim went with its connection")
-            fault = fault_of(request, connection.welcome.capacity)
-            if fault is not None:
-                raise BadArgument(fault)
+            for each in (request, following):
+                fault = None if each is None else fault_of(each, connection.welcome.capacity)
+                if fault is not None:
+                    raise BadArgument(fault)
             number, data = connection.exchange.ask(request)
-            return self._answer(connection, number, data, deadline_s), connection.link
+            posted = 0
+            if following is not None:
+                posted, more = connection.exchange.ask(following)
+                connection.posted[posted] = None
+                data += more
+            try:
+                return self._answer(connection, number, data, deadline_s), connection.link, posted
+            except StoreError:
+                if connection.posted.pop(posted, None) is None:
+                    connection.exchange.abandon(posted)  # nobody will know of it
+                raise
+
+    def collect(self, number: int, link: Link, deadline_s: float = DEADLINE_S) -> Any:
+        """The results of what was posted; most often they are there. Raises as call."""
+        with self._lock:
+            connection = self._connection
+            if connection is None or connection.link is not link:
+                raise HandleLost("the claim went with its connection")
+            outcome = connection.posted.pop(number)
+            if outcome is None:
+                return self._answer(connection, number, b"", deadline_s)
+            if isinstance(outcome, StoreError):
+                raise outcome
+            return outcome
 
     def welcome(self, deadline_s: float = DEADLINE_S) -> wire.Welcome:
         connection = self._connection
@@ -136,7 +175,8 @@ class NodeSession:
         connection.limit(deadline_s)
         stream, exchange, view = connection.stream, connection.exchange, memoryview(self._buffer)
         try:
-            stream.sendall(data)
+            if data:
+                stream.sendall(data)
             while True:
                 num_bytes = stream.recv_into(view)
                 if not num_bytes:
@@ -144,11 +184,14 @@ class NodeSession:
                 answers, undoing = exchange.receive(bytes(view[:num_bytes]))
                 if undoing:
                     stream.sendall(undoing)
-                for answered, outcome in answers:
-                    if answered == number:
-                        if isinstance(outcome, StoreError):
-                            raise outcome
-                        return outcome
+                found = dict(answers)
+                for posted in found.keys() & connection.posted.keys():
+                    connection.posted[posted] = found[posted]
+                if number in found:
+                    outcome = found[number]
+                    if isinstance(outcome, StoreError):
+                        raise outcome
+                    return outcome
                 if time.monotonic() > until:
                     raise TimeoutError
         except OSError as error:

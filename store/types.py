@@ -77,16 +77,6 @@ class Places(msgspec.Struct, frozen=True):
         ]
 
 
-class Named(msgspec.Struct, frozen=True):
-    """Answer to a Name: what became of each, and where the granted space is."""
-
-    statuses: tuple[CommitStatus, ...]
-    granted: Places
-
-    def __len__(self) -> int:
-        return len(self.statuses)
-
-
 class Puts(Places, frozen=True):
     """Answer to a reserve call. A place is there for those RESERVED, and for those that EXIST and were leased."""
 

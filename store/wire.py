@@ -30,7 +30,7 @@ from mooncake.store.events import (
     Reserve,
     Results,
 )
-from mooncake.store.types import CommitStatus, Named, Places, PutMode, Puts, PutStatus
+from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
 from mooncake.transport.frames import ErrorCode, Frame, Kind, pack, pack_error
 
 _T = TypeVar("_T")
@@ -141,7 +141,7 @@ def encode_request(event: Request) -> bytes:
         case Name():
             flags = Flag.CHECKSUMS * bool(event.checksums)
             sums = _encode_checksums(event.checksums) if event.checksums else b""
-            payload = b"".join((*event.keys, _u64s(event.numbers + event.sizes), sums, _u64s(event.more)))
+            payload = b"".join((*event.keys, _u64s(event.numbers + event.sizes), sums))
             return pack(op, payload, flags=flags, count=len(event.keys), request=event.request_id)
         case Cancel() | Release():
             return pack(op, _u64s(event.numbers), count=len(event.numbers), request=event.request_id)
@@ -194,17 +194,12 @@ def _decode_grant(client: int, frame: Frame) -> Request:
 
 
 def _decode_name(client: int, frame: Frame) -> Request:
-    """What is behind all else are the sizes of what is to be granted."""
     n, payload = frame.count, frame.payload
-    sums_bytes = 9 * n if frame.flags & Flag.CHECKSUMS else 0
-    more_at = n * (OBJECT_KEY_BYTES + 16) + sums_bytes
-    num_more, rest = divmod(len(payload) - more_at, 8)
-    if num_more < 0 or rest:
-        raise ProtocolError(f"{n} items of kind {frame.kind} in {len(payload)} bytes")
+    has_sums, sums_at = bool(frame.flags & Flag.CHECKSUMS), n * (OBJECT_KEY_BYTES + 16)
+    _expect_length(frame, sums_at + 9 * n * has_sums)
     values = struct.unpack_from(f"<{'24s' * n}{2 * n}Q", payload)
-    sums = _decode_checksums(n, payload[more_at - sums_bytes : more_at]) if sums_bytes else ()
-    more = struct.unpack_from(f"<{num_more}Q", payload, more_at)
-    return Name(client, frame.request, values[:n], values[n : 2 * n], values[2 * n :], sums, more)
+    sums = _decode_checksums(n, payload[sums_at:]) if has_sums else ()
+    return Name(client, frame.request, values[:n], values[n : 2 * n], values[2 * n :], sums)
 
 
 def _numbers_decoder(make: type[Cancel | Release]) -> Callable[[int, Frame], Request]:
@@ -260,9 +255,7 @@ _COMMIT_STATUSES = tuple(CommitStatus).__getitem__
 
 def encode_reply(request_id: int, results: Results) -> bytes:
     flags = 0
-    if isinstance(results, Named):
-        payload = bytes(results.statuses) + _encode_places(results.granted)
-    elif isinstance(results, Puts):
+    if isinstance(results, Puts):
         payload = bytes(results.statuses) + _encode_places(results)
     elif isinstance(results, Places):
         payload = _encode_places(results)
@@ -287,12 +280,9 @@ def decode_reply(event: Request, frame: Frame) -> Results:
                 )
             case Grant():
                 return _decode_places(n, payload, checksums=False)
-            case Name():
-                granted = _decode_places(len(event.more), payload[n:], checksums=False)
-                return Named(tuple(map(_COMMIT_STATUSES, payload[:n])), granted)
             case Lease():
                 return _decode_places(n, payload, checksums=bool(frame.flags & Flag.CHECKSUMS))
-            case Commit():
+            case Commit() | Name():
                 return tuple(map(_COMMIT_STATUSES, payload))
             case _:
                 return tuple(map(bool, payload))

@@ -19,7 +19,7 @@ def limit_time(stream: socket.socket, timeout_s: float) -> None:
 
 
 def has_ended(stream: socket.socket) -> bool:
-    """Whether the peer has closed it, or it broke. Nothing is expected to be in it."""
+    """Whether the peer has closed it and all that it sent was received, or it broke."""
     try:
         return not stream.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:

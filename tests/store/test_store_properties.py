@@ -286,9 +286,7 @@ def _names(draw: st.DrawFn) -> Name:
     u64s = st.tuples(*[st.integers(0, 2**64 - 1)] * len(keys))
     sums = st.tuples(*[st.one_of(st.none(), st.integers(0, 2**64 - 1))] * len(keys))
     checksums = draw(st.one_of(st.just(()), sums))
-    return Name(
-        0, draw(st.integers(0, 9)), keys, draw(u64s), draw(u64s), checksums, draw(st.one_of(st.just(()), _numbers))
-    )
+    return Name(0, draw(st.integers(0, 9)), keys, draw(u64s), draw(u64s), checksums)
 
 
 _requests = st.one_of(
