@@ -242,8 +242,9 @@ def test_readers_killed_at_random_points_under_full_eviction_read_right_and_leak
                 outputs.append(reader.communicate()[0])
             assert not any(b"WRONG" in output for output in outputs)
             assert sum(output.count(b"reads") for output in outputs) > 10, outputs
-            # No claim is left: everything can be evicted for one object as large as the store allows.
-            until(lambda: writer.put(key(10_000), bytes(2 << 20)) is PutResult.STORED, 5.0)
+        # No claim is left, and no grant: everything can be evicted for one object as large as the store.
+        with Store.connect([address], token=TOKEN) as last:
+            until(lambda: last.put(key(10_000), bytes(2 << 20)) is PutResult.STORED, 5.0)
 
 
 _CLIENT = """
