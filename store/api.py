@@ -344,7 +344,7 @@ class Store:
         sizes = tuple([buffers[at].nbytes for at in new])
         extents = tuple([(size + welcome.alignment - 1) & -welcome.alignment for size in sizes])
         most = granted_max(welcome.capacity)
-        if sum(extents) > most or len(set(keys)) < len(keys):
+        if 3 * sum(extents) > most or len(set(keys)) < len(keys):
             return None
         slots = self._take_grants(link, extents)
         if slots is None:
@@ -359,6 +359,7 @@ class Store:
         except BadArgument:  # after any other error they may have been named
             self._grants.give(link, extents, slots)
             raise
+        self._collect_grants(link)  # those asked for behind the put before, whose answer came before this one's
         if more is not None:
             self._grants.note_posted(link, posted, extents)
         for at, status in zip(new, statuses, strict=True):
@@ -367,17 +368,21 @@ class Store:
 
     def _take_grants(self, link: Link, extents: tuple[int, ...]) -> list[Slot] | None:
         slots = self._grants.take(link, extents)
-        posted = None if slots is not None else self._grants.take_posted(link)
-        if posted is not None:
-            number, granted_extents = posted
-            granted = slots_of(self._home.collect(number, link, self.deadline_s))
-            self._grants.give(link, granted_extents, granted)
-            slots = self._grants.take(link, extents)
         if slots is None:
-            granted = slots_of(self._home.call(Grant(0, 0, extents), self.deadline_s, link=link))
-            self._grants.give(link, extents, granted)
+            self._collect_grants(link)
+            slots = self._grants.take(link, extents)
+        if slots is None:  # the first put, or one of another shape: for this one and the next
+            wanted = extents * 2
+            granted = slots_of(self._home.call(Grant(0, 0, wanted), self.deadline_s, link=link))
+            self._grants.give(link, wanted, granted)
             slots = self._grants.take(link, extents)
         return slots
+
+    def _collect_grants(self, link: Link) -> None:
+        posted = self._grants.take_posted(link)
+        if posted is not None:
+            number, extents = posted
+            self._grants.give(link, extents, slots_of(self._home.collect(number, link, self.deadline_s)))
 
     def _put_reserved(self, keys: Sequence[bytes], buffers: Sequence[memoryview], *, strict: bool) -> list[PutResult]:
         checksums = tuple([contents.checksum(each) for each in buffers]) if strict else ()

@@ -1,7 +1,9 @@
 """Space that a client has been granted and has not used: so a put asks the node once, to name what it has written.
 
-    put:  take ──▶ write ──▶ Name: committed ─▶ done
-                             Grant, right behind it: as much again, which the next put collects
+    put:  take ──▶ write ──▶ Name: committed ──▶ collect what was asked for behind the put before
+                             Grant, right behind it: as much again
+
+So there is space for two puts, and none waits for it.
 
 A grant is a reservation like any other: it ends with the connection. It is known by the bytes that it has, which are a size
 rounded up to the node's alignment.
@@ -16,10 +18,10 @@ from typing import NamedTuple
 from mooncake.store.handles import Link
 from mooncake.store.types import Places
 
-GRANTED_BYTES_MAX = 32 << 20
-GRANTED_SHARE = 64
-"""Of one client: not more than a 64th of the node's memory. A batch of more reserves as it comes, which costs little beside
-writing it."""
+GRANTED_BYTES_MAX = 64 << 20
+GRANTED_SHARE = 32
+"""Of one client: not more than a 32nd of the node's memory. A batch of more than a third of that reserves as it comes, which
+costs little beside writing it."""
 
 
 def granted_max(capacity: int) -> int:
