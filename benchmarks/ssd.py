@@ -35,6 +35,7 @@ from common import ROOT, emit, finish, spread
 from mooncake.store.client import StoreClient
 from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.store.ssd import SsdConfig
+from mooncake.transport.shm import cleanup_stale
 
 SIZE = 128 * 23_040
 """A block of the default model."""
@@ -189,6 +190,7 @@ def run_round(setting: Setting, disk: Disk, seed: int, quick: bool) -> dict[str,
     direct_write = disk.write()
     written = write_and_be_killed(setting, seed, quick)
     direct_read = disk.read()
+    cleanup_stale(setting.config.cluster)  # as if the machine had gone too: else the node has its memory back
     (setting.folder / "n0.sock").unlink()
     read = asyncio.run(recover(setting, seed, written["written"]))
     return {
