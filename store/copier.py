@@ -62,6 +62,8 @@ class Copier:
                 if link is not None and (chunk is None or chunk.node != link.node):
                     link = None
                     await stack.aclose()
+                    if chunk is None:
+                        continue  # somebody may have wished meanwhile
                 if chunk is None:
                     self._wished.clear()
                     await self._wished.wait()
