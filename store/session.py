@@ -29,7 +29,7 @@ from mooncake.store.handles import Link
 from mooncake.store.links import open_link
 from mooncake.store.operations import DEADLINE_S
 from mooncake.transport.frames import Frame, FrameReader
-from mooncake.transport.sockets import has_ended, limit_time
+from mooncake.transport.sockets import connect, has_ended, limit_time
 from mooncake.transport.tcp import TIMEOUT_S, parse_address
 
 _READ_BYTES = 1 << 18
@@ -239,13 +239,8 @@ class NodeSession:
         raise StoreUnavailable(self._failure)
 
     def _connect_to(self, address: str, deadline_s: float) -> _Connection:
-        family, target = parse_address(address)
-        stream = socket.socket(family, socket.SOCK_STREAM)
+        stream = connect(*parse_address(address), deadline_s)
         try:
-            limit_time(stream, deadline_s)
-            stream.connect(target)
-            if family != socket.AF_UNIX:
-                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             stream.sendall(wire.encode_hello(self._hello))
             frame = _first_frame(stream)
             if wire.is_error(frame):

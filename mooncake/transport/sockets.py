@@ -18,6 +18,20 @@ def limit_time(stream: socket.socket, timeout_s: float) -> None:
         stream.setsockopt(socket.SOL_SOCKET, option, timeout)
 
 
+def connect(family: int, target: str | tuple[str, int], timeout_s: float) -> socket.socket:
+    """A blocking stream to an address of parse_address(), each call limited as by limit_time(). Raises OSError."""
+    stream = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        limit_time(stream, timeout_s)
+        if family != socket.AF_UNIX:
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        stream.connect(target)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
 def has_ended(stream: socket.socket) -> bool:
     """Whether the peer has closed it and all that it sent was received, or it broke."""
     try:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from mooncake.core.errors import BadArgument, OutOfRange, PathLost, TransferTimeout
 from mooncake.transport.base import DONE, Completion, Each, Piece, Region
 from mooncake.transport.frames import HEADER, MAX_PIECES, PIECE, ErrorCode, Kind
-from mooncake.transport.sockets import limit_time, receive, send
+from mooncake.transport.sockets import connect, receive, send
 
 MAX_STREAMS = 4
 """Sockets per path. Two saturate loopback, a few a fast network; each costs the node a connection."""
@@ -113,13 +113,11 @@ class TcpPath:
             self._idle.append(stream)
 
     def _open(self) -> socket.socket:
-        family, target = self._target
-        stream = socket.socket(family, socket.SOCK_STREAM)
         try:
-            limit_time(stream, self._timeout_s)
-            if family != socket.AF_UNIX:
-                stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            stream.connect(target)
+            stream = connect(*self._target, self._timeout_s)
+        except OSError as error:
+            raise PathLost(f"{self.region.handle}: {error}") from error
+        try:
             stream.sendall(self._greeting)
             _expect_ok(stream, 0)
         except (OSError, OutOfRange) as error:

@@ -14,7 +14,7 @@ from mooncake.store.directory import wire
 from mooncake.store.directory.core import Found
 from mooncake.store.wire import decode_error, is_error
 from mooncake.transport.frames import Frame, FrameReader, pack
-from mooncake.transport.sockets import has_ended, limit_time
+from mooncake.transport.sockets import connect, has_ended, limit_time
 from mooncake.transport.tcp import parse_address
 
 _TIMED_OUT = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ETIMEDOUT)
@@ -77,29 +77,27 @@ class DirectorySession:
             return self._stream
         failures = []
         for address in self._addresses:
-            family, target = parse_address(address)
-            stream = socket.socket(family, socket.SOCK_STREAM)
             try:
-                limit_time(stream, deadline_s)
-                stream.connect(target)
-                if family != socket.AF_UNIX:
-                    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                stream.sendall(wire.encode_hello(self._hello))
-                self._reader = FrameReader(wire.MAX_FRAME_BYTES)
-                frame = self._next_frame(stream)
+                self._stream = self._connect_to(address, deadline_s)
+                return self._stream
             except OSError as error:
-                stream.close()
                 failures.append(f"{address}: {error}")
-                continue
-            except BaseException:
-                stream.close()
-                raise
-            if is_error(frame) or frame.kind != wire.Op.READY:
-                stream.close()
-                raise decode_error(frame) if is_error(frame) else ProtocolError(f"kind {frame.kind} instead of READY")
-            self._stream = stream
-            return stream
         raise StoreUnavailable(f"no address leads to the directory: {'; '.join(failures)}")
+
+    def _connect_to(self, address: str, deadline_s: float) -> socket.socket:
+        stream = connect(*parse_address(address), deadline_s)
+        try:
+            stream.sendall(wire.encode_hello(self._hello))
+            self._reader = FrameReader(wire.MAX_FRAME_BYTES)
+            frame = self._next_frame(stream)
+            if is_error(frame):
+                raise decode_error(frame)
+            if frame.kind != wire.Op.READY:
+                raise ProtocolError(f"kind {frame.kind} instead of READY")
+        except BaseException:
+            stream.close()
+            raise
+        return stream
 
     def _next_frame(self, stream: socket.socket) -> Frame:
         data = b""
