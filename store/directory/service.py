@@ -9,13 +9,13 @@ import hmac
 import itertools
 import logging
 import os
-import time
 from collections.abc import Sequence
 from typing import cast
 
 from mooncake.config import Config, RoleConfig
+from mooncake.core.clock import monotonic
 from mooncake.core.errors import AuthError, ConfigError, ProtocolError, StoreError, StoreUnavailable
-from mooncake.core.types import NANOS_PER_S
+from mooncake.rpc.driver import CoreDriver
 from mooncake.status import Status
 from mooncake.store.directory import wire
 from mooncake.store.directory.core import (
@@ -63,12 +63,11 @@ class DirectoryServer:
         self.cluster = cluster
         self.token = token.encode()
         self.addresses = tuple(addresses)
-        self.core = DirectoryCore(config, time.monotonic_ns())
+        self.core = DirectoryCore(config, monotonic())
         self.connections: dict[int, _Connection] = {}
         self.numbers = itertools.count(1)
         self._servers: list[asyncio.Server] = []
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0
+        self._driver = CoreDriver(self.core, self._carry_out, Tick())
 
     async def start(self) -> None:
         """Raises StoreError if it cannot listen."""
@@ -103,15 +102,10 @@ class DirectoryServer:
         for server in self._servers:
             await server.wait_closed()
         self._servers = []
-        if self._timer is not None:
-            self._timer.cancel()
+        self._driver.close()
 
     def handle(self, event: DirectoryEvent) -> None:
-        for command in self.core.handle(event, time.monotonic_ns()):
-            self._carry_out(command)
-        deadline = self.core.deadline()
-        if deadline is not None and (self._timer is None or deadline < self._timer_at):
-            self._arm(deadline)
+        self._driver.handle(event)
 
     def _carry_out(self, command: DirectoryCommand) -> None:
         connection = self.connections.get(command.peer)
@@ -124,17 +118,6 @@ class DirectoryServer:
                 connection.send(pack(wire.Op.SNAPSHOT))
             case Copy():
                 connection.send(wire.encode_copy(command))
-
-    def _arm(self, deadline: int) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer_at = deadline
-        delay_s = max(0, deadline - time.monotonic_ns()) / NANOS_PER_S
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        self.handle(Tick())
 
 
 class _Connection(asyncio.Protocol):
