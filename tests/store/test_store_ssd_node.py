@@ -77,6 +77,13 @@ async def until_written(node: StoreNode) -> None:
     await eventually(lambda: not node.core.metrics()["ssd_jobs"])
 
 
+async def put_all(node: StoreNode, client: StoreClient, num_objects: int) -> None:
+    """Objects 0 and up, and what they evict written to the SSD."""
+    for number in range(num_objects):
+        await put(client, number)
+    await until_written(node)
+
+
 def on_ssd(reports: Sequence[Report | Snapshot]) -> set[bytes]:
     found: set[bytes] = set()
     for report in reports:
@@ -109,9 +116,7 @@ def test_what_does_not_fit_in_memory_comes_back_from_ssd_also_after_a_restart(tm
 
     async def main() -> None:
         async with serving(settings) as (node, client, reports):
-            for number in range(100):
-                await put(client, number)
-            await until_written(node)
+            await put_all(node, client, 100)
             metrics = node.core.metrics()
             assert metrics["lost_evictions"] == 0 and metrics["ssd_objects"] >= 80
             for number in range(100):
@@ -190,9 +195,7 @@ def test_a_corrupt_byte_on_ssd_is_found_dropped_counted_and_never_delivered(tmp_
 
     async def main() -> None:
         async with serving(settings) as (node, client, _):
-            for number in range(40):
-                await put(client, number)
-            await until_written(node)
+            await put_all(node, client, 40)
             copy = node.core._ssd.log.copies[key(3)]
             flip(ssd_path(settings), HEADER_BYTES + copy.offset + at)
             assert await read(client, 3) is None
@@ -210,9 +213,7 @@ def test_a_corrupt_byte_behind_an_object_is_nobodys(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with serving(settings) as (node, client, _):
-            for number in range(40):
-                await put(client, number)
-            await until_written(node)
+            await put_all(node, client, 40)
             flip(ssd_path(settings), HEADER_BYTES + node.core._ssd.log.copies[key(3)].offset + SIZE)
             assert await read(client, 3) == contents(3)
 
@@ -238,9 +239,7 @@ def test_a_disk_that_takes_nothing_costs_what_is_evicted_and_no_more(
     async def main() -> None:
         async with serving(settings) as (node, client, _):
             with file_size_limit(HEADER_BYTES):
-                for number in range(60):
-                    await put(client, number)
-                await until_written(node)
+                await put_all(node, client, 60)
             metrics = node.core.metrics()
             assert metrics["ssd_rests"] == 1 and metrics["ssd_objects"] == 0
             assert metrics["ssd_write_errors"] > 0 and metrics["lost_evictions"] == metrics["evictions"] == 40
@@ -258,9 +257,7 @@ def test_half_a_disk_keeps_what_it_has(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(settings) as (node, client, _):
             with file_size_limit(HEADER_BYTES + (2 << 20)):
-                for number in range(60):
-                    await put(client, number)
-                await until_written(node)
+                await put_all(node, client, 60)
             known = list(node.core._ssd.log.copies)
             assert node.core.metrics()["ssd_write_errors"] > 0 and 10 < len(known) < 20
         async with serving(settings) as (node, client, _):
@@ -277,9 +274,7 @@ def test_what_cannot_be_read_is_missed_and_dropped(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with serving(settings) as (node, client, _):
-            for number in range(60):
-                await put(client, number)
-            await until_written(node)
+            await put_all(node, client, 60)
             os.truncate(ssd_path(settings), HEADER_BYTES + (1 << 20))
             copies = dict(node.core._ssd.log.copies)
             gone = [number for number in range(40) if copies[key(number)].offset >= 1 << 20]
@@ -406,9 +401,7 @@ def test_another_capacity_keeps_what_it_has_room_for(tmp_path: Path) -> None:
 
 async def fill(settings: NodeConfig) -> None:
     async with serving(settings) as (node, client, _):
-        for number in range(60):
-            await put(client, number)
-        await until_written(node)
+        await put_all(node, client, 60)
 
 
 def test_a_file_system_without_direct_io(
