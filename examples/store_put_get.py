@@ -15,7 +15,12 @@ from mooncake.store.api import PutResult, Store, named_key
 
 def main(run_dir: str) -> None:
     """run_dir: as `mooncake store` prints it; the cluster's token is in its config.json."""
-    config = json.loads((Path(run_dir) / "config.json").read_text())
+    file = Path(run_dir) / "config.json"
+    if not file.exists():
+        sys.exit(
+            f"{file} is not there: start `mooncake store --nodes 2 --cluster demo`, and give the folder of its config.json"
+        )
+    config = json.loads(file.read_text())
     with Store.connect(
         directory=[f"unix:{run_dir}/directory.sock"], cluster=config["cluster"], token=config["token"]
     ) as store:
@@ -43,4 +48,6 @@ def main(run_dir: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     main(sys.argv[1])
