@@ -110,11 +110,12 @@ class StoreCore:
         self._writers: Counter[bytes] | None = None
         """Live reservations by key. Only strict writers ask for them, so they are counted from the first strict put on."""
         self._report_at: int | None = None
+        self._has_granted = False
         self._look_at: int | None = None
         """When to see whether objects linger still."""
         self._handlers: dict[type[Event], Callable[[Any, int], list[Command]]] = {
             Reserve: self._reserve,
-            Commit: self._commit,
+            Commit: self._commit_keyed,
             Grant: self._grant,
             Name: self._name,
             Cancel: self._cancel,
@@ -389,17 +390,18 @@ class StoreCore:
             self._keep(event, claims, tuple(committed), list(committed.values()))
         return _reply(event, tuple(results))
 
-    def _commit_with_keys(self, event: Commit, now: int) -> list[Command]:
-        """As Commit is handled from the first grant on."""
-        claims, keys = self._claims(event.client), self._objects.keys
-        rows = [claims.writable_row(number) for number in event.numbers]
-        if any(row is not None and not keys[row] for row in rows):
-            return [Fault(event.client, event.request_id, "numbers: granted space has no key; it is to be named")]
+    def _commit_keyed(self, event: Commit, now: int) -> list[Command]:
+        """What was reserved under a key, unlike granted space."""
+        if self._has_granted:
+            claims, keys = self._claims(event.client), self._objects.keys
+            rows = [claims.writable_row(number) for number in event.numbers]
+            if any(row is not None and not keys[row] for row in rows):
+                return [Fault(event.client, event.request_id, "numbers: granted space has no key; it is to be named")]
         return self._commit(event, now)
 
     def _grant(self, event: Grant, now: int) -> list[Command]:
         """Space without keys, if that need not wait for anything."""
-        self._handlers[Commit] = self._commit_with_keys
+        self._has_granted = True
         fault, sizes = self._fault(event), event.sizes
         if fault:
             return fault
