@@ -344,44 +344,41 @@ class Store:
         sizes = tuple([buffers[at].nbytes for at in new])
         extents = tuple([(size + welcome.alignment - 1) & -welcome.alignment for size in sizes])
         most = granted_max(welcome.capacity)
-        if 3 * sum(extents) > most or len(set(keys)) < len(keys):
+        if 2 * sum(extents) > most or len(set(keys)) < len(keys):
             return None
         slots = self._take_grants(link, extents)
         if slots is None:
             return None
         pieces = [Piece(slot.offset, buffers[at], slot.number) for at, slot in zip(new, slots, strict=True)]
         names, numbers = tuple([keys[at] for at in new]), tuple([slot.number for slot in slots])
-        more = Grant(0, 0, extents) if self._grants.num_bytes + sum(extents) <= most else None
         try:
-            request = Name(0, 0, names, numbers, sizes, _write(link, pieces))
-            statuses: tuple[CommitStatus, ...]
-            statuses, _, posted = self._home.claim_and_post(request, more, self.deadline_s, link=link)
+            checksums = _write(link, pieces, lambda: self._ask_ahead(link, extents, most))
+            statuses = self._home.call(Name(0, 0, names, numbers, sizes, checksums), self.deadline_s, link=link)
         except BadArgument:  # after any other error they may have been named
             self._grants.give(link, extents, slots)
             raise
-        self._collect_grants(link)  # those asked for behind the put before, whose answer came before this one's
-        if more is not None:
-            self._grants.note_posted(link, posted, extents)
+        self._collect_grants(link)
         for at, status in zip(new, statuses, strict=True):
             results[at] = _OF_COMMIT[status]
         return None if PutResult.LOST in results else results  # grants ran out of time: what is stored exists now
 
+    def _ask_ahead(self, link: Link, extents: tuple[int, ...], most: int) -> None:
+        """For as much again. It wakes the node, too, which will be asked to name this put's objects soon."""
+        if self._grants.num_bytes + sum(extents) <= most:
+            number = self._home.post(Grant(0, 0, extents), link, self.deadline_s)
+            self._grants.note_posted(link, number, extents)
+
     def _take_grants(self, link: Link, extents: tuple[int, ...]) -> list[Slot] | None:
         slots = self._grants.take(link, extents)
-        if slots is None:
+        if slots is None:  # the first put, or one of another shape
             self._collect_grants(link)
-            slots = self._grants.take(link, extents)
-        if slots is None:  # the first put, or one of another shape: for this one and the next
-            wanted = extents * 2
-            granted = slots_of(self._home.call(Grant(0, 0, wanted), self.deadline_s, link=link))
-            self._grants.give(link, wanted, granted)
+            granted = slots_of(self._home.call(Grant(0, 0, extents), self.deadline_s, link=link))
+            self._grants.give(link, extents, granted)
             slots = self._grants.take(link, extents)
         return slots
 
     def _collect_grants(self, link: Link) -> None:
-        posted = self._grants.take_posted(link)
-        if posted is not None:
-            number, extents = posted
+        for number, extents in self._grants.take_posted(link):
             self._grants.give(link, extents, slots_of(self._home.collect(number, link, self.deadline_s)))
 
     def _put_reserved(self, keys: Sequence[bytes], buffers: Sequence[memoryview], *, strict: bool) -> list[PutResult]:
@@ -513,14 +510,35 @@ class WriteSession:
         return self._commit()
 
 
-def _write(link: Link, pieces: Sequence[Piece]) -> tuple[int, ...]:
-    """Whole objects to where they are reserved; their checksums. Raises StoreError."""
+def _write(link: Link, pieces: Sequence[Piece], near_end: Callable[[], None] | None = None) -> tuple[int, ...]:
+    """Whole objects to where they are reserved; their checksums. near_end: called when only a last piece is left to be
+    copied. Raises StoreError."""
+    last_at = _first_of_last(pieces)
+    checksums: list[int] = []
     with link.writing() as path:
         if isinstance(path, MappedPath):
-            return tuple([contents.copy_hashed(path.view(at, local.nbytes), local) for at, local, _ in pieces])
-        checksums: list[int] = []
-        path.write(pieces, lambda piece: checksums.append(contents.checksum(piece.local))).wait()
+            for at, (offset, local, _) in enumerate(pieces):
+                target = path.view(offset, local.nbytes)
+                checksums.append(contents.copy_hashed(target, local, near_end if at == last_at else None))
+            return tuple(checksums)
+
+        def hash_written(piece: Piece) -> None:
+            if len(checksums) == last_at and near_end is not None:
+                near_end()
+            checksums.append(contents.checksum(piece.local))
+
+        path.write(pieces, hash_written).wait()
         return tuple(checksums)
+
+
+def _first_of_last(pieces: Sequence[Piece]) -> int:
+    """The index of the first of those at the end that have no more than one contents.PIECE_BYTES together; or the last."""
+    left = contents.PIECE_BYTES
+    for at in range(len(pieces) - 1, -1, -1):
+        left -= pieces[at].local.nbytes
+        if left < 0:
+            return min(at + 1, len(pieces) - 1)
+    return 0
 
 
 def _replicas(found: Found) -> list[list[Replica]]:

@@ -70,6 +70,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._ended:
             return
+        self._node.wakeful.stir()
         try:
             for frame in self._reader.feed(data):
                 if not self.client:

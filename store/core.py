@@ -416,19 +416,28 @@ class StoreCore:
         fault = self._fault(event)
         if fault:
             return fault
-        objects, claims = self._objects, self._claims(event.client)
-        before, numbers = b"", list(event.numbers)
-        for at, (key, number, size) in enumerate(zip(event.keys, event.numbers, event.sizes, strict=True)):
-            row = claims.writable_row(number)
+        claims = self._claims(event.client)
+        reservations = claims.reserved_with(event.numbers[0])
+        rows: Sequence[int | None] | None = None if reservations is None else reservations.live_rows(event.numbers)
+        if rows is None:
+            rows = [claims.writable_row(number) for number in event.numbers]
+        return self._commit(
+            Commit(event.client, event.request_id, self._named(event, rows), False, event.checksums), now
+        )
+
+    def _named(self, event: Name, rows: Sequence[int | None]) -> tuple[int, ...]:
+        """The numbers of those that have their keys now; 0 for one that had a key before, or has too little space."""
+        objects, numbers, before = self._objects, list(event.numbers), b""
+        for at, (row, key, size) in enumerate(zip(rows, event.keys, event.sizes, strict=True)):
             if row is not None and not objects.keys[row] and size <= objects.extents[row]:
                 objects.keys[row], objects.sizes[row], objects.before[row] = key, size, before
                 if self._writers is not None:
                     self._forget_writers((b"",))
                     self._writers[key] += 1
             elif row is not None:
-                numbers[at] = 0  # nobody's: it has a key, or too little space
+                numbers[at] = 0
             before = key
-        return self._commit(Commit(event.client, event.request_id, tuple(numbers), False, event.checksums), now)
+        return tuple(numbers)
 
     def _keep(self, event: Commit, claims: Claims, numbers: tuple[int, ...], rows: list[int]) -> None:
         """What was committed is held by the call; now the client has a lease of it, or nobody."""

@@ -53,6 +53,7 @@ from mooncake.store.ssd import SsdConfig
 from mooncake.store.ssd_file import SsdFile
 from mooncake.store.ssd_jobs import SsdJobs
 from mooncake.store.ssd_layout import PAGE_BYTES
+from mooncake.store.wakeful import Wakeful
 from mooncake.transport.frames import Kind, pack
 from mooncake.transport.shm import SHM_DIR, ShmSegment
 
@@ -109,6 +110,7 @@ class StoreNode:
         self.epoch = time.time_ns()
         self.addresses: tuple[str, ...] = ()
         self.core: StoreCore
+        self.wakeful: Wakeful
         self.lock = threading.Lock()
         """Of the core."""
         self.readers: LocalReaders | None = None
@@ -132,6 +134,7 @@ class StoreNode:
         config = self.config
         if len(os.fsencode(config.unix_path)) > _MAX_UNIX_PATH:
             raise BadArgument(f"unix_path: {config.unix_path} is longer than {_MAX_UNIX_PATH} bytes")
+        self.wakeful = Wakeful()
         try:
             segment, self.readers, adopted = await asyncio.to_thread(
                 take_segment,

@@ -28,6 +28,7 @@ from mooncake.store.exchange import Exchange
 from mooncake.store.handles import Link
 from mooncake.store.links import open_link
 from mooncake.store.operations import DEADLINE_S
+from mooncake.store.wakeful import AWAKE_S
 from mooncake.transport.frames import Frame, FrameReader
 from mooncake.transport.sockets import connect, has_ended, limit_time
 from mooncake.transport.tcp import TIMEOUT_S, parse_address
@@ -96,41 +97,25 @@ class NodeSession:
 
     def claim(self, request: Request, deadline_s: float = DEADLINE_S, *, link: Link | None = None) -> tuple[Any, Link]:
         """As call, with the link of the claims that the results may be."""
-        results, link, _ = self.claim_and_post(request, None, deadline_s, link=link)
-        return results, link
-
-    def claim_and_post(
-        self,
-        request: Request,
-        following: Request | None,
-        deadline_s: float = DEADLINE_S,
-        *,
-        link: Link | None = None,
-    ) -> tuple[Any, Link, int]:
-        """As claim. following: a request behind it whose answer is not waited for, but taken by its number with `collect`; not
-        more than one at a time for each link."""
         with self._lock:
-            if self._connection is not None and has_ended(self._connection.stream):
-                self._lose(self._connection, "the node closed the connection")
-            connection = self._connected(deadline_s)
-            if link is not None and link is not connection.link:
-                raise HandleLost("the claim went with its connection")
-            for each in (request, following):
-                fault = None if each is None else fault_of(each, connection.welcome.capacity)
-                if fault is not None:
-                    raise BadArgument(fault)
+            connection = self._checked(request, deadline_s, link)
             number, data = connection.exchange.ask(request)
-            posted = 0
-            if following is not None:
-                posted, more = connection.exchange.ask(following)
-                connection.posted[posted] = None
-                data += more
+            return self._answer(connection, number, data, deadline_s), connection.link
+
+    def post(self, request: Request, link: Link, deadline_s: float = DEADLINE_S) -> int:
+        """Ask without waiting: the answer is taken by this number with `collect`, unless the
+        connection ends before. Raises as call."""
+        with self._lock:
+            connection = self._checked(request, deadline_s, link)
+            number, data = connection.exchange.ask(request)
             try:
-                return self._answer(connection, number, data, deadline_s), connection.link, posted
-            except StoreError:
-                if connection.posted.pop(posted, None) is None:
-                    connection.exchange.abandon(posted)  # nobody will know of it
-                raise
+                connection.limit(deadline_s)
+                connection.stream.sendall(data)
+            except OSError as error:
+                self._lose(connection, str(error))
+                raise StoreUnavailable(f"the connection broke: {error}") from error
+            connection.posted[number] = None
+            return number
 
     def collect(self, number: int, link: Link, deadline_s: float = DEADLINE_S) -> Any:
         """The results of what was posted; most often they are there. Raises as call."""
@@ -170,6 +155,18 @@ class NodeSession:
 
     # ------------------------------------------------------------ one exchange
 
+    def _checked(self, request: Request, deadline_s: float, link: Link | None) -> _Connection:
+        """The connection to send it on."""
+        if self._connection is not None and has_ended(self._connection.stream):
+            self._lose(self._connection, "the node closed the connection")
+        connection = self._connected(deadline_s)
+        if link is not None and link is not connection.link:
+            raise HandleLost("the claim went with its connection")
+        fault = fault_of(request, connection.welcome.capacity)
+        if fault is not None:
+            raise BadArgument(fault)
+        return connection
+
     def _answer(self, connection: _Connection, number: int, data: bytes, deadline_s: float) -> Any:
         until = time.monotonic() + deadline_s
         connection.limit(deadline_s)
@@ -178,7 +175,7 @@ class NodeSession:
             if data:
                 stream.sendall(data)
             while True:
-                num_bytes = stream.recv_into(view)
+                num_bytes = _receive_soon(stream, view)
                 if not num_bytes:
                     raise StoreUnavailable("the node closed the connection")
                 answers, undoing = exchange.receive(bytes(view[:num_bytes]))
@@ -257,6 +254,17 @@ class NodeSession:
             number, data = connection.exchange.attach(connection.link.local.table.path)
             self._answer(connection, number, data, deadline_s)
         return connection
+
+
+def _receive_soon(stream: socket.socket, view: memoryview) -> int:
+    """As `recv_into`. Most answers come before this thread could sleep and be woken, so it looks for a while first."""
+    until = time.monotonic() + AWAKE_S
+    while time.monotonic() < until:
+        try:
+            return stream.recv_into(view, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            continue
+    return stream.recv_into(view)
 
 
 def _first_frame(stream: socket.socket) -> Frame:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import xxhash
 
@@ -38,7 +38,7 @@ _ROW_BITS = 32
 _ROW_MASK = (1 << _ROW_BITS) - 1
 _TAG_MASK = ~_ROW_MASK
 _ENTRY = struct.Struct(f"@Q{OBJECT_KEY_BYTES}sQQQQ")
-_CONTENT = struct.Struct(f"@{OBJECT_KEY_BYTES}sQQQQ")
+_pack_content = struct.Struct(f"@{OBJECT_KEY_BYTES}sQQQQ").pack_into
 _hash = xxhash.xxh3_64_intdigest
 
 
@@ -50,6 +50,21 @@ class Found(NamedTuple):
     offset: int
     size: int
     checksum: int | None
+
+
+_T = TypeVar("_T")
+Column = Sequence[_T] | Mapping[int, _T]
+
+
+class Columns(NamedTuple):
+    """Of a node's objects, by row (`mooncake.store.objects`). transient: those that are not for `listed`."""
+
+    numbers: Column[int]
+    keys: Column[bytes]
+    offsets: Column[int]
+    sizes: Column[int]
+    checksums: Mapping[int, int]
+    transient: Container[int]
 
 
 def num_entries_for(capacity: int) -> int:
@@ -92,30 +107,24 @@ class IndexWriter(_Index):
         self._entries.cast("B")[:] = bytes(self._entries.nbytes)
         self._cells.cast("B")[:] = bytes(self._cells.nbytes)
 
-    def publish(
-        self,
-        row: int,
-        number: int,
-        key: bytes,
-        offset: int,
-        size: int,
-        checksum: int | None,
-        *,
-        transient: bool = False,
-    ) -> None:
-        """The row is not listed; its object is all there. transient: it is not for `listed`."""
-        if row >= self.num_entries:
-            return
-        flags = (0 if checksum is None else HAS_CHECKSUM) | (TRANSIENT if transient else 0)
-        at = row * ENTRY_WORDS
-        _CONTENT.pack_into(self._entry_bytes, (at + 1) * WORD, key, offset, size, checksum or 0, flags)
-        self._entries[at] = number
-        cells, mask, code = self._cells, self._mask, _hash(key)
-        cell = code & mask
-        while cells[cell] > _GONE:
-            cell = (cell + 1) & mask
-        cells[cell] = _TAG | (code & _TAG_MASK) | row
-        self._cell_of[row] = cell + 1
+    def publish(self, rows: Iterable[int], columns: Columns) -> None:
+        """These rows are not listed; their objects are all there."""
+        numbers, keys, offsets, sizes, checksums, transient = columns
+        content, entries, num_entries = self._entry_bytes, self._entries, self.num_entries
+        cells, mask, cell_of = self._cells, self._mask, self._cell_of
+        for row in rows:
+            if row >= num_entries:
+                continue
+            at, key, checksum = row * ENTRY_WORDS, keys[row], checksums.get(row)
+            flags = (0 if checksum is None else HAS_CHECKSUM) | (TRANSIENT if row in transient else 0)
+            _pack_content(content, (at + 1) * WORD, key, offsets[row], sizes[row], checksum or 0, flags)
+            entries[at] = numbers[row]
+            code = _hash(key)
+            cell = code & mask
+            while cells[cell] > _GONE:
+                cell = (cell + 1) & mask
+            cells[cell] = _TAG | (code & _TAG_MASK) | row
+            cell_of[row] = cell + 1
 
     def hide(self, rows: Iterable[int]) -> None:
         """Nobody finds these from now on, and who has found one and looks again sees it. Behind this belongs the fence."""

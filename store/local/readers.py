@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mooncake.core.errors import SegmentError
-from mooncake.store.local.index import IndexWriter
+from mooncake.store.local.index import Columns, IndexWriter
 from mooncake.store.local.table import TableReader, table_prefix
 from mooncake.store.readers import Answers
 
@@ -31,12 +31,10 @@ class LocalReaders:
     # ------------------------------------------------------------ for the core
 
     def publish(self, objects: Objects, rows: Sequence[int]) -> None:
-        publish, checksums, transient = self.index.publish, objects.checksums, objects.transient
-        numbers, keys, offsets, sizes = objects.numbers, objects.keys, objects.offsets, objects.sizes
-        for row in rows:
-            publish(
-                row, numbers[row], keys[row], offsets[row], sizes[row], checksums.get(row), transient=row in transient
-            )
+        columns = Columns(
+            objects.numbers, objects.keys, objects.offsets, objects.sizes, objects.checksums, objects.transient
+        )
+        self.index.publish(rows, columns)
 
     def withdraw(self, objects: Objects, rows: Sequence[int]) -> Sequence[int]:
         index = self.index

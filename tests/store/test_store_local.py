@@ -21,7 +21,7 @@ from mooncake.core.event_log import EventLogWriter
 from mooncake.sim.replay_log import replay_log
 from mooncake.store.api import Absent, LeasedView, PutResult, Store
 from mooncake.store.client import StoreClient
-from mooncake.store.local.index import Found, IndexReader, IndexWriter, index_bytes
+from mooncake.store.local.index import Columns, Found, IndexReader, IndexWriter, index_bytes
 from mooncake.store.local.memory import Fence, ordered, words
 from mooncake.store.local.segment import take_segment
 from mooncake.store.local.table import CLAIMS, USES, ClientTable, TableReader
@@ -41,6 +41,12 @@ def index(num_entries: int) -> tuple[IndexWriter, IndexReader]:
     return writer, IndexReader(memory, num_entries)
 
 
+def list_object(writer: IndexWriter, entry: Found, name: bytes) -> None:
+    row, number, offset, size, checksum = entry
+    sums = {} if checksum is None else {row: checksum}
+    writer.publish([row], Columns({row: number}, {row: name}, {row: offset}, {row: size}, sums, ()))
+
+
 def test_the_index_says_what_is_published_and_nothing_else() -> None:
     """Thousands of random changes, the table nearly full, against a dictionary."""
     rng, num_rows = random.Random(5), 50
@@ -56,7 +62,7 @@ def test_the_index_says_what_is_published_and_nothing_else() -> None:
         elif len(set(rows.values())) < num_rows:
             name = key(rng.randrange(10_000))
             if name not in rows.values():
-                writer.publish(row, number, name, row * 64, number, None if number % 3 else number * 7)
+                list_object(writer, Found(row, number, row * 64, number, None if number % 3 else number * 7), name)
                 rows[row] = name
                 assert reader.find(name) == Found(row, number, row * 64, number, None if number % 3 else number * 7)
         for row, name in rows.items():
@@ -70,7 +76,7 @@ def test_deleted_cells_are_cleared_so_that_misses_stay_short() -> None:
     writer, reader = index(64)
     for turn in range(200):
         for row in range(64):
-            writer.publish(row, turn * 64 + row + 1, key(turn * 64 + row), 0, 1, None)
+            list_object(writer, Found(row, turn * 64 + row + 1, 0, 1, None), key(turn * 64 + row))
         writer.hide(range(64))
         writer.remove(range(64))
     assert not any(reader._cells)
@@ -78,7 +84,7 @@ def test_deleted_cells_are_cleared_so_that_misses_stay_short() -> None:
 
 def test_rows_without_an_entry_are_left_out_and_memory_that_is_no_index_is_refused() -> None:
     writer, reader = index(64)
-    writer.publish(64, 1, key(1), 0, 1, None)
+    list_object(writer, Found(64, 1, 0, 1, None), key(1))
     writer.hide([64])
     writer.remove([64])
     assert reader.find(key(1)) is None
@@ -90,12 +96,12 @@ def test_rows_without_an_entry_are_left_out_and_memory_that_is_no_index_is_refus
 
 def test_what_is_replaced_between_two_looks_is_seen() -> None:
     writer, reader = index(64)
-    writer.publish(3, 11, key(1), 640, 64, None)
+    list_object(writer, Found(3, 11, 640, 64, None), key(1))
     found = reader.find(key(1))
     assert found is not None and reader.are_current([found])
     writer.hide([3])
     writer.remove([3])
-    writer.publish(3, 12, key(1), 1280, 64, None)
+    list_object(writer, Found(3, 12, 1280, 64, None), key(1))
     assert not reader.is_current(found) and reader.find(key(1)) == Found(3, 12, 1280, 64, None)
 
 
@@ -391,8 +397,8 @@ def test_a_segment_is_not_adopted_while_somebody_copies_into_it_or_if_it_is_dama
     writer.end_copy()
     writer.close()
     assert second.readers is not None
-    second.readers.index.publish(0, 5, key(1), 64, 64, None)
-    second.readers.index.publish(1, 6, key(2), 96, 64, None)
+    list_object(second.readers.index, Found(0, 5, 64, 64, None), key(1))
+    list_object(second.readers.index, Found(1, 6, 96, 64, None), key(2))
     fcntl.flock(second.segment._fd, fcntl.LOCK_UN)
     third = take_segment("c", "n", 3, 1 << 20, 64, directory)
     assert third.adopted is None, "two objects overlap"
