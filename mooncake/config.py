@@ -38,6 +38,8 @@ _LAUNCH_VARIABLES = frozenset({STATUS_FD, SUPERVISOR_PID})
 SOCKET_PATH_BYTES_MAX = 100
 """Linux allows 107 bytes in the path of a Unix socket; gRPC and the store add nothing, the rest is for safety."""
 
+QUOTAS_MAX = 1024
+"""Tenants with a quota: bounds what store nodes and their directory tell each other."""
 STORE_SSD_BYTES_MIN = 16 << 20
 """Less is no tier, and has hardly room for an object."""
 
@@ -130,6 +132,9 @@ class Config(msgspec.Struct, frozen=True):
     store_memory: Annotated[NumBytes, _text("DRAM of the store node, such as 2GiB")] = 1 << 30
     store_ssd: Annotated[NumBytes | None, _text("SSD of the store node, such as 100GiB; none: no SSD tier")] = None
     store_ssd_dir: Annotated[NonEmpty | None, _text("folder on that SSD, for the store node's file")] = None
+    store_quotas: Annotated[
+        str, _text("memory of all store nodes that tenants may fill, such as alice=10GiB,bob=2GiB; others: no limit")
+    ] = ""
     eviction: Annotated[
         Literal["lru", "lfu", "fifo", "s3fifo", "learned"], _text("what goes first from a full store; docs/eviction.md")
     ] = "lru"
@@ -268,6 +273,20 @@ def parse_bytes(text: str) -> int | None:
     return int(float(match[1]) * _BYTE_UNITS[match[2]]) if match else None
 
 
+def parse_quotas(text: str) -> dict[str, int]:
+    """Bytes by tenant, of TENANT=BYTES,TENANT=BYTES. Raises ConfigError."""
+    quotas: dict[str, int] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        tenant, _, size = part.rpartition("=")
+        quota = parse_bytes(size)
+        if not tenant or not quota or tenant in quotas:
+            raise ConfigError(f"store_quotas = {text!r}: {part!r} is not TENANT=BYTES, each tenant once")
+        quotas[tenant] = quota
+    if len(quotas) > QUOTAS_MAX:
+        raise ConfigError(f"store_quotas: {len(quotas)} tenants; at most {QUOTAS_MAX} have quotas")
+    return quotas
+
+
 def format_bytes(count: int) -> str:
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("GB", 10**9), ("KiB", 1 << 10)):
         if count >= size and count % size == 0:
@@ -400,6 +419,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"store_ssd_dir = {config.store_ssd_dir!r}: must be an absolute path")
     if config.store_ssd is not None and config.store_ssd < STORE_SSD_BYTES_MIN:
         raise ConfigError(f"store_ssd = {config.store_ssd}: must be at least {format_bytes(STORE_SSD_BYTES_MIN)}")
+    parse_quotas(config.store_quotas)
     if not os.path.isabs(config.run_dir):
         raise ConfigError(f"run_dir = {config.run_dir!r}: must be an absolute path")
     socket_address(config.run_dir, "conductor")

@@ -9,6 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 
+from mooncake.store.quotas import Tenant
+
 _Lease = tuple[tuple[int, ...], Sequence[int]]
 """numbers, rows"""
 
@@ -51,11 +53,12 @@ class Reservations:
 
 class Claims:
     """aliases: numbers of reservations that lost against another writer, to the row of the winner, of which the client has
-    a lease instead. num_leases: aliases not included."""
+    a lease instead. num_leases: aliases not included. tenant: whose quota what it puts counts for."""
 
-    __slots__ = ("_counts", "_firsts", "_leases", "_reserved", "_rows", "aliases", "num_leases")
+    __slots__ = ("_counts", "_firsts", "_leases", "_reserved", "_rows", "aliases", "num_leases", "tenant")
 
     def __init__(self) -> None:
+        self.tenant: Tenant | None = None
         self.aliases: dict[int, int] = {}
         self.num_leases = 0
         self._reserved: list[Reservations] = []

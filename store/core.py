@@ -18,7 +18,7 @@ bounded time, and then goes ahead with what there is.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from mooncake.store.events import (
     Adopted,
     Cancel,
     ClientGone,
+    ClientTenant,
     Command,
     Commit,
     Event,
@@ -52,13 +53,16 @@ from mooncake.store.events import (
     SsdRecovered,
     SsdWritten,
     Tick,
+    Usage,
     Used,
+    UsedElsewhere,
     fault_of,
     fault_of_reserve,
 )
 from mooncake.store.eviction import EvictionPolicy, Lru
 from mooncake.store.lifecycle import State, Trigger
 from mooncake.store.objects import Objects, pick
+from mooncake.store.quotas import Quotas, Tenant
 from mooncake.store.readers import NoReaders, Readers
 from mooncake.store.ssd import SsdConfig, SsdTier
 from mooncake.store.types import CommitStatus, Places, PutMode, Puts, PutStatus
@@ -80,7 +84,7 @@ LOOK_NS = 50 * NANOS_PER_MS
 class StoreCore:
     """allocator: of the segment; by default one of `capacity` bytes that places objects. readers: those who do not ask; by
     default there are none. last_number: objects are numbered from the next on; readers know them by that, so it must be none of
-    a life before."""
+    a life before. quotas: bytes of memory of all nodes by tenant; the others may have all there is."""
 
     def __init__(
         self,
@@ -95,12 +99,16 @@ class StoreCore:
         ssd: SsdConfig | None = None,
         readers: Readers | None = None,
         last_number: int = 0,
+        quotas: Mapping[str, int] | None = None,
     ) -> None:
         self.epoch = epoch
         self.counters = dict.fromkeys(("hits", "misses", "commits", "refusals", "conflicts", "expired", "damaged"), 0)
         self.readers = NoReaders() if readers is None else readers
         self._allocator = allocator or Allocator(capacity, alignment)
-        self._objects = Objects(self._allocator, Lru() if policy is None else policy, self.readers, last_number)
+        self._quotas = Quotas(quotas or {})
+        self._objects = Objects(
+            self._allocator, Lru() if policy is None else policy, self.readers, last_number, self._quotas
+        )
         self._reservation_ns = reservation_ns
         self._report_ns = report_ns
         self._clients: dict[int, Claims] = {}
@@ -123,6 +131,8 @@ class StoreCore:
             Release: self._release,
             Exists: self._exists,
             Remove: self._remove,
+            ClientTenant: self._client_tenant,
+            UsedElsewhere: self._used_elsewhere,
             ClientGone: self._client_gone,
             Used: self._used,
             Adopted: self._adopt,
@@ -207,6 +217,10 @@ class StoreCore:
                 "leases": sum([claims.num_leases + len(claims.aliases) for claims in clients]),
             }
         )
+
+    def tenants(self) -> Sequence[Tenant]:
+        """Those that have a quota."""
+        return list(self._quotas.tenants.values())
 
     def ssd_contents(self) -> SsdRecovered | None:
         """For drivers without a disk: what it would tell the next life."""
@@ -295,6 +309,37 @@ class StoreCore:
         """Reserve space for these keys; nowhere for one that finds none, and None alone if then nothing is wanted."""
         if not new:
             return _nowhere(0)
+        if claims.tenant is None:
+            return self._make_unbounded(event, claims, new, now)
+        num_fitting = self._num_within_quota(claims.tenant, _select(event.sizes, new), whole=event.all_or_nothing)
+        num_over = len(new) - num_fitting
+        if num_over:
+            self.counters["refusals"] += num_over
+            claims.tenant.num_refused += num_over
+        if num_over and event.all_or_nothing:
+            return None
+        made = self._make_unbounded(event, claims, new[:num_fitting], now) if num_fitting else _nowhere(0)
+        if made is None:
+            return None
+        rows = [row for number in made.numbers if number and (row := claims.writable_row(number)) is not None]
+        self._quotas.charge(claims.tenant, rows)
+        return _join((made, _nowhere(num_over)), range(len(new)))
+
+    def _num_within_quota(self, tenant: Tenant, sizes: Sequence[int], *, whole: bool) -> int:
+        """How many of these, from the first on, the tenant has room for, after what is oldest of it was evicted. whole: all of
+        them are wanted, or none."""
+        extents = list(map(self._allocator.rounded, sizes))
+        wanted = sum(extents)
+        if not whole or wanted <= tenant.left + tenant.idle_bytes:
+            self._objects.make_room_of(tenant, wanted)
+        left, num_fitting = tenant.left, 0
+        for extent in extents:
+            left -= extent
+            num_fitting += left >= 0
+        return num_fitting
+
+    def _make_unbounded(self, event: Reserve, claims: Claims, new: Sequence[int], now: int) -> Places | None:
+        """As `_make`, for who has no quota. Not empty."""
         objects = self._objects
         keys, sizes = _select(event.keys, new), _select(event.sizes, new)
         created = objects.create(keys, sizes, all_or_nothing=event.all_or_nothing)
@@ -525,6 +570,14 @@ class StoreCore:
 
     # ------------------------------------------------------------ other events
 
+    def _client_tenant(self, event: ClientTenant, now: int) -> list[Command]:
+        self._claims(event.client).tenant = self._quotas.tenants.get(event.tenant)
+        return []
+
+    def _used_elsewhere(self, event: UsedElsewhere, now: int) -> list[Command]:
+        self._quotas.set_elsewhere(event.usage)
+        return []
+
     def _client_gone(self, event: ClientGone, now: int) -> list[Command]:
         self._waiting.drop(event.client)
         claims = self._clients.pop(event.client, None)
@@ -542,6 +595,8 @@ class StoreCore:
         if self._ssd is not None:
             log = self._ssd.log
             commands.append(Snapshot(self.epoch, log.changes.seq, tuple(log.copies), Tier.SSD))
+        if self._quotas.tenants:
+            commands.append(Usage(self.epoch, self._quotas.usage()))
         return commands
 
     def _used(self, event: Used, now: int) -> list[Command]:
@@ -556,7 +611,7 @@ class StoreCore:
     def _adopt(self, event: Adopted, now: int) -> list[Command]:
         """Raises ValueError if they cannot all be where they are said to be."""
         if event.keys:
-            self._objects.restore(event.keys, event.sizes, event.offsets, event.numbers, event.checksums)
+            self._objects.restore(event.keys, event.sizes, event.offsets, event.numbers, event.checksums, event.owners)
         return []
 
     def _tick(self, event: Tick, now: int) -> list[Command]:
@@ -583,6 +638,9 @@ class StoreCore:
             below = self._ssd.log.changes
             added, removed = below.take()
             commands += [Report(self.epoch, below.seq, added, removed, Tier.SSD)] if added or removed else []
+        usage = self._quotas.take_usage()
+        if usage is not None:
+            commands.append(Usage(self.epoch, usage))
         return commands
 
     # ------------------------------------------------------------ the SSD tier
@@ -627,6 +685,9 @@ class StoreCore:
             return self._put_off(event, began_at, room_until, wanted)
         objects.hold([row for row in found if row is not None])
         commands: list[Command] = [*ssd.load(new)] if new else []
+        tenant = self._claims(event.client).tenant
+        if tenant is not None:  # it comes to memory for this one, and is not refused: what follows has less room
+            self._quotas.charge(tenant, [ssd.loading[key] for key in new if key in ssd.loading])
         loads = 0
         for at in range(leading):
             row = ssd.loading.get(keys[at]) if found[at] is None else None

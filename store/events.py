@@ -107,6 +107,19 @@ class Remove(Request, frozen=True):
     damaged: bool = False
 
 
+class ClientTenant(Event, frozen=True):
+    """The first event of a client that acts for a tenant: what it puts is that tenant's."""
+
+    client: int
+    tenant: str
+
+
+class UsedElsewhere(Event, frozen=True):
+    """What other nodes have of each tenant, bytes of memory. Those that are not named have none there."""
+
+    usage: dict[str, int]
+
+
 class ClientGone(Event, frozen=True):
     """The connection ended, and with it every claim of the client."""
 
@@ -133,6 +146,8 @@ class Adopted(Event, frozen=True):
     offsets: tuple[int, ...]
     numbers: tuple[int, ...]
     checksums: tuple[int | None, ...]
+    owners: tuple[int, ...] = ()
+    """Numbers of tenants (`mooncake.store.quotas`), 0 for none."""
 
 
 class SnapshotWanted(Event, frozen=True):
@@ -213,6 +228,17 @@ class Snapshot(Command, frozen=True, omit_defaults=True):
     seq: int
     keys: tuple[bytes, ...]
     tier: Tier = Tier.DRAM
+
+
+class Usage(Command, frozen=True):
+    """What tenants that have a quota use of this node's memory, in bytes, as it has changed."""
+
+    epoch: int
+    usage: dict[str, int]
+
+
+NodeReport = Report | Snapshot | Usage
+"""What a directory is told."""
 
 
 class SsdJob(Command, frozen=True):

@@ -11,7 +11,7 @@ import msgspec
 
 from mooncake.core.errors import BadArgument, StoreUnavailable
 from mooncake.store.core import StoreCore
-from mooncake.store.events import ClientGone, Command, Event, Fault, Reply, Report, Request, Snapshot, Tick
+from mooncake.store.events import ClientGone, Command, Event, Fault, NodeReport, Reply, Request, Tick
 from mooncake.store.handles import Link
 from mooncake.store.operations import StoreOperations
 from mooncake.transport.memory import MemoryTransport
@@ -28,7 +28,7 @@ class MemoryNode:
         *,
         core: StoreCore | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
-        on_report: Callable[[Report | Snapshot], None] = lambda report: None,
+        on_report: Callable[[NodeReport], None] = lambda report: None,
     ) -> None:
         self.core = core or StoreCore(capacity_bytes, epoch=1)
         self._transport = MemoryTransport()
@@ -49,9 +49,9 @@ class MemoryNode:
             commands += self.core.handle(Tick(), now)
         commands += self.core.handle(event, now)
         for command in commands:
-            if isinstance(command, Report | Snapshot):
+            if isinstance(command, NodeReport):
                 self._on_report(command)
-        return [command for command in commands if not isinstance(command, Report | Snapshot)]
+        return [command for command in commands if not isinstance(command, NodeReport)]
 
 
 class MemoryStore(StoreOperations):

@@ -28,12 +28,14 @@ from mooncake.store.connection import Connection
 from mooncake.store.core import StoreCore
 from mooncake.store.events import (
     ClientGone,
+    ClientTenant,
     Command,
     Commit,
     Event,
     Fault,
     Flush,
     Name,
+    NodeReport,
     Reply,
     Report,
     Reserve,
@@ -44,6 +46,7 @@ from mooncake.store.events import (
     SsdRests,
     SsdWritten,
     Tick,
+    Usage,
     Used,
 )
 from mooncake.store.eviction import POLICIES
@@ -73,7 +76,7 @@ _COUNTERS = ("faults", "auth_errors", "protocol_errors", "bytes_read", "bytes_wr
 
 class NodeConfig(msgspec.Struct, frozen=True):
     """tcp_port: None, no TCP port; 0, any free one. advertised_host: the name under which others reach the TCP port. ssd_dir:
-    where the SSD tier has its file, if there is one."""
+    where the SSD tier has its file, if there is one. quotas: bytes by tenant (`mooncake.store.quotas`)."""
 
     cluster: str
     node: str
@@ -89,6 +92,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     eviction: str = "lru"
     ssd: SsdConfig = SsdConfig()
     ssd_dir: str = ""
+    quotas: dict[str, int] = {}
 
 
 class Directory(Protocol):
@@ -105,7 +109,7 @@ class StoreNode:
     event_log: EventLogWriter | None = None
     directory: Directory | None = None
 
-    def __init__(self, config: NodeConfig, on_report: Callable[[Report | Snapshot], None]) -> None:
+    def __init__(self, config: NodeConfig, on_report: Callable[[NodeReport], None]) -> None:
         self.config = config
         self.epoch = time.time_ns()
         self.addresses: tuple[str, ...] = ()
@@ -154,6 +158,7 @@ class StoreNode:
                 ssd=config.ssd,
                 readers=self.readers,
                 last_number=self.epoch,  # a time in nanoseconds: no life can have numbered so many
+                quotas=config.quotas,
             )
             if config.ssd.capacity_bytes:
                 await self._open_ssd(segment.buffer)
@@ -287,6 +292,8 @@ class StoreNode:
         connection.session = secrets.token_bytes(16)
         self._clients[connection.client] = connection
         self._sessions[connection.session] = connection
+        if hello.tenant in self.config.quotas:
+            self.handle(ClientTenant(connection.client, hello.tenant))
         return None
 
     def welcome(self, connection: Connection) -> wire.Welcome:
@@ -326,7 +333,7 @@ class StoreNode:
             case Fault():
                 self.count("faults")
                 self._clients[command.client].reply(wire.encode_error(BadArgument(command.detail), command.request_id))
-            case Report() | Snapshot():
+            case Report() | Snapshot() | Usage():
                 self._on_report(command)
             case SsdJob():
                 if self._ssd is not None:

@@ -16,6 +16,7 @@ from typing import Any
 from mooncake.store.allocator import BytesAllocator
 from mooncake.store.eviction import EvictionPolicy
 from mooncake.store.lifecycle import TABLE, State, Trigger, advance
+from mooncake.store.quotas import Quotas, Tenant
 from mooncake.store.readers import NoReaders, Readers
 from mooncake.store.reports import Changes
 from mooncake.store.types import Places
@@ -40,13 +41,18 @@ class Objects:
     policy's next candidates for that, `settle` makes them *ready*, which are evicted before all others, and of which
     ready_bytes are idle_bytes too. saved: keys in the tier below, if there is one.
 
-    last_number: they are numbered from the next on.
+    last_number: they are numbered from the next on. quotas: whose they are, of tenants that have a quota.
 
     Before space is given away, the readers that did not ask for a lease are asked whether they have it. What they have
     *lingers*: it is held like by a lease until they do not."""
 
     def __init__(
-        self, allocator: BytesAllocator, policy: EvictionPolicy, readers: Readers | None = None, last_number: int = 0
+        self,
+        allocator: BytesAllocator,
+        policy: EvictionPolicy,
+        readers: Readers | None = None,
+        last_number: int = 0,
+        quotas: Quotas | None = None,
     ) -> None:
         self.keys: list[bytes] = []
         self.numbers: list[int] = []
@@ -74,6 +80,9 @@ class Objects:
         self._allocator = allocator
         self._policy = policy
         self._readers = NoReaders() if readers is None else readers
+        self.quotas = Quotas({}) if quotas is None else quotas
+        self.quotas.extents = self.extents
+        self._owned = self.quotas.owners
         self._free: list[int] = []
         self._last_number = last_number
 
@@ -108,6 +117,8 @@ class Objects:
         if woken:
             self.idle_bytes -= sum(pick(self.extents, woken))
             self._policy.hold(self._recall(woken) if self.ready else woken)
+            if self._owned:
+                self.quotas.hold(woken)
 
     def unhold(self, rows: Sequence[int]) -> None:
         """The opposite of hold, in chain order. What nobody holds can be evicted, or ends if it was waiting to."""
@@ -123,6 +134,8 @@ class Objects:
         if idle:
             self._policy.idle(idle)
             self.idle_bytes += sum(pick(self.extents, idle))
+            if self._owned:
+                self.quotas.idle(idle)
 
     def _lasting(self, rows: Sequence[int]) -> Sequence[int]:
         """Those that are not transient. It is the last one if any."""
@@ -155,6 +168,7 @@ class Objects:
             self.refs[row] = 1
         self._leaving.update(dict.fromkeys(rows))
         self.idle_bytes -= sum([self.extents[row] for row in rows])
+        self.quotas.hold(rows)
         return rows
 
     def settle(self, rows: Sequence[int]) -> None:
@@ -172,6 +186,7 @@ class Objects:
                 self.ready[row] = None
                 self.ready_bytes += self.extents[row]
                 self.idle_bytes += self.extents[row]
+                self.quotas.idle_again(row)
         self.unhold(rest)
 
     def _recall(self, rows: Sequence[int]) -> list[int]:
@@ -272,6 +287,7 @@ class Objects:
                 self._condemn(row)
             self.refs[row] = 1
             self.lingering[row] = None
+            self.quotas.hold((row,))
             return
         if self.states[row] is State.COMMITTED:
             self._hide(row)
@@ -282,6 +298,8 @@ class Objects:
         self.move(row, trigger)
         self.transient.pop(row, None)
         self.checksums.pop(row, None)
+        if self._owned:
+            self.quotas.release((row,))
         self._allocator.free(self.extents[row], (self.offsets[row],))
         self._free.append(row)
 
@@ -300,6 +318,7 @@ class Objects:
         offsets: Sequence[int],
         numbers: Sequence[int],
         checksums: Sequence[int | None],
+        owners: Sequence[int],
     ) -> None:
         """Objects of a life before, at the beginning of this one; those that come first are evicted first. Raises ValueError if
         two are in one place."""
@@ -317,6 +336,8 @@ class Objects:
         self.checksums.update(
             {row: checksum for row, checksum in zip(rows, checksums, strict=True) if checksum is not None}
         )
+        if owners:
+            self.quotas.charge_adopted(rows, owners)
         self._last_number = max(self._last_number, *numbers)
         self.publish(rows, keys)
         self.unhold(rows[::-1])
@@ -429,6 +450,7 @@ class Objects:
             self.lingering[row] = None
             self.idle_bytes -= self.extents[row]
             self._enter((row,), (self.keys[row],))
+        self.quotas.hold(read)
         self._readers.publish(self, read)
         return [row for row in victims if row not in self.lingering]
 
@@ -450,6 +472,8 @@ class Objects:
         if self.checksums:
             for row in rows:
                 self.checksums.pop(row, None)
+        if self._owned:
+            self.quotas.release(rows)
         self.idle_bytes -= num_bytes
         self.evicted_bytes += num_bytes
         self.num_evictions += len(rows)
@@ -457,6 +481,17 @@ class Objects:
             self.num_lost += sum([key not in self.saved for key in keys])
         self.changes.lost.append(keys)
         return keys
+
+    def make_room_of(self, tenant: Tenant, num_bytes: int) -> None:
+        """Evict as many of the tenant's own idle objects, the oldest, as it takes to have that many bytes left of its quota."""
+        while tenant.left < num_bytes and tenant.idle:
+            row = next(iter(tenant.idle))
+            self.num_evictions += 1
+            self.evicted_bytes += self.extents[row]
+            if self.saved is not None:
+                self.num_lost += self.keys[row] not in self.saved
+            tenant.num_evictions += 1
+            self.remove(row)
 
     def _add_rows(self, count: int) -> None:
         first = len(self.keys)
@@ -483,6 +518,8 @@ class Objects:
         _require(all(self.sizes[row] <= self.extents[row] for row in rows), "an object is larger than its extent")
         _require(len({self.numbers[row] for row in rows}) == len(rows), "a number is given twice")
         self._allocator.check_integrity(extents)
+        self.quotas.check_integrity(self.refs)
+        _require(all(states[row] is not State.FREE for row in self._owned), "a free row is a tenant's")
         committed = {self.keys[row]: row for row in rows if states[row] is State.COMMITTED}
         _require(self.by_key == committed, "key index disagrees")
         condemned = [row for row in rows if states[row] is State.CONDEMNED]

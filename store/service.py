@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 
-from mooncake.config import Config, RoleConfig
+from mooncake.config import Config, RoleConfig, parse_quotas
 from mooncake.core.errors import ConfigError, MooncakeError, StoreError
 from mooncake.core.keys import block_keys_of
 from mooncake.core.messages import AnyMessage, CacheDelta, CacheSnapshot, CopyBlocks, RegisterNode, SnapshotRequest
@@ -15,7 +16,7 @@ from mooncake.rpc.stream import Hello, Link, RpcClient
 from mooncake.status import Status
 from mooncake.store.copier import Copier
 from mooncake.store.directory.reporter import DirectoryReporter
-from mooncake.store.events import Report, Snapshot
+from mooncake.store.events import NodeReport, Report, Snapshot, Usage
 from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.store.ssd import SsdConfig
 from mooncake.transport.tcp import parse_address
@@ -29,6 +30,7 @@ class StoreSettings(msgspec.Struct, frozen=True):
     alignment: int
     ssd: SsdConfig = SsdConfig()
     eviction: str = "lru"
+    quotas: dict[str, int] = {}
 
 
 async def run(config: Config, role: RoleConfig, status: Status) -> None:
@@ -37,7 +39,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     reporter = _Reporter()
     node = StoreNode(_node_config(config, role), reporter.report)
     kept = node.config
-    settings = StoreSettings(kept.capacity_bytes, node.epoch, kept.alignment, kept.ssd, kept.eviction)
+    settings = StoreSettings(kept.capacity_bytes, node.epoch, kept.alignment, kept.ssd, kept.eviction, kept.quotas)
     node.event_log = open_event_log(config, role, settings)
     try:
         await node.start()
@@ -96,10 +98,10 @@ class _Reporter:
         self.directory: DirectoryReporter | None = None
         self._link: Link | None = None
 
-    def report(self, command: Report | Snapshot) -> None:
+    def report(self, command: NodeReport) -> None:
         if self.directory is not None:
             self.directory.report(command)
-        if self._link is not None:
+        if self._link is not None and not isinstance(command, Usage):
             self._link.send(to_message(self.node.config.node, command))
 
     def opened(self, link: Link) -> None:
@@ -129,35 +131,23 @@ def to_message(node: str, command: Report | Snapshot) -> CacheDelta | CacheSnaps
 
 def _node_config(config: Config, role: RoleConfig) -> NodeConfig:
     """A node always has a Unix socket, for its own machine; one that listens on TCP serves others too."""
-    ssd, ssd_dir = SsdConfig(config.store_ssd or 0), config.store_ssd_dir or ""
+    common: dict[str, Any] = {
+        "cluster": config.cluster,
+        "node": role.name,
+        "capacity_bytes": config.store_memory,
+        "token": config.token,
+        "eviction": config.eviction,
+        "ssd": SsdConfig(config.store_ssd or 0),
+        "ssd_dir": config.store_ssd_dir or "",
+        "quotas": parse_quotas(config.store_quotas),
+    }
     if role.listen.startswith("unix:"):
-        path = role.listen.removeprefix("unix:")
-        return NodeConfig(
-            config.cluster,
-            role.name,
-            config.store_memory,
-            config.token,
-            path,
-            eviction=config.eviction,
-            ssd=ssd,
-            ssd_dir=ssd_dir,
-        )
+        return NodeConfig(unix_path=role.listen.removeprefix("unix:"), **common)
     try:
         _, target = parse_address(role.listen)
     except MooncakeError as error:
         raise ConfigError(f"listen = {role.listen!r}: {error}") from None
     assert isinstance(target, tuple)
     host, port = target
-    return NodeConfig(
-        config.cluster,
-        role.name,
-        config.store_memory,
-        config.token,
-        unix_path=f"{config.run_dir}/{role.name}.sock",
-        tcp_host=host,
-        tcp_port=port,
-        advertised_host=host,
-        eviction=config.eviction,
-        ssd=ssd,
-        ssd_dir=ssd_dir,
-    )
+    unix_path = f"{config.run_dir}/{role.name}.sock"
+    return NodeConfig(unix_path=unix_path, tcp_host=host, tcp_port=port, advertised_host=host, **common)

@@ -100,6 +100,7 @@ def _store(settings: StoreSettings, seed: int) -> StoreCore:
         ssd=settings.ssd,
         readers=RecordedReaders(),
         last_number=settings.epoch,
+        quotas=settings.quotas,
     )
 
 

@@ -15,6 +15,7 @@ of it.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -39,6 +40,8 @@ class DirectoryConfig(msgspec.Struct, frozen=True):
     settle_ns: int = 3 * NANOS_PER_S
     """From the start, and for each node from its registration."""
     retry_ns: int = 2 * NANOS_PER_S
+    usage_ns: int = 50 * NANOS_PER_MS
+    """What tenants use is gathered so long before nodes are told."""
     step_ns: int = 5 * NANOS_PER_MS
     """Between steps of work that is done by and by."""
 
@@ -80,6 +83,13 @@ class Told(msgspec.Struct, frozen=True, tag=True):
     is_last: bool
 
 
+class Uses(msgspec.Struct, frozen=True, tag=True):
+    """What tenants that have a quota use of a node's memory, in bytes."""
+
+    peer: int
+    usage: dict[str, int]
+
+
 class Find(msgspec.Struct, frozen=True, tag=True):
     """Answered by Found."""
 
@@ -102,7 +112,7 @@ class Tick(msgspec.Struct, frozen=True, tag=True):
     """The deadline passed."""
 
 
-DirectoryEvent = Registered | Gone | Changed | Told | Find | Want | Tick
+DirectoryEvent = Registered | Gone | Changed | Told | Uses | Find | Want | Tick
 
 # ---------------------------------------------------------------- commands
 
@@ -121,6 +131,13 @@ class Copy(msgspec.Struct, frozen=True, tag=True):
     keys: tuple[bytes, ...]
 
 
+class Elsewhere(msgspec.Struct, frozen=True, tag=True):
+    """Tell the node what tenants use of the others' memory."""
+
+    peer: int
+    usage: dict[str, int]
+
+
 class Found(msgspec.Struct, frozen=True, tag=True):
     """By key, a number: 0 for a miss, and others of `sets`. unknown: there may be replicas that nobody has told of yet."""
 
@@ -132,19 +149,21 @@ class Found(msgspec.Struct, frozen=True, tag=True):
     unknown: bool
 
 
-DirectoryCommand = Snapshot | Copy | Found
+DirectoryCommand = Snapshot | Copy | Elsewhere | Found
 
 # ---------------------------------------------------------------- the core
 
 
 class _Node:
-    """seqs: by tier, that of the last report, None until a snapshot is there."""
+    """seqs: by tier, that of the last report, None until a snapshot is there. usage: by tenant; elsewhere: what it was told."""
 
     def __init__(self, peer: int, info: NodeInfo, until: int) -> None:
         self.peer = peer
         self.info = info
         self.until = until
         self.seqs: dict[Tier, int | None] = dict.fromkeys(TIERS)
+        self.usage: dict[str, int] = {}
+        self.elsewhere: dict[str, int] = {}
         self.missing: dict[Tier, set[bytes]] = {}
         """Of a snapshot that is being told: what we believe the tier has and was not named yet."""
 
@@ -166,12 +185,15 @@ class DirectoryCore:
         """Keys with fewer replicas than wanted, and when to ask for the next one; earliest first."""
         self._to_check: Iterator[bytes] | None = None
         self._next_step: int | None = None
+        self._usage_at: int | None = None
+        """When to tell nodes what tenants use elsewhere."""
         self.counters = dict.fromkeys(("gaps", "copies_asked", "unknown", "lookups"), 0)
         self._handlers: dict[type, Callable[[Any, int], list[DirectoryCommand]]] = {
             Registered: self._registered,
             Gone: self._gone,
             Changed: self._changed,
             Told: self._told,
+            Uses: self._uses,
             Find: self._find,
             Want: self._want,
             Tick: lambda event, now: [],
@@ -186,10 +208,13 @@ class DirectoryCore:
             self._next_step = now + self._config.step_ns
         elif self._next_step is None and self._short:
             self._next_step = max(now + self._config.step_ns, next(iter(self._short.values())))
+        if self._usage_at is not None and self._usage_at <= now:
+            self._usage_at = None
+            commands += self._tell_usage()
         return commands
 
     def deadline(self) -> int | None:
-        return self._next_step
+        return min([at for at in (self._next_step, self._usage_at) if at is not None], default=None)
 
     @property
     def nodes(self) -> list[NodeInfo]:
@@ -210,11 +235,15 @@ class DirectoryCore:
         for node in [node for node in self._nodes.values() if node.info.name == event.info.name]:
             commands += self._forget(node)  # an older life, or connection, whose end we have not seen
         self._nodes[event.peer] = _Node(event.peer, event.info, now + self._config.settle_ns)
+        self._usage_changed(now)
         return [*commands, Snapshot(event.peer)]
 
     def _gone(self, event: Gone, now: int) -> list[DirectoryCommand]:
         node = self._nodes.get(event.peer)
-        return self._forget(node) if node is not None else []
+        if node is None:
+            return []
+        self._usage_changed(now)
+        return self._forget(node)
 
     def _forget(self, node: _Node) -> list[DirectoryCommand]:
         del self._nodes[node.peer]
@@ -263,6 +292,37 @@ class DirectoryCore:
             if self._wanted:
                 self._to_check = iter(list(self._wanted))
         return []
+
+    # ------------------------------------------------------------ tenants
+
+    def _uses(self, event: Uses, now: int) -> list[DirectoryCommand]:
+        node = self._nodes.get(event.peer)
+        if node is not None:
+            node.usage = event.usage
+            self._usage_changed(now)
+        return []
+
+    def _usage_changed(self, now: int) -> None:
+        if self._usage_at is None:
+            self._usage_at = now + self._config.usage_ns
+
+    def _tell_usage(self) -> list[DirectoryCommand]:
+        """Whom it concerns."""
+        total = self.usage()
+        commands: list[DirectoryCommand] = []
+        for node in self._nodes.values():
+            others = {name: left for name, used in total.items() if (left := used - node.usage.get(name, 0))}
+            if others != node.elsewhere:
+                node.elsewhere = others
+                commands.append(Elsewhere(node.peer, others))
+        return commands
+
+    def usage(self) -> dict[str, int]:
+        """Bytes of memory by tenant, of those that have a quota."""
+        total: Counter[str] = Counter()
+        for node in self._nodes.values():
+            total.update(node.usage)
+        return dict(total)
 
     # ------------------------------------------------------------ clients
 

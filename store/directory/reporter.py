@@ -12,7 +12,7 @@ from mooncake.core.errors import AuthError, ProtocolError, StoreError, StoreUnav
 from mooncake.core.messages import NodeInfo
 from mooncake.store.directory import wire
 from mooncake.store.directory.core import TIERS
-from mooncake.store.events import Report, Snapshot
+from mooncake.store.events import NodeReport, Snapshot, Usage, UsedElsewhere
 from mooncake.store.node import StoreNode
 from mooncake.store.wire import decode_error, is_error
 from mooncake.transport.frames import Frame, FrameReader, pack
@@ -47,13 +47,15 @@ class DirectoryReporter:
     def connected(self) -> bool:
         return self._writer is not None
 
-    def report(self, command: Report | Snapshot) -> None:
+    def report(self, command: NodeReport) -> None:
         writer = self._writer
         if writer is None:
             return
         if isinstance(command, Snapshot):
             for frame in wire.encode_told(command.tier, command.seq, command.keys):
                 writer.write(frame)
+        elif isinstance(command, Usage):
+            writer.write(wire.encode_usage(command.usage))
         elif len(command.added) + len(command.removed) <= wire.MAX_KEYS:  # else the directory sees the gap
             self._last_sent += 1
             number = self._last_sent & 0xFFFFFFFF
@@ -131,6 +133,8 @@ class DirectoryReporter:
             async with self._acked:
                 self._last_acked = self._last_sent - ((self._last_sent - frame.request) & 0xFFFFFFFF)
                 self._acked.notify_all()
+        elif frame.kind == wire.Op.USAGE:
+            self._node.handle(UsedElsewhere(wire.decode_usage(frame)))
         elif frame.kind == wire.Op.COPY:
             self._on_copy(*wire.decode_copy(frame))
         else:

@@ -24,11 +24,13 @@ from mooncake.store.directory.core import (
     DirectoryConfig,
     DirectoryCore,
     DirectoryEvent,
+    Elsewhere,
     Found,
     Gone,
     Registered,
     Snapshot,
     Tick,
+    Uses,
 )
 from mooncake.store.wire import encode_error
 from mooncake.transport.frames import Frame, FrameReader, pack
@@ -118,6 +120,8 @@ class DirectoryServer:
                 connection.send(pack(wire.Op.SNAPSHOT))
             case Copy():
                 connection.send(wire.encode_copy(command))
+            case Elsewhere():
+                connection.send(wire.encode_usage(command.usage))
 
 
 class _Connection(asyncio.Protocol):
@@ -183,6 +187,8 @@ class _Connection(asyncio.Protocol):
             self.send(pack(op.ACK, request=frame.request))
         elif frame.kind == op.TOLD:
             server.handle(wire.decode_told(self.number, frame))
+        elif frame.kind == op.USAGE:
+            server.handle(Uses(self.number, wire.decode_usage(frame)))
         elif frame.kind == op.REGISTER:
             self._is_node = True
             server.handle(Registered(self.number, wire.decode_register(frame)))

@@ -1,6 +1,6 @@
 """The directory's frames: the store's framing, kinds of their own.
 
-    node    HELLO ─▶ READY   REGISTER ─▶   ◀─ SNAPSHOT   TOLD, TOLD … ─▶   CHANGED ─▶ ACK   ◀─ COPY
+    node    HELLO ─▶ READY   REGISTER ─▶   ◀─ SNAPSHOT   TOLD, TOLD … ─▶   CHANGED ─▶ ACK   ◀─ COPY   USAGE ─▶   ◀─ USAGE
     client  HELLO ─▶ READY   FIND, WANT ─▶ FOUND   NODES ─▶ NODES
 
 Keys are 24 bytes each, one behind the other; numbers are little-endian.
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
+from mooncake.config import QUOTAS_MAX
 from mooncake.core.errors import ProtocolError
 from mooncake.core.keys import OBJECT_KEY_BYTES
 from mooncake.core.messages import NodeInfo
@@ -24,6 +26,7 @@ from mooncake.store.directory.holders import Holder
 from mooncake.transport.frames import Frame, pack
 
 _T = TypeVar("_T")
+_Usage = Annotated[dict[str, Annotated[int, Meta(ge=0)]], Meta(max_length=QUOTAS_MAX)]
 VERSION = 1
 MAX_KEYS = 262_144
 """Of one frame."""
@@ -47,6 +50,8 @@ class Op(enum.IntEnum):
     FOUND = 72
     SNAPSHOT = 73
     COPY = 74
+    USAGE = 76
+    """From a node: what tenants use there. To a node: what they use elsewhere."""
     NODES = 75
     """Asks for all nodes, and answers it."""
 
@@ -121,6 +126,18 @@ def decode_told(peer: int, frame: Frame) -> Told:
     keys = _keys(frame.payload[_COUNTS.size :], num_keys)
     is_first, is_last = bool(frame.flags & _FIRST), bool(frame.flags & _LAST)
     return Told(peer, _tier(frame.flags & ~(_FIRST | _LAST)), seq, keys, is_first, is_last)
+
+
+def encode_usage(usage: Mapping[str, int]) -> bytes:
+    return pack(Op.USAGE, msgspec.msgpack.encode(usage))
+
+
+def decode_usage(frame: Frame) -> dict[str, int]:
+    """By tenant, bytes."""
+    try:
+        return msgspec.msgpack.decode(frame.payload, type=_Usage)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"bad USAGE frame: {error}") from error
 
 
 # ---------------------------------------------------------------- questions

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import xxhash
@@ -30,6 +30,8 @@ MAX_ENTRIES = 1 << 24
 HAS_CHECKSUM = 1
 TRANSIENT = 2
 """It ends with its last lease, so no later life of the node wants it."""
+_OWNER_SHIFT = 16
+"""The upper bits of the flags are the tenant's number."""
 
 _GONE = 1
 """An entry was here; others may follow. No cell of a row looks like it, as tags have their highest bit set."""
@@ -57,7 +59,8 @@ Column = Sequence[_T] | Mapping[int, _T]
 
 
 class Columns(NamedTuple):
-    """Of a node's objects, by row (`mooncake.store.objects`). transient: those that are not for `listed`."""
+    """Of a node's objects, by row (`mooncake.store.objects`). transient: those that are not for `listed`. owner: a tenant's
+    number, 0 for none."""
 
     numbers: Column[int]
     keys: Column[bytes]
@@ -65,6 +68,7 @@ class Columns(NamedTuple):
     sizes: Column[int]
     checksums: Mapping[int, int]
     transient: Container[int]
+    owner: Callable[[int], int]
 
 
 def num_entries_for(capacity: int) -> int:
@@ -109,7 +113,7 @@ class IndexWriter(_Index):
 
     def publish(self, rows: Iterable[int], columns: Columns) -> None:
         """These rows are not listed; their objects are all there."""
-        numbers, keys, offsets, sizes, checksums, transient = columns
+        numbers, keys, offsets, sizes, checksums, transient, owner = columns
         content, entries, num_entries = self._entry_bytes, self._entries, self.num_entries
         cells, mask, cell_of = self._cells, self._mask, self._cell_of
         for row in rows:
@@ -117,6 +121,7 @@ class IndexWriter(_Index):
                 continue
             at, key, checksum = row * ENTRY_WORDS, keys[row], checksums.get(row)
             flags = (0 if checksum is None else HAS_CHECKSUM) | (TRANSIENT if row in transient else 0)
+            flags |= owner(row) << _OWNER_SHIFT
             _pack_content(content, (at + 1) * WORD, key, offsets[row], sizes[row], checksum or 0, flags)
             entries[at] = numbers[row]
             code = _hash(key)
@@ -149,6 +154,10 @@ class IndexWriter(_Index):
             while cells[cell] == _GONE:
                 cells[cell] = 0
                 cell = (cell - 1) & mask
+
+    def owner(self, row: int) -> int:
+        """The number of the tenant whose it was published as."""
+        return self._entries[row * ENTRY_WORDS + ENTRY_WORDS - 1] >> _OWNER_SHIFT
 
     def listed(self) -> list[tuple[bytes, Found]]:
         """What the memory says is there, as another life of the node has left it: each key once."""

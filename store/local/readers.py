@@ -32,7 +32,13 @@ class LocalReaders:
 
     def publish(self, objects: Objects, rows: Sequence[int]) -> None:
         columns = Columns(
-            objects.numbers, objects.keys, objects.offsets, objects.sizes, objects.checksums, objects.transient
+            objects.numbers,
+            objects.keys,
+            objects.offsets,
+            objects.sizes,
+            objects.checksums,
+            objects.transient,
+            objects.quotas.code,
         )
         self.index.publish(rows, columns)
 

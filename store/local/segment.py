@@ -78,4 +78,5 @@ def _adopted(segment: ShmSegment, readers: LocalReaders, alignment: int) -> Adop
         tuple([each.offset for _, each in found]),
         tuple([each.number for _, each in found]),
         tuple([each.checksum for _, each in found]),
+        tuple([readers.index.owner(each.row) for _, each in found]),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import itertools
 import os
 import tempfile
@@ -162,6 +163,18 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
             return await main
 
     return asyncio.run(bounded(), debug=False)
+
+
+def die(node: StoreNode) -> None:
+    """As a process does that is killed: its file stays, without a lock."""
+    assert node.segment is not None
+    for server in node._servers:
+        server.close()
+    for connection in tuple(node.connections):
+        connection.abort()
+    if node._looking is not None:
+        node._looking.cancel()
+    fcntl.flock(node.segment._fd, fcntl.LOCK_UN)
 
 
 async def eventually(condition: Callable[[], bool], within_s: float = 3.0) -> None:

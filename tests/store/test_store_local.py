@@ -27,7 +27,7 @@ from mooncake.store.local.segment import take_segment
 from mooncake.store.local.table import CLAIMS, USES, ClientTable, TableReader
 from mooncake.store.node import StoreNode
 from mooncake.store.service import StoreSettings
-from tests.store.helpers import TOKEN, eventually, key, keys, node_config, run, running_node
+from tests.store.helpers import TOKEN, die, eventually, key, keys, node_config, run, running_node
 
 pytestmark = pytest.mark.skipif(not ordered(), reason="this processor may reorder stores: clients ask the node instead")
 
@@ -44,7 +44,7 @@ def index(num_entries: int) -> tuple[IndexWriter, IndexReader]:
 def list_object(writer: IndexWriter, entry: Found, name: bytes) -> None:
     row, number, offset, size, checksum = entry
     sums = {} if checksum is None else {row: checksum}
-    writer.publish([row], Columns({row: number}, {row: name}, {row: offset}, {row: size}, sums, ()))
+    writer.publish([row], Columns({row: number}, {row: name}, {row: offset}, {row: size}, sums, (), lambda row: 0))
 
 
 def test_the_index_says_what_is_published_and_nothing_else() -> None:
@@ -350,7 +350,7 @@ def test_a_dead_nodes_objects_are_adopted_under_a_new_epoch(tmp_path: Path) -> N
         await asyncio.to_thread(store.remove, key(3))
         mine = store.leased(keys(4))
         leased = mine.__enter__()
-        _die(first)
+        die(first)
         os.unlink(config.unix_path)
         second = StoreNode(config, lambda report: None)
         await second.start()
@@ -369,18 +369,6 @@ def test_a_dead_nodes_objects_are_adopted_under_a_new_epoch(tmp_path: Path) -> N
         await second.close()
 
     run(main())
-
-
-def _die(node: StoreNode) -> None:
-    """As a process does that is killed: its file stays, without a lock."""
-    assert node.segment is not None
-    for server in node._servers:
-        server.close()
-    for connection in tuple(node.connections):
-        connection.abort()
-    if node._looking is not None:
-        node._looking.cancel()
-    fcntl.flock(node.segment._fd, fcntl.LOCK_UN)
 
 
 def test_a_segment_is_not_adopted_while_somebody_copies_into_it_or_if_it_is_damaged(
