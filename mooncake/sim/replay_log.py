@@ -51,6 +51,8 @@ _StoreEvent = (
     | store.Release
     | store.Exists
     | store.Remove
+    | store.ClientTenant
+    | store.UsedElsewhere
     | store.ClientGone
     | store.Used
     | store.Flush

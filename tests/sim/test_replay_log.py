@@ -36,7 +36,7 @@ from mooncake.scheduler.dispatcher import Dispatcher, DispatcherLimits, Dispatch
 from mooncake.sim.cluster import ClusterConfig, SimCluster
 from mooncake.sim.replay_log import explain_log, replay_log
 from mooncake.store.core import StoreCore
-from mooncake.store.events import ClientGone, Commit, Lease, Reserve
+from mooncake.store.events import ClientGone, ClientTenant, Commit, Flush, Lease, Reserve, Usage, UsedElsewhere
 from mooncake.store.service import StoreSettings
 from tests.engine.jobs import key, make_info, make_job, progress
 from tests.sim.workload import LOSSY, requests
@@ -202,6 +202,15 @@ def test_a_frontends_dispatcher_does_the_same_again(tmp_path: Path) -> None:
     replayed = replay_log(tmp_path / "log")
     assert [ended.num_output for ended in replayed.ended] == [2]
     assert replayed.leftovers() == {}
+
+
+def test_a_store_core_with_tenants_does_the_same_again(tmp_path: Path) -> None:
+    settings = StoreSettings(1 << 16, 7, 4096, quotas={"alice": 8192})
+    core = StoreCore(settings.capacity_bytes, epoch=7, alignment=4096, last_number=7, quotas=settings.quotas)
+    more = (Reserve(3, 3, (b"c" * 24,), (8192,)), Flush(), UsedElsewhere({"alice": 1 << 16}))
+    given = record(tmp_path / "log", "store", settings, core, (ClientTenant(1, "alice"), *STORE_EVENTS, *more))
+    assert Usage(7, {"alice": 4096}) in given, "of two objects there was room for one"
+    assert replay_log(tmp_path / "log").num_events == len(STORE_EVENTS) + 4
 
 
 def test_a_torn_last_event_is_as_if_it_had_not_been(tmp_path: Path) -> None:
