@@ -28,7 +28,7 @@ from mooncake.store.exchange import Exchange
 from mooncake.store.handles import Link
 from mooncake.store.links import open_link
 from mooncake.store.operations import DEADLINE_S
-from mooncake.store.wakeful import AWAKE_S
+from mooncake.store.wakeful import Patience
 from mooncake.transport.frames import Frame, FrameReader
 from mooncake.transport.sockets import connect, has_ended, limit_time
 from mooncake.transport.tcp import TIMEOUT_S, parse_address
@@ -81,6 +81,7 @@ class NodeSession:
         self._failure = ""
         self._closed = False
         self._buffer = bytearray(_READ_BYTES)
+        self._patience = Patience()
 
     def link(self, deadline_s: float = DEADLINE_S) -> Link:
         """Raises AuthError, StoreUnavailable or DeadlineExceeded."""
@@ -175,7 +176,7 @@ class NodeSession:
             if data:
                 stream.sendall(data)
             while True:
-                num_bytes = _receive_soon(stream, view)
+                num_bytes = _receive_soon(stream, view, self._patience)
                 if not num_bytes:
                     raise StoreUnavailable("the node closed the connection")
                 answers, undoing = exchange.receive(bytes(view[:num_bytes]))
@@ -256,10 +257,10 @@ class NodeSession:
         return connection
 
 
-def _receive_soon(stream: socket.socket, view: memoryview) -> int:
+def _receive_soon(stream: socket.socket, view: memoryview, patience: Patience) -> int:
     """As `recv_into`. Most answers come before this thread could sleep and be woken, so it looks for a while first."""
-    until = time.monotonic() + AWAKE_S
-    while time.monotonic() < until:
+    patience.start()
+    while patience.lasts():
         try:
             return stream.recv_into(view, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
