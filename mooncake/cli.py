@@ -119,6 +119,7 @@ def _add_role_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--listen", metavar="ADDRESS", help="where it serves; a frontend uses --host and --port")
     group.add_argument("--conductor", metavar="ADDRESS", help="where the Conductor is")
     group.add_argument("--node", metavar="NAME", help="this machine's store node")
+    group.add_argument("--metrics", metavar="HOST:PORT", help="answer GET /metrics and /health there")
     group.add_argument("--store", metavar="ADDRESS", help="data port of that node: unix:/path or tcp://host:port")
 
 
@@ -216,7 +217,9 @@ def _role_config(config: Config, arguments: argparse.Namespace) -> RoleConfig:
     found = local_role(config, role, arguments.name or default_name, node)
     if getattr(arguments, "directory", None):
         found = msgspec.structs.replace(found, conductor="", directory=arguments.directory)
-    given = {key: getattr(arguments, key) for key in ("listen", "conductor", "store") if getattr(arguments, key)}
+    given = {
+        key: getattr(arguments, key) for key in ("listen", "conductor", "store", "metrics") if getattr(arguments, key)
+    }
     return msgspec.structs.replace(found, **given)
 
 

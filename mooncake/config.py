@@ -176,6 +176,12 @@ class Config(msgspec.Struct, frozen=True):
 
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1), _text("of every random choice that no client seeds")] = 0
     event_log: Annotated[NonEmpty | None, _text("folder for the event logs of all cores; none: not kept")] = None
+    metrics_port: Annotated[
+        Annotated[int, Meta(ge=1, le=65535)] | None,
+        _text(
+            "first of the ports of 127.0.0.1 where processes answer GET /metrics, one after the other; none: nowhere"
+        ),
+    ] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _text("of the log files")] = "info"
 
     slo: SloConfig = SloConfig()
@@ -205,6 +211,8 @@ class RoleConfig(msgspec.Struct, frozen=True):
     """Data port of that node."""
     directory: str = ""
     """Of a store node: the directory that it reports to, and is asked for copies by; empty: the Conductor only."""
+    metrics: str = ""
+    """host:port where the process answers GET /metrics and /health; empty: nowhere."""
 
 
 class Launch(msgspec.Struct, frozen=True):

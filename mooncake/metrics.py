@@ -1,4 +1,4 @@
-"""Metrics of one process: a registry, three kinds of instrument, and their Prometheus text.
+"""Metrics of one process: a registry, four kinds of instrument, and their Prometheus text.
 
 The instruments are plain Python numbers that a collector reads at scrape time, so that counting costs a fraction of
 a microsecond and the hot path takes no lock. In exchange each instrument is written by one thread only. There is no
@@ -11,14 +11,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-Reading = Callable[[], dict[tuple[str, ...], float]]
-"""Gives a gauge's numbers by label values."""
+Readings = dict[tuple[str, ...], float]
+"""Numbers by label values."""
+Reading = Callable[[], Readings]
 
 
 class Counter(Collector):
@@ -49,6 +50,19 @@ class Gauge(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, value in sorted(self._read().items()):
+            family.add_metric(labels, value)
+        yield family
+
+
+class Total(Collector):
+    """As a Counter, of numbers that somebody else counts."""
+
+    def __init__(self, name: str, text: str, labels: Sequence[str], read: Reading) -> None:
+        self._name, self._text, self._labels, self._read = name, text, labels, read
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(self._name, self._text, labels=self._labels)
         for labels, value in sorted(self._read().items()):
             family.add_metric(labels, value)
         yield family
@@ -86,6 +100,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._collectors = CollectorRegistry(auto_describe=True)
+        ProcessCollector(registry=self._collectors)
 
     def counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
         counter = Counter(name, text, labels)
@@ -96,6 +111,11 @@ class Registry:
         gauge = Gauge(name, text, labels, read)
         self._collectors.register(gauge)
         return gauge
+
+    def total(self, name: str, text: str, labels: Sequence[str], read: Reading) -> Total:
+        total = Total(name, text, labels, read)
+        self._collectors.register(total)
+        return total
 
     def histogram(self, name: str, text: str, bounds: Sequence[float]) -> Histogram:
         histogram = Histogram(name, text, bounds)

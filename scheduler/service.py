@@ -11,6 +11,7 @@ import msgspec
 from mooncake.config import Config, RoleConfig
 from mooncake.core.messages import AnyMessage, Send
 from mooncake.core.types import NANOS_PER_S
+from mooncake.metrics import Registry
 from mooncake.rpc.driver import CoreDriver, open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcServer
 from mooncake.scheduler.config import ConductorConfig, Rates, RolesConfig
@@ -18,7 +19,7 @@ from mooncake.scheduler.core import ConductorCore, PeerGone, Received, Tick
 from mooncake.status import Status
 
 
-async def run(config: Config, role: RoleConfig, status: Status) -> None:
+async def run(config: Config, role: RoleConfig, status: Status, registry: Registry) -> None:
     """Until cancelled."""
     settings = conductor_config(config)
     service = _Service()

@@ -174,8 +174,7 @@ class Connection(asyncio.Protocol):
 
     def data_ended(self, server: RangeServer) -> None:
         self.data.remove(server)
-        self._node.count("bytes_read", server.bytes_read)
-        self._node.count("bytes_written", server.bytes_written)
+        self._node.data_ended(server)
         if self._lost and not self.data:
             self._node.gone(self)
 

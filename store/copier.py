@@ -99,7 +99,10 @@ class Copier:
             reserved = await link.ours.reserve(keys, sizes, all_or_nothing=chunk.is_chain)
             wanted = reserved.held(Hold.WRITING)
             pairs = [(found[at], at, sizes[at]) for at in wanted]
+            began = time.monotonic_ns()
             checksums = await asyncio.to_thread(_transfer, leased, reserved, pairs)
+            self._node.count("copy_ns", time.monotonic_ns() - began)
+            self._node.count("bytes_copied", sum([size for _, _, size in pairs]))
             await link.ours.commit(reserved, wanted, checksums=checksums)
             self._node.count("blocks_copied", len(wanted))
             is_whole = len(wanted) + reserved.statuses.count(PutStatus.EXISTS) == len(chunk.keys)

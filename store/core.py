@@ -75,6 +75,19 @@ RESERVATION_NS = 600 * NANOS_PER_S
 """A reservation's time to live, longer than the longest prefill, whose objects are reserved before it starts. A writer that
 died is seen by its connection long before."""
 _FEW_RESERVED = 64
+_COUNTERS = (
+    "hits",
+    "local_hits",  # of them, those that readers took by themselves
+    "local_bytes",
+    "misses",
+    "commits",
+    "committed_bytes",
+    "removals",
+    "refusals",
+    "conflicts",
+    "expired",
+    "damaged",
+)
 REPORT_NS = 20 * NANOS_PER_MS
 """Deltas are gathered this long: a control message costs 100 us, a prediction covers the gap."""
 LOOK_NS = 50 * NANOS_PER_MS
@@ -102,7 +115,7 @@ class StoreCore:
         quotas: Mapping[str, int] | None = None,
     ) -> None:
         self.epoch = epoch
-        self.counters = dict.fromkeys(("hits", "misses", "commits", "refusals", "conflicts", "expired", "damaged"), 0)
+        self.counters = dict.fromkeys(_COUNTERS, 0)
         self.readers = NoReaders() if readers is None else readers
         self._allocator = allocator or Allocator(capacity, alignment)
         self._quotas = Quotas(quotas or {})
@@ -487,6 +500,7 @@ class StoreCore:
     def _keep(self, event: Commit, claims: Claims, numbers: tuple[int, ...], rows: list[int]) -> None:
         """What was committed is held by the call; now the client has a lease of it, or nobody."""
         self.counters["commits"] += len(rows)
+        self.counters["committed_bytes"] += sum(pick(self._objects.sizes, rows))
         if event.lease:
             claims.lease(numbers, rows)
         else:
@@ -565,7 +579,7 @@ class StoreCore:
                 self._objects.remove(row)
             was_below = self._ssd is not None and self._ssd.remove(key)
             results.append(row is not None or was_below)
-            self.counters["damaged"] += event.damaged and results[-1]
+            self.counters["damaged" if event.damaged else "removals"] += results[-1]
         return _reply(event, tuple(results))
 
     # ------------------------------------------------------------ other events
@@ -604,6 +618,8 @@ class StoreCore:
         for batch in event.batches:
             rows = [row for row in batch if row < len(states) and states[row] is State.COMMITTED]
             self.counters["hits"] += len(rows)
+            self.counters["local_hits"] += len(rows)
+            self.counters["local_bytes"] += sum(pick(objects.sizes, rows))
             objects.hold(rows)
             objects.unhold(rows)
         return []

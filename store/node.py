@@ -54,10 +54,11 @@ from mooncake.store.local.readers import LocalReaders
 from mooncake.store.local.segment import take_segment
 from mooncake.store.ssd import SsdConfig
 from mooncake.store.ssd_file import SsdFile
-from mooncake.store.ssd_jobs import SsdJobs
+from mooncake.store.ssd_jobs import Moved, SsdJobs
 from mooncake.store.ssd_layout import PAGE_BYTES
 from mooncake.store.wakeful import Wakeful
 from mooncake.transport.frames import Kind, pack
+from mooncake.transport.ranges import RangeServer
 from mooncake.transport.shm import SHM_DIR, ShmSegment
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,9 @@ SYNC_S = 5.0
 _END_S = 1.0
 """How long the end waits for data connections."""
 _MAX_UNIX_PATH = 107
-_COUNTERS = ("faults", "auth_errors", "protocol_errors", "bytes_read", "bytes_written", "blocks_copied")
+_TRANSFERS = ("bytes_read", "bytes_written", "read_ns", "write_ns")
+"""Of data connections, as `RangeServer` counts them."""
+_COUNTERS = ("faults", "auth_errors", "protocol_errors", "blocks_copied", "bytes_copied", "copy_ns", *_TRANSFERS)
 
 
 class NodeConfig(msgspec.Struct, frozen=True):
@@ -212,14 +215,24 @@ class StoreNode:
         self.handle(SnapshotWanted())
 
     def metrics(self) -> dict[str, int]:
-        transferred = {"bytes_read": 0, "bytes_written": 0}
+        """`StoreCore.metrics`, and what the shell counts."""
+        counters = dict(self._counters)
         for connection in self.connections:
             for server in connection.data:
-                transferred["bytes_read"] += server.bytes_read
-                transferred["bytes_written"] += server.bytes_written
-        counters = {name: count + transferred.get(name, 0) for name, count in self._counters.items()}
+                for name in _TRANSFERS:
+                    counters[name] += getattr(server, name)
         num_tables = 0 if self.readers is None else self.readers.num_tables
-        return self.core.metrics() | counters | {"clients": len(self._clients), "local_readers": num_tables}
+        with self.lock:
+            return self.core.metrics() | counters | {"clients": len(self._clients), "local_readers": num_tables}
+
+    def ssd_moved(self) -> dict[str, Moved]:
+        """By direction; empty without an SSD tier."""
+        return {} if self._ssd is None else {"write": self._ssd.written, "read": self._ssd.read_back}
+
+    def data_ended(self, server: RangeServer) -> None:
+        """What it has moved goes on to count."""
+        for name in _TRANSFERS:
+            self._counters[name] += getattr(server, name)
 
     # ------------------------------------------------------------ from connections
 

@@ -11,12 +11,14 @@ from mooncake.config import Config, RoleConfig, parse_quotas
 from mooncake.core.errors import ConfigError, MooncakeError, StoreError
 from mooncake.core.keys import block_keys_of
 from mooncake.core.messages import AnyMessage, CacheDelta, CacheSnapshot, CopyBlocks, RegisterNode, SnapshotRequest
+from mooncake.metrics import Registry
 from mooncake.rpc.driver import open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcClient
 from mooncake.status import Status
 from mooncake.store.copier import Copier
 from mooncake.store.directory.reporter import DirectoryReporter
 from mooncake.store.events import NodeReport, Report, Snapshot, Usage
+from mooncake.store.instruments import instrument_node
 from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.store.ssd import SsdConfig
 from mooncake.transport.tcp import parse_address
@@ -33,7 +35,7 @@ class StoreSettings(msgspec.Struct, frozen=True):
     quotas: dict[str, int] = {}
 
 
-async def run(config: Config, role: RoleConfig, status: Status) -> None:
+async def run(config: Config, role: RoleConfig, status: Status, registry: Registry) -> None:
     """Until cancelled."""
     status.loading(f"populating {config.store_memory >> 20} MiB of shared memory")
     reporter = _Reporter()
@@ -45,6 +47,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
         await node.start()
     except StoreError as error:  # no room or no place to listen: a restart cannot mend it
         raise ConfigError(str(error)) from None
+    instrument_node(registry, node)
     reporter.node = node
     reporter.copier = Copier(node)
     client = _conductor_client(config, role, reporter) if role.conductor else None

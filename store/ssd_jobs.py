@@ -56,13 +56,27 @@ class _Batch(NamedTuple):
     pieces: list[_Piece]
 
 
+class Moved:
+    """What one thread has moved, and how long that took."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.seconds = 0.0
+
+    def add(self, num_bytes: int, began: float) -> None:
+        self.num_bytes += num_bytes
+        self.seconds += time.monotonic() - began
+
+
 class SsdJobs:
-    """memory: the segment. on_done: gets the answers, in any thread."""
+    """memory: the segment. on_done: gets the answers, in any thread. written, read_back: so far."""
 
     def __init__(self, file: SsdFile, memory: memoryview, on_done: Callable[[SsdWritten | SsdRead], None]) -> None:
         self._file = file
         self._memory = memory
         self._on_done = on_done
+        self.written = Moved()
+        self.read_back = Moved()
         self._closing = threading.Event()
         self._writer = ThreadPoolExecutor(1, "ssd-write")
         self._reader = ThreadPoolExecutor(1, "ssd-read")
@@ -102,7 +116,8 @@ class SsdJobs:
     def write(self, job: WriteSsd) -> SsdWritten:
         hashing = self._hasher.submit(_checksums, job, self._memory)
         failed: list[int] = []
-        first, until = 0, time.monotonic() + _JOB_S
+        first, began = 0, time.monotonic()
+        until = began + _JOB_S
         for run in job.runs:
             part = range(first, first + run.count)
             first += run.count
@@ -120,6 +135,7 @@ class SsdJobs:
         except OSError as error:
             log.warning("%s: what was written may be lost: %s", self._file.path, error)
             failed = list(range(len(job.keys)))
+        self.written.add(sum(job.sizes), began)
         return SsdWritten(job.job, tuple([at for at in failed if at not in corrupt]), tuple(corrupt), tuple(checksums))
 
     def _write_run(
@@ -147,7 +163,8 @@ class SsdJobs:
         failed: dict[int, OSError] = {}
         hashes = [xxhash.xxh3_64() for _ in job.keys]
         hashing: list[Future[None]] = []
-        until = time.monotonic() + _JOB_S
+        began = time.monotonic()
+        until = began + _JOB_S
         in_order = sorted(range(len(job.keys)), key=job.ssd_offsets.__getitem__)
         for batch in self._batches(job, in_order):
             failed |= self._read_batch(batch, until)
@@ -158,6 +175,7 @@ class SsdJobs:
             log.warning(
                 "%s: %d objects could not be read: %s", self._file.path, len(failed), next(iter(failed.values()))
             )
+        self.read_back.add(sum(job.sizes), began)
         corrupt = [at for at in _differing(job, [each.intdigest() for each in hashes]) if at not in failed]
         if corrupt:
             log.error("%s: %d objects were corrupt and are dropped", self._file.path, len(corrupt))

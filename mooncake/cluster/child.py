@@ -1,8 +1,8 @@
 """Runs one role in this process: logging, signals, and the promise to end with the supervisor.
 
-A role is a coroutine `run(config, role, status)` in its room's service file, or in `cluster.instance`. It is cancelled when
-the process is told to stop (SIGTERM, or SIGINT when started by hand) and then drains within timeouts.drain_s; a process that
-still lives EXIT_MARGIN_S later exits hard, so that no fault in a drain keeps it alive.
+A role is a coroutine `run(config, role, status, registry)` in its room's service file, or in `cluster.instance`. It is
+cancelled when the process is told to stop (SIGTERM, or SIGINT when started by hand) and then drains within timeouts.drain_s; a
+process that still lives EXIT_MARGIN_S later exits hard, so that no fault in a drain keeps it alive.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import uvloop
 from mooncake.config import Config, Launch, RoleConfig, ServiceRole, set_engine_environment
 from mooncake.core.errors import ConfigError, ModelError, MooncakeError, SegmentError
 from mooncake.core.garbage import GC_THRESHOLDS
+from mooncake.metrics import Registry
+from mooncake.rpc.http import serving_metrics
 from mooncake.status import Status, StatusHandler
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG = 0, 1, 2
@@ -40,9 +42,10 @@ _SERVICES: dict[ServiceRole, str] = {
 
 
 class Service(Protocol):
-    """Must report `status.ready()` once it serves; must return or raise only when it can serve no longer."""
+    """Must report `status.ready()` once it serves; must return or raise only when it can serve no longer. registry: for its
+    metrics."""
 
-    async def __call__(self, config: Config, role: RoleConfig, status: Status) -> None: ...
+    async def __call__(self, config: Config, role: RoleConfig, status: Status, registry: Registry) -> None: ...
 
 
 def exit_code(error: MooncakeError) -> int:
@@ -77,7 +80,12 @@ def run_service(config: Config, role: RoleConfig, status: Status) -> int:
         service: Service = importlib.import_module(_SERVICES[role.role]).run
         gc.freeze()  # what imports made stays
         gc.set_threshold(*GC_THRESHOLDS)
-        uvloop.run(_until_told(lambda: service(config, role, status), config.timeouts.drain_s + EXIT_MARGIN_S))
+        uvloop.run(_until_told(lambda: measured(service), config.timeouts.drain_s + EXIT_MARGIN_S))
+
+    async def measured(service: Service) -> None:
+        registry = Registry()
+        async with serving_metrics(registry, role.metrics):
+            await service(config, role, status, registry)
 
     set_engine_environment(config)
     status.starting()

@@ -72,14 +72,21 @@ def roles(config: Config) -> list[RoleConfig]:
     names += [("prefill", f"prefill-{index}") for index in range(config.prefill)]
     names += [("decode", f"decode-{index}") for index in range(config.decode)]
     names.append(("frontend", "frontend-0"))
-    return [local_role(config, role, name) for role, name in names]
+    return [
+        local_role(config, role, name, metrics=metrics_address(config, at)) for at, (role, name) in enumerate(names)
+    ]
 
 
-def local_role(config: Config, role: ServiceRole, name: str, node: str = NODE) -> RoleConfig:
+def metrics_address(config: Config, at: int) -> str:
+    """Of the process that is started as that one, from 0."""
+    return "" if config.metrics_port is None else f"127.0.0.1:{config.metrics_port + at}"
+
+
+def local_role(config: Config, role: ServiceRole, name: str, node: str = NODE, metrics: str = "") -> RoleConfig:
     """A role with the addresses it has when everything runs on one machine."""
     where = base_url(config) if role == "frontend" else socket_address(config.run_dir, name)
     conductor = socket_address(config.run_dir, "conductor")
-    return RoleConfig(role, name, where, conductor, node, socket_address(config.run_dir, node))
+    return RoleConfig(role, name, where, conductor, node, socket_address(config.run_dir, node), metrics=metrics)
 
 
 def child_spec(config: Config, file: Path, role: RoleConfig) -> ChildSpec:
@@ -96,6 +103,7 @@ def child_spec(config: Config, file: Path, role: RoleConfig) -> ChildSpec:
             "--name",
             role.name,
             *addresses,
+            *metrics_option(role.metrics),
             "--config",
             str(file),
         ),
@@ -103,6 +111,10 @@ def child_spec(config: Config, file: Path, role: RoleConfig) -> ChildSpec:
         env=child_environment(engine_environment(config)),
         rank=_RANKS[role.role],
     )
+
+
+def metrics_option(address: str) -> tuple[str, ...]:
+    return ("--metrics", address) if address else ()
 
 
 async def _serve(config: Config, run_dir: RunDir, screen: Screen) -> int:

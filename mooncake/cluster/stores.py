@@ -11,7 +11,14 @@ from pathlib import Path
 
 import msgspec
 
-from mooncake.cluster.local import STOP_MARGIN_S, handle_signals, refuse_foreign_package, shared_memory
+from mooncake.cluster.local import (
+    STOP_MARGIN_S,
+    handle_signals,
+    metrics_address,
+    metrics_option,
+    refuse_foreign_package,
+    shared_memory,
+)
 from mooncake.cluster.run_dir import RunDir, open_run_dir
 from mooncake.cluster.screen import Screen
 from mooncake.cluster.supervisor import Backoff, Child, ChildSpec, Supervisor
@@ -34,12 +41,15 @@ def specs(config: Config, file: Path, num_nodes: int) -> list[ChildSpec]:
     directory = socket_address(config.run_dir, DIRECTORY)
     nodes = [(f"node-{number}", socket_address(config.run_dir, f"node-{number}")) for number in range(num_nodes)]
     return [
-        _spec(config, file, DIRECTORY, DIRECTORY, directory, ()),
-        *[_spec(config, file, "store", name, where, ("--directory", directory)) for name, where in nodes],
+        _spec(file, DIRECTORY, DIRECTORY, directory, metrics_option(metrics_address(config, 0))),
+        *[
+            _spec(file, "store", name, where, ("--directory", directory, *metrics_option(metrics_address(config, at))))
+            for at, (name, where) in enumerate(nodes, start=1)
+        ],
     ]
 
 
-def _spec(config: Config, file: Path, role: str, name: str, where: str, more: tuple[str, ...]) -> ChildSpec:
+def _spec(file: Path, role: str, name: str, where: str, more: tuple[str, ...]) -> ChildSpec:
     argv = (sys.executable, "-m", "mooncake", role, "--name", name, "--listen", where, *more, "--config", str(file))
     return ChildSpec(name, role, argv, where, child_environment({}), rank=int(role == "store"))
 

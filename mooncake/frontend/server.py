@@ -1,13 +1,9 @@
-"""uvicorn, made to fit: binds before anything starts, leaves signals alone, ends promptly, bounds a request's head."""
+"""The API's port: ends promptly, bounds a request's head, answers what is not HTTP in OpenAI's shape."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
-import socket
 import ssl
-from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
@@ -17,12 +13,12 @@ from mooncake.config import TlsConfig
 from mooncake.core.errors import ConfigError
 from mooncake.frontend.endpoint import ABORT_EXTENSION
 from mooncake.frontend.errors import ApiError
+from mooncake.rpc.http import BACKLOG, QuietServer, bind
 
 MAX_HEAD_BYTES = 64 * 1024
 """Request line and headers; more ends the connection, so that no client can make us keep them."""
 SEND_BUFFER_BYTES = 256 * 1024
 """The kernel's buffer per connection; left alone it grows to megabytes, which hide that a client does not read."""
-_BACKLOG = 2048
 _END_S = 1.0
 """How long cancelled requests may take to tell their clients."""
 
@@ -58,13 +54,6 @@ class _Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Signals belong to the process, which has more to end than this server."""
-        yield
-
-
 class HttpServer:
     """Serves an application. The port is taken at construction; ConfigError if it cannot be.
 
@@ -74,7 +63,7 @@ class HttpServer:
     def __init__(self, app: Any, host: str, port: int, *, tls: TlsConfig | None = None, grace_s: float = 0.5) -> None:
         self._tls = tls or TlsConfig()
         _check_certificate(self._tls)
-        self._socket = _bind(host, port)
+        self._socket = bind(host, port, send_buffer_bytes=SEND_BUFFER_BYTES)
         self.host, self.port = self._socket.getsockname()[:2]
         self._grace_s = grace_s
         config = uvicorn.Config(
@@ -86,11 +75,11 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            backlog=_BACKLOG,
+            backlog=BACKLOG,
             ssl_certfile=self._tls.cert,
             ssl_keyfile=self._tls.key,
         )
-        self._server = _Server(config)
+        self._server = QuietServer(config)
 
     @property
     def url(self) -> str:
@@ -132,26 +121,3 @@ def _check_certificate(tls: TlsConfig) -> None:
     except OSError as error:  # ssl.SSLError is one
         reason = error.strerror or str(error)
         raise ConfigError(f"tls.cert = {tls.cert!r}, tls.key = {tls.key!r}: {reason}") from None
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"port {port} is not a port: they are 0 to 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (socket.gaierror, UnicodeError) as error:
-        raise ConfigError(f"host {host!r} is not an address of this machine: {error}") from None
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit it
-        sock.bind(address)
-        sock.listen(_BACKLOG)
-    except OSError as error:
-        sock.close()
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"port {port} of {host} is in use; choose another or stop what uses it") from None
-        raise ConfigError(f"cannot listen on port {port} of {host}: {error}") from None
-    return sock

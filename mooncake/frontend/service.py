@@ -27,7 +27,7 @@ from mooncake.status import Status
 _READY_POLL_S = 0.02
 
 
-async def run(config: Config, role: RoleConfig, status: Status) -> None:
+async def run(config: Config, role: RoleConfig, status: Status, registry: Registry) -> None:
     """Until cancelled."""
     status.loading("the tokenizer")
     resolved = resolve_model(config.model)
@@ -46,7 +46,7 @@ async def run(config: Config, role: RoleConfig, status: Status) -> None:
     event_log = open_event_log(config, role, DispatcherSettings(role.name, limits, config.block_tokens))
     backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=event_log)
     backend.dialer = dialer = InstanceDialer(config, role, backend)
-    app = create_app(backend, tokenizer, _settings(config), registry=Registry(), rng=random.Random())
+    app = create_app(backend, tokenizer, _settings(config), registry=registry, rng=random.Random())
     server = HttpServer(app, config.host, config.port, tls=config.tls, grace_s=config.timeouts.drain_s)
     dialer.dial(CONDUCTOR, role.conductor)
     serving = asyncio.create_task(server.run())

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import socket
 import threading
+import time
 from collections.abc import Callable, Collection
 
 from mooncake.core.errors import PathLost
@@ -43,6 +44,8 @@ class RangeServer:
     ) -> None:
         self.bytes_read = 0
         self.bytes_written = 0
+        self.read_ns = 0
+        self.write_ns = 0
         self._stream = stream
         self._buffer = buffer
         self._allows = allows
@@ -126,14 +129,17 @@ class RangeServer:
 
     def _move(self, pieces: Pieces, total: int, writing: bool) -> None:
         ranges = [self._buffer[offset : offset + size] for _, offset, size in pieces]
+        began = time.monotonic_ns()
         if writing:
             receive(self._stream, ranges)
             self.bytes_written += total
+            self.write_ns += time.monotonic_ns() - began
             self._claims = ()  # what the peer says when it has our answer is to find it so
             self._stream.sendall(pack(Kind.OK))
         else:
             send(self._stream, [HEADER.pack(Kind.OK, 0, 0, 0, total), *ranges])
             self.bytes_read += total
+            self.read_ns += time.monotonic_ns() - began
 
     def _tell(self, data: bytes) -> None:
         """And let it reach the peer: what it has sent and we did not read would make the kernel cut the connection."""

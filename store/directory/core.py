@@ -187,7 +187,7 @@ class DirectoryCore:
         self._next_step: int | None = None
         self._usage_at: int | None = None
         """When to tell nodes what tenants use elsewhere."""
-        self.counters = dict.fromkeys(("gaps", "copies_asked", "unknown", "lookups"), 0)
+        self.counters = dict.fromkeys(("gaps", "copies_asked", "unknown", "lookups", "reported"), 0)
         self._handlers: dict[type, Callable[[Any, int], list[DirectoryCommand]]] = {
             Registered: self._registered,
             Gone: self._gone,
@@ -265,6 +265,7 @@ class DirectoryCore:
             node.until = now + self._config.settle_ns
             return [Snapshot(event.peer)]
         node.seqs[event.tier] = event.seq
+        self.counters["reported"] += len(event.added) + len(event.removed)
         holder = Holder(event.peer, event.tier)
         self.holders.add(holder, event.added)
         self.holders.remove(holder, event.removed)

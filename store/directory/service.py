@@ -15,6 +15,7 @@ from typing import cast
 from mooncake.config import Config, RoleConfig
 from mooncake.core.clock import monotonic
 from mooncake.core.errors import AuthError, ConfigError, ProtocolError, StoreError, StoreUnavailable
+from mooncake.metrics import Registry
 from mooncake.rpc.driver import CoreDriver
 from mooncake.status import Status
 from mooncake.store.directory import wire
@@ -32,6 +33,7 @@ from mooncake.store.directory.core import (
     Tick,
     Uses,
 )
+from mooncake.store.instruments import instrument_directory
 from mooncake.store.wire import encode_error
 from mooncake.transport.frames import Frame, FrameReader, pack
 from mooncake.transport.tcp import parse_address
@@ -44,9 +46,10 @@ SILENT_S = 10.0
 """A node that says nothing for so long, not even that it lives, is gone."""
 
 
-async def run(config: Config, role: RoleConfig, status: Status) -> None:
+async def run(config: Config, role: RoleConfig, status: Status, registry: Registry) -> None:
     """Until cancelled."""
     server = DirectoryServer(config.cluster, config.token, role.listen.split(","), DirectoryConfig())
+    instrument_directory(registry, server.core)
     try:
         await server.start()
     except StoreError as error:

@@ -21,7 +21,7 @@ from mooncake.cluster.child import run_service, start_child
 from mooncake.config import load_config, read_launch, RoleConfig
 from mooncake.core.errors import *
 
-async def run(config, role, status):
+async def run(config, role, status, registry):
     status.ready()
     {body}
 
