@@ -133,6 +133,11 @@ class ConductorCore:
     def deadline(self) -> int | None:
         return self._due
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for an instance."""
+        return len(self._waiting)
+
     def _find_due(self, now: int) -> int | None:
         index = self.index
         if index.sweeps:

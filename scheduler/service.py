@@ -16,6 +16,7 @@ from mooncake.rpc.driver import CoreDriver, open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcServer
 from mooncake.scheduler.config import ConductorConfig, Rates, RolesConfig
 from mooncake.scheduler.core import ConductorCore, PeerGone, Received, Tick
+from mooncake.scheduler.instruments import instrument_conductor
 from mooncake.status import Status
 
 
@@ -23,12 +24,9 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
     """Until cancelled."""
     settings = conductor_config(config)
     service = _Service()
-    service.driver = CoreDriver(
-        ConductorCore(settings, random.Random(config.seed)),
-        service.perform,
-        Tick(),
-        log=open_event_log(config, role, settings),
-    )
+    core = ConductorCore(settings, random.Random(config.seed))
+    instrument_conductor(registry, core)
+    service.driver = CoreDriver(core, service.perform, Tick(), log=open_event_log(config, role, settings))
     hello = Hello(peer=role.name, kind=role.role, token=config.token, compat="")
     server = RpcServer(
         role.listen,

@@ -14,4 +14,4 @@ from mooncake.status import Status
 async def run(config: Config, role: RoleConfig, status: Status, registry: Registry) -> None:
     """Until cancelled."""
     roles = {Role.PREFILL: prefill.role_parts(config), Role.DECODE: decode.role_parts(config)}
-    await run_instance(config, role, status, roles)
+    await run_instance(config, role, status, registry, roles)

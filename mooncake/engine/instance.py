@@ -23,8 +23,10 @@ from mooncake.engine.attempts import EngineProgress, KvStored, Received, TakeRol
 from mooncake.engine.base import EngineLimits
 from mooncake.engine.build import EngineParts, batch_max, build_engine
 from mooncake.engine.core import EngineCore
+from mooncake.engine.instruments import instrument_instance
 from mooncake.engine.shell import InstanceShell
 from mooncake.engine.stepped import SteppedEngine
+from mooncake.metrics import Registry
 from mooncake.rpc.driver import Core, CoreDriver, open_event_log
 from mooncake.rpc.stream import Hello, RpcClient, RpcServer
 from mooncake.status import Status
@@ -94,7 +96,9 @@ class StorePool:
             return self._clients[node]
 
 
-async def run_instance(config: Config, role: RoleConfig, status: Status, roles: Mapping[Role, RoleParts]) -> None:
+async def run_instance(
+    config: Config, role: RoleConfig, status: Status, registry: Registry, roles: Mapping[Role, RoleParts]
+) -> None:
     """Until cancelled; then drains within timeouts.drain_s. Raises MooncakeError if the engine or the store fails.
 
     roles: those that it can serve in. It begins in that of its configuration."""
@@ -110,6 +114,7 @@ async def run_instance(config: Config, role: RoleConfig, status: Status, roles: 
     for each in roles.values():
         each.add_actions(instance.shell, store, parts)
     instance.start(kind)
+    instrument_instance(registry, lambda: instance.engine, lambda: instance.kind)
     try:
         await instance.join()
         status.ready(f"{parts.step_engine.limits.num_pages * config.page_tokens} tokens of KV")
@@ -145,6 +150,7 @@ class _Instance:
         self._stopping = False
 
     def start(self, kind: Role) -> None:
+        self.kind = kind
         engine_core = self._engine_core(kind)
         driver = self._make_driver(kind, engine_core)
         loop = asyncio.get_running_loop()
@@ -155,8 +161,8 @@ class _Instance:
         def progress(event: EngineProgress | KvStored) -> None:
             self.shell.driver.handle_soon(event)
 
-        self._engine = SteppedEngine(engine_core, self._parts.step_engine, progress, failed)
-        self.shell.engine = self._engine
+        self.engine = SteppedEngine(engine_core, self._parts.step_engine, progress, failed)
+        self.shell.engine = self.engine
         self.shell.drive(driver)
 
     async def _take_role(self, kind: Role) -> None:
@@ -167,11 +173,12 @@ class _Instance:
         def tell() -> None:
             loop.call_soon_threadsafe(replaced.set)
 
-        self._engine.replace_core(engine_core, tell)
+        self.engine.replace_core(engine_core, tell)
         await replaced.wait()
         if self._stopping:
             return
         log.info("goes on as a %s instance", kind)
+        self.kind = kind
         self.shell.driver.close()
         self.shell.drive(self._make_driver(kind, engine_core))
 

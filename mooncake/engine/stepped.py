@@ -56,6 +56,8 @@ class SteppedEngine:
         self._readers: dict[int, KvReader] = {}
         self._writers: dict[int, KvWriter] = {}
         self._loads: dict[int, LoadTask] = {}
+        self.num_steps = 0
+        self.steps_ns = 0
         self._step_stores: list[StoreTask] = []
         self._load_stores: dict[int, StoreTask] = {}
         """Of loads that begin in a moment."""
@@ -172,7 +174,10 @@ class SteppedEngine:
         for task in stores:
             self.mover.finish_store(task, task.seq not in result.failed)
         self.core.update(plan, _one_step(plan, result))
-        return result.step_ns or time.monotonic_ns() - began
+        step_ns = result.step_ns or time.monotonic_ns() - began
+        self.num_steps += 1
+        self.steps_ns += step_ns
+        return step_ns
 
     def _layer_hook(self, stores: list[StoreTask], trace: _ComputeTrace | None) -> Callable[[int], None] | None:
         if trace is None and not stores:
