@@ -81,7 +81,7 @@ class Prometheus:
         while time.monotonic() < deadline:
             try:
                 found = self.query(expression)
-            except httpx.TransportError:
+            except (httpx.TransportError, ValueError):  # it is starting
                 found = "no answer"
             if len(found) == count:
                 return list(found)
