@@ -91,6 +91,8 @@ class RequestSpec(msgspec.Struct, frozen=True):
     slo: Slo = Slo()
     timeout_ns: int = 600 * NANOS_PER_S
     num_choices: int = 1
+    weight: float = 1.0
+    """The tenant's share, beside those of the others."""
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -487,6 +489,7 @@ class Dispatcher:
                     decode_only=attempt.handover is not None,
                     first=not attempt.request.num_output,
                     num_choices=attempt.num_choices,
+                    weight=spec.weight,
                 ),
             )
         )
@@ -587,6 +590,8 @@ class Dispatcher:
             allow_in_place=allow_in_place,
             num_choices=attempt.num_choices,
             role=role,
+            tenant=spec.tenant,
+            weight=spec.weight,
         )
 
     def _submit(self, attempt: _Attempt, instance: str, job: Job, now: int) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import msgspec
+
 from mooncake.core.messages import CopyBlocks, Placed, PlaceRequest, Prediction, Rejected, Send
 from mooncake.core.types import AttemptKey, KvSource
 from mooncake.scheduler.admission import RETRY_NS_MIN, Gate, Question
@@ -18,6 +20,7 @@ from mooncake.scheduler.bookings import Books
 from mooncake.scheduler.config import ConductorConfig
 from mooncake.scheduler.costs import BlockCosts, sibling_pages
 from mooncake.scheduler.placement import Ask, Decision, Known, make_policy
+from mooncake.scheduler.pools import Instance
 from mooncake.scheduler.prefix_index import PrefixIndex
 from mooncake.scheduler.records import Records
 from mooncake.scheduler.replication import Replicate, make_replication
@@ -78,6 +81,8 @@ class Placer:
         decision = self._policy.choose(ask, now, self._rng)
         if decision is None:
             return self._reject_too_long(request, now)
+        if decision.prefill is not None and decision.prefill is not decision.decode:
+            _shorten_queue(decision, decision.prefill, request)
         verdict = self._gate.judge(Question(request, decision, num_output, now))
         self.records.add((request, now, view.names, decision, verdict))
         if verdict.enforced:
@@ -119,7 +124,8 @@ class Placer:
         page_tokens = decode.info.page_tokens
         num_pages = -(-(num_tokens + num_output) // page_tokens)
         busy_ns, joins_at = prediction.load_ns + prediction.prefill_ns, now + prediction.ttft_ns
-        booking = self._books.book(key, num_tokens, prefill, busy_ns, decode, num_pages, joins_at, now)
+        owner = request.tenant, request.weight
+        booking = self._books.book(key, num_tokens, prefill, busy_ns, decode, num_pages, joins_at, now, *owner)
         booking.answer, booking.slo = answer, request.slo
         self.answers.remember(key, answer, now)
         if num_choices > 1:
@@ -131,7 +137,7 @@ class Placer:
         if decision.offers is not None:
             self._foresee(request, decision, now)
             num_computed += num_tokens - decision.offers.chosen.blocks * self.config.block_tokens
-        self._gate.spend(request.tenant, num_computed, now)
+        self._gate.spend(*owner, num_computed, now)
         if self._replication is not None:
             wished = self._replication.used(request.block_keys, decision, now)
             if wished is not None:
@@ -205,6 +211,16 @@ class Placer:
         ways = [] if prefill is None else [min(prefill, decode - 1)]
         ways += [] if in_place is None else [in_place - 1]
         return max(ways, default=None)
+
+
+def _shorten_queue(decision: Decision, prefill: Instance, request: PlaceRequest) -> None:
+    """Tenants take turns there, so what others have booked does not all come first. Instances are compared by their whole
+    queues nevertheless: that spreads the work, and is quick."""
+    before = decision.prediction
+    queue_ns = prefill.tenants.wait_ns(request.tenant, request.weight, before.queue_ns)
+    if queue_ns != before.queue_ns:
+        ttft_ns = before.ttft_ns - before.queue_ns + queue_ns
+        decision.prediction = msgspec.structs.replace(before, queue_ns=queue_ns, ttft_ns=ttft_ns)
 
 
 def choice_keys(request: PlaceRequest) -> list[AttemptKey]:

@@ -56,6 +56,8 @@ class PlaceRequest(Message, frozen=True):
     decode_only: bool = False
     first: bool = True
     num_choices: int = 1
+    weight: float = 1.0
+    """The tenant's share, beside those of the others."""
 
 
 class PrefillDone(Message, frozen=True):

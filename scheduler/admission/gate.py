@@ -64,10 +64,10 @@ class Gate:
             return self._refusal(question, "tbt", times.tbt_ns, slo.tbt_ns, by_class, by_share, retry_ns)
         return _NO_BREACH
 
-    def spend(self, tenant: str, num_tokens: int, now: int) -> None:
-        """So many tokens of that tenant were placed, to be computed."""
+    def spend(self, tenant: str, weight: float, num_tokens: int, now: int) -> None:
+        """So many tokens of that tenant were placed, to be computed. Its share is measured by its weight."""
         if self._mode != "off":
-            self._shares.spend(tenant, num_tokens, now)
+            self._shares.spend(tenant, num_tokens if weight == 1.0 else num_tokens / weight, now)
 
     def _tolerances(self, request: PlaceRequest, now: int) -> tuple[float, float]:
         by_class = 1.0 + self._fairness.class_step * request.priority
