@@ -46,6 +46,8 @@ class Booking(msgspec.Struct, eq=False):
     answer: Placed | None = None
     slo: Slo = Slo()
     tenant: str = ""
+    judged_tbt_ns: int | None = None
+    """What admission compared with its objective, if it did."""
 
     @property
     def in_place(self) -> bool:

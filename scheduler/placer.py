@@ -14,7 +14,7 @@ import msgspec
 
 from mooncake.core.messages import CopyBlocks, Placed, PlaceRequest, Prediction, Rejected, Send
 from mooncake.core.types import AttemptKey, KvSource
-from mooncake.scheduler.admission import RETRY_NS_MIN, Gate, Question
+from mooncake.scheduler.admission import RETRY_NS_MAX, RETRY_NS_MIN, Gate, Question, Verdict
 from mooncake.scheduler.answers import Answers
 from mooncake.scheduler.bookings import Books
 from mooncake.scheduler.config import ConductorConfig
@@ -28,6 +28,7 @@ from mooncake.scheduler.view import View
 
 NO_INSTANCE = "no_instance"
 TOO_LONG = "too_long"
+QUEUE_FULL = "queue_full"
 _NO_PREDICTION = Prediction()
 _EXPIRY_STEP_NS = 1_000_000_000
 """Predictions expire together at whole multiples of this, so that they wake nobody one by one."""
@@ -83,6 +84,10 @@ class Placer:
             return self._reject_too_long(request, now)
         if decision.prefill is not None and decision.prefill is not decision.decode:
             _shorten_queue(decision, decision.prefill, request)
+        if request.first and self._is_full(decision):
+            detail = f"the least loaded instance has {config.num_queued_max} requests already"
+            retry_ns = min(max(decision.prediction.queue_ns, RETRY_NS_MIN), RETRY_NS_MAX)
+            return self.reject(request.key, QUEUE_FULL, detail, now, retry_ns, decision.prediction)
         verdict = self._gate.judge(Question(request, decision, num_output, now))
         self.records.add((request, now, view.names, decision, verdict))
         if verdict.enforced:
@@ -90,7 +95,14 @@ class Placer:
             return self.reject(request.key, verdict.reason, verdict.detail, now, retry_ns, prediction)
         if verdict.reason:
             self.counts[f"soft_{verdict.reason}"] += 1
-        return self._book(request, num_output, decision, now)
+        return self._book(request, num_output, decision, verdict, now)
+
+    def _is_full(self, decision: Decision) -> bool:
+        """Whether an instance would refuse it: it would be tried again and again, and fail after all."""
+        most, prefill = self.config.num_queued_max, decision.prefill
+        if most is None:
+            return False
+        return decision.decode.num_decodes >= most or (prefill is not None and prefill.num_prefills >= most)
 
     def reject(
         self,
@@ -108,7 +120,7 @@ class Placer:
 
     # ------------------------------------------------------------ booking
 
-    def _book(self, request: PlaceRequest, num_output: int, decision: Decision, now: int) -> Placed:
+    def _book(self, request: PlaceRequest, num_output: int, decision: Decision, verdict: Verdict, now: int) -> Placed:
         key, num_choices, num_tokens = request.key, request.num_choices, request.num_tokens
         prefill, decode, prediction = decision.prefill, decision.decode, decision.prediction
         apart = prefill is not None and prefill is not decode
@@ -126,7 +138,7 @@ class Placer:
         busy_ns, joins_at = prediction.load_ns + prediction.prefill_ns, now + prediction.ttft_ns
         owner = request.tenant, request.weight
         booking = self._books.book(key, num_tokens, prefill, busy_ns, decode, num_pages, joins_at, now, *owner)
-        booking.answer, booking.slo = answer, request.slo
+        booking.answer, booking.slo, booking.judged_tbt_ns = answer, request.slo, verdict.tbt_ns
         self.answers.remember(key, answer, now)
         if num_choices > 1:
             for other in choice_keys(request)[1:]:

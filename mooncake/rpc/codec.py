@@ -316,6 +316,8 @@ def _attempt_ended(message: AttemptEnded, item: pb.Item) -> None:
     out.completed = message.completed
     if message.mean_itl_ns is not None:
         out.mean_itl_ns = message.mean_itl_ns
+    if message.tbt_ns is not None:
+        out.tbt_ns = message.tbt_ns
 
 
 def _booking_snapshot(message: BookingSnapshot, item: pb.Item) -> None:
@@ -632,7 +634,9 @@ _TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], A
         AttemptEnded,
         "attempt_ended",
         _attempt_ended,
-        lambda m: AttemptEnded(_to_key(m.key), m.num_output, m.completed, _optional(m, "mean_itl_ns")),
+        lambda m: AttemptEnded(
+            _to_key(m.key), m.num_output, m.completed, _optional(m, "mean_itl_ns"), _optional(m, "tbt_ns")
+        ),
     ),
     (BookingSnapshot, "booking_snapshot", _booking_snapshot, _to_booking_snapshot),
     (Placed, "placed", _placed, _to_placed),

@@ -128,7 +128,7 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
         weight=WEIGHT,
     ),
     m.PrefillDone: st.builds(m.PrefillDone, KEY, OPTIONAL),
-    m.AttemptEnded: st.builds(m.AttemptEnded, KEY, INT64, st.booleans(), OPTIONAL),
+    m.AttemptEnded: st.builds(m.AttemptEnded, KEY, INT64, st.booleans(), OPTIONAL, OPTIONAL),
     m.BookingSnapshot: st.builds(
         m.BookingSnapshot, TEXT, st.lists(st.tuples(KEY, TEXT, TEXT, INT64), max_size=3).map(tuple)
     ),

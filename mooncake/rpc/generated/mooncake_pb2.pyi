@@ -233,16 +233,18 @@ class PrefillDone(_message.Message):
     def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., ttft_ns: _Optional[int] = ...) -> None: ...
 
 class AttemptEnded(_message.Message):
-    __slots__ = ("key", "num_output", "completed", "mean_itl_ns")
+    __slots__ = ("key", "num_output", "completed", "mean_itl_ns", "tbt_ns")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_FIELD_NUMBER: _ClassVar[int]
     MEAN_ITL_NS_FIELD_NUMBER: _ClassVar[int]
+    TBT_NS_FIELD_NUMBER: _ClassVar[int]
     key: Key
     num_output: int
     completed: bool
     mean_itl_ns: int
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_output: _Optional[int] = ..., completed: bool = ..., mean_itl_ns: _Optional[int] = ...) -> None: ...
+    tbt_ns: int
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_output: _Optional[int] = ..., completed: bool = ..., mean_itl_ns: _Optional[int] = ..., tbt_ns: _Optional[int] = ...) -> None: ...
 
 class Booking(_message.Message):
     __slots__ = ("key", "prefill", "decode", "num_tokens")
