@@ -201,8 +201,8 @@ def test_the_margin_of_tbt_is_from_what_frontends_saw() -> None:
 
 
 def test_the_wait_for_a_place_is_a_gap() -> None:
-    """Eight places, ten sequences there: three eighths of the batch must end first, and a mean output takes 100 tokens of 110 ms.
-    Of ten tokens that gap is the longest tenth."""
+    """Eight places, ten sequences there: three eighths of the batch must end first, and a mean output takes 100 tokens of
+    110 ms. Of ten tokens that gap is the longest tenth."""
     cluster = busy("placement", 10)
     cluster.core.view.lengths.mean = 100.0
     answer = cluster.answer(1, slo=Slo(tbt_ns=S))
