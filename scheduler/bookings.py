@@ -103,6 +103,7 @@ class Books:
         booking = Booking(key, first.num_tokens, first.booked_at, first.joins_at, None, first.decode, 0, num_pages)
         self.bookings[key] = booking
         booking.submitted_at = first.submitted_at
+        booking.tenant = first.tenant
         first.siblings = (*first.siblings, booking)
         self._book_decode(booking, first.decode)
         return booking
@@ -111,6 +112,7 @@ class Books:
         _a, b, c = decode.decode
         sequence_ns = booking.sequence_ns = b + c * booking.num_tokens
         decode.num_decodes += 1
+        decode.decoding[booking.tenant] += 1
         decode.turn = self._num_booked
         decode.pending[booking] = None
         decode.pending_ns += sequence_ns
@@ -210,6 +212,9 @@ class Books:
         instance = booking.decode
         assert instance is not None
         instance.num_decodes -= 1
+        instance.decoding[booking.tenant] -= 1
+        if not instance.decoding[booking.tenant]:
+            del instance.decoding[booking.tenant]
         self._starts.remove(booking.bucket, booking.sequence_ns)
         if booking in instance.pending:
             _unpend(booking, instance)
@@ -238,6 +243,7 @@ class Books:
         for instance, booked in sums.items():
             assert booked == [instance.num_prefills, instance.prefill_ns, instance.num_decodes], instance.info.name
             assert instance.tenants.sum() == (instance.num_prefills, instance.prefill_ns)
+            assert instance.decoding.total() == instance.num_decodes
             pending = [booking.sequence_ns for booking in instance.pending]
             assert abs(sum(pending) - instance.pending_ns) <= 1e-6 * (1.0 + sum(pending))
             assert instance.pending_pages == sum(booking.num_pages for booking in instance.pending)

@@ -13,7 +13,7 @@ from collections import Counter
 import msgspec
 
 from mooncake.core.messages import CopyBlocks, Placed, PlaceRequest, Prediction, Rejected, Send
-from mooncake.core.types import AttemptKey, KvSource
+from mooncake.core.types import TENANT_SHARE_MAX, AttemptKey, KvSource
 from mooncake.scheduler.admission import RETRY_NS_MAX, RETRY_NS_MIN, Gate, Question, Verdict
 from mooncake.scheduler.answers import Answers
 from mooncake.scheduler.bookings import Books
@@ -84,11 +84,10 @@ class Placer:
             return self._reject_too_long(request, now)
         if decision.prefill is not None and decision.prefill is not decision.decode:
             _shorten_queue(decision, decision.prefill, request)
-        if request.first and self._is_full(decision):
-            detail = f"the least loaded instance has {config.num_queued_max} requests already"
-            retry_ns = min(max(decision.prediction.queue_ns, RETRY_NS_MIN), RETRY_NS_MAX)
-            return self.reject(request.key, QUEUE_FULL, detail, now, retry_ns, decision.prediction)
-        verdict = self._gate.judge(Question(request, decision, num_output, now))
+        if request.first and self._is_full(decision, request.tenant):
+            verdict = self._queue_full(decision)
+        else:
+            verdict = self._gate.judge(Question(request, decision, num_output, now))
         self.records.add((request, now, view.names, decision, verdict))
         if verdict.enforced:
             retry_ns, prediction = verdict.retry_after_ns, decision.prediction
@@ -97,12 +96,21 @@ class Placer:
             self.counts[f"soft_{verdict.reason}"] += 1
         return self._book(request, num_output, decision, verdict, now)
 
-    def _is_full(self, decision: Decision) -> bool:
-        """Whether an instance would refuse it: it would be tried again and again, and fail after all."""
-        most, prefill = self.config.num_queued_max, decision.prefill
+    def _is_full(self, decision: Decision, tenant: str) -> bool:
+        """Whether an instance would refuse it, so that it would be tried again and again, and fail after all. No tenant has all
+        places."""
+        most, prefill, decode = self.config.num_queued_max, decision.prefill, decision.decode
         if most is None:
             return False
-        return decision.decode.num_decodes >= most or (prefill is not None and prefill.num_prefills >= most)
+        own = max(1, int(most * TENANT_SHARE_MAX)) if tenant else most
+        if decode.num_decodes >= most or decode.decoding[tenant] >= own:
+            return True
+        return prefill is not None and (prefill.num_prefills >= most or prefill.tenants.num_prefills(tenant) >= own)
+
+    def _queue_full(self, decision: Decision) -> Verdict:
+        detail = f"the least loaded instance has as many requests as it takes: {self.config.num_queued_max}"
+        retry_ns = min(max(decision.prediction.queue_ns, RETRY_NS_MIN), RETRY_NS_MAX)
+        return Verdict(QUEUE_FULL, detail, True, retry_ns)
 
     def reject(
         self,

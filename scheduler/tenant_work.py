@@ -36,6 +36,10 @@ class TenantWork:
         if not work.num_prefills:
             del self._work[tenant]
 
+    def num_prefills(self, tenant: str) -> int:
+        work = self._work.get(tenant)
+        return work.num_prefills if work is not None else 0
+
     def wait_ns(self, tenant: str, weight: float, queue_ns: int) -> int:
         """The part of the queue that passes before the tenant's next request has its turn: all, if nobody else is there."""
         if not self._work or (len(self._work) == 1 and tenant in self._work):

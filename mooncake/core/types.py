@@ -23,6 +23,8 @@ PART_TOKENS = 1024
 MAX_CHOICES = 16
 WEIGHT_MIN, WEIGHT_MAX = 0.001, 1000.0
 """Of tenants' shares."""
+TENANT_SHARE_MAX = 7 / 8
+"""Of the places of a frontend or an instance, what one tenant may have: the others can always come in."""
 """Outputs of one request: each is a sequence of its own in a decode batch."""
 
 

@@ -14,6 +14,7 @@ from typing import Protocol, Self
 import msgspec
 
 from mooncake.core.clock import monotonic
+from mooncake.core.types import TENANT_SHARE_MAX
 from mooncake.frontend.backend import Generate
 from mooncake.frontend.errors import ApiError, bad_field
 from mooncake.frontend.keyring import Keyring
@@ -27,8 +28,6 @@ OPEN_PATHS = frozenset(("/health", "/ready"))
 """Load balancers and supervisors ask these, and they tell nothing of anybody."""
 USER_PREFIXES = ("/v1/", "/tokenize", "/detokenize", "/openapi.json", "/docs")
 """What any key may call. The rest, metrics and pages for the operator, shows everybody's traffic: it takes an admin key."""
-TENANT_SHARE_MAX = 7 / 8
-"""Of the requests that the frontend takes at once, what one tenant may have: the others can always come in."""
 
 Headers = Mapping[bytes, bytes]
 HeaderList = list[tuple[bytes, bytes]]

@@ -220,12 +220,28 @@ def test_a_full_queue_is_told_at_once() -> None:
         cluster.place(request, 10_000)
     answer = cluster.answer(3, 10)
     assert isinstance(answer, Rejected)
-    assert (answer.reason, answer.detail) == ("queue_full", "the least loaded instance has 3 requests already")
+    assert (answer.reason, answer.detail) == (
+        "queue_full",
+        "the least loaded instance has as many requests as it takes: 3",
+    )
     assert answer.retry_after_ns == 3 * (1001 * MS + 2 * MS)  # three steps of 4,096 tokens each
     cluster.place(4, 10, first=False)
     cluster.end(0)
     cluster.end(1)
     cluster.place(5, 10)
+
+
+def test_one_tenant_never_has_all_places_of_a_queue() -> None:
+    cluster = Cluster(admission="off", num_queued_max=8)
+    cluster.prefill("p", num_pages=100_000)
+    cluster.decode("d", num_pages=100_000)
+    answers = [cluster.answer(request, 10, tenant="flood") for request in range(9)]
+    assert [isinstance(answer, Rejected) for answer in answers] == [False] * 7 + [True] * 2
+    cluster.place(9, 10, tenant="light")
+    assert isinstance(cluster.answer(10, 10, tenant="light"), Rejected)
+    for request in range(3):
+        cluster.end(request)
+    cluster.place(11, 10, tenant="light")
 
 
 def test_retry_after_is_the_predicted_excess_within_bounds() -> None:
