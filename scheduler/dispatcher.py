@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,7 @@ from mooncake.core.messages import (
     Submit,
     TokenOutput,
 )
+from mooncake.core.stats import tbt_of_gaps
 from mooncake.core.types import (
     NANOS_PER_MS,
     NANOS_PER_S,
@@ -91,6 +93,8 @@ class RequestSpec(msgspec.Struct, frozen=True):
     slo: Slo = Slo()
     timeout_ns: int = 600 * NANOS_PER_S
     num_choices: int = 1
+    weight: float = 1.0
+    """The tenant's share, beside those of the others."""
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -249,7 +253,7 @@ class _Request:
 class _Choice:
     """One output of a request. attempt: the present one, or the last."""
 
-    __slots__ = ("attempt", "ended", "index", "keys", "request", "token_ids")
+    __slots__ = ("attempt", "ended", "gaps", "index", "keys", "last_at", "request", "token_ids")
 
     attempt: _Attempt
 
@@ -259,6 +263,14 @@ class _Choice:
         self.token_ids: list[int] = []
         self.keys = request.spec.block_keys
         self.ended = False
+        self.gaps = array("q")
+        self.last_at: int | None = None
+
+    def add_tokens(self, tokens: tuple[int, ...], now: int) -> None:
+        if self.last_at is not None:
+            self.gaps.extend([(now - self.last_at) // len(tokens)] * len(tokens))
+        self.last_at = now
+        self.token_ids.extend(tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -463,7 +475,9 @@ class Dispatcher:
         itl = None
         if completed and first is not None and num_output > 1:
             itl = (now - first) // (num_output - 1)
-        ended = AttemptEnded(attempt.key.of_choice(choice.index), num_output, completed, itl)
+        tbt = tbt_of_gaps(choice.gaps) if completed else None
+        key, tbt_ns = attempt.key.of_choice(choice.index), int(tbt) if tbt is not None else None
+        ended = AttemptEnded(key, num_output, completed, itl, tbt_ns)
         self._out.append(Send(CONDUCTOR, ended))
 
     # ------------------------------------------------------------------ placement
@@ -487,6 +501,7 @@ class Dispatcher:
                     decode_only=attempt.handover is not None,
                     first=not attempt.request.num_output,
                     num_choices=attempt.num_choices,
+                    weight=spec.weight,
                 ),
             )
         )
@@ -587,6 +602,8 @@ class Dispatcher:
             allow_in_place=allow_in_place,
             num_choices=attempt.num_choices,
             role=role,
+            tenant=spec.tenant,
+            weight=spec.weight,
         )
 
     def _submit(self, attempt: _Attempt, instance: str, job: Job, now: int) -> None:
@@ -645,7 +662,7 @@ class Dispatcher:
             self._drop_handover(attempt)
         attempt.num_failures = 0
         request.num_output += len(tokens)
-        choice.token_ids.extend(tokens)
+        choice.add_tokens(tokens, now)
         cached = output.cached_tokens if request.cached_tokens is None else request.cached_tokens
         cached = None if request.cached_told else cached
         request.cached_told = True

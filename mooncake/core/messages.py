@@ -56,6 +56,8 @@ class PlaceRequest(Message, frozen=True):
     decode_only: bool = False
     first: bool = True
     num_choices: int = 1
+    weight: float = 1.0
+    """The tenant's share, beside those of the others."""
 
 
 class PrefillDone(Message, frozen=True):
@@ -74,6 +76,8 @@ class AttemptEnded(Message, frozen=True):
     completed: bool = False
     """Whether the request ended by stop or length; then num_output teaches the length distribution."""
     mean_itl_ns: int | None = None
+    tbt_ns: int | None = None
+    """As the frontend saw it: of tokens that came together each had an equal part of the gap."""
 
 
 class BookingSnapshot(Message, frozen=True):
@@ -112,7 +116,8 @@ class Placed(Message, frozen=True):
 
 
 class Rejected(Message, frozen=True):
-    """reason: overloaded_ttft, overloaded_tbt, no_instance, too_long, over_quota. Only `too_long` is the client's fault."""
+    """reason: overloaded_ttft, overloaded_tbt, queue_full, no_instance, too_long, over_quota. Only `too_long` is the client's
+    fault."""
 
     key: AttemptKey
     reason: str

@@ -184,10 +184,18 @@ class Engine(Protocol):
     threads of the engine; the last word on each submitted sequence is `SequenceReleased`."""
 
     def submit(
-        self, seq: int, job: Job, *, one_token: bool, reader: KvReader | None = None, writer: KvWriter | None = None
+        self,
+        seq: int,
+        job: Job,
+        *,
+        one_token: bool,
+        reader: KvReader | None = None,
+        writer: KvWriter | None = None,
+        turn: int = 0,
     ) -> None:
         """Never blocks. one_token: draw one token and end. reader: where the KV of its leading tokens can be loaded; writer:
-        where the KV of its known tokens goes. Both are used until `SequenceReleased`."""
+        where the KV of its known tokens goes. Both are used until `SequenceReleased`. turn: the lower, the sooner, before any
+        priority."""
         ...
 
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:

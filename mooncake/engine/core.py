@@ -8,6 +8,7 @@ Rules:
 * Every running sequence whose known tokens are all computed but the last is a *decode* item of one token in each step.
 * Up to max_step_tokens prefill tokens come on top, oldest sequence first, in chunks that end on block boundaries, except the
   last of a sequence.
+* The *oldest* is the first by turn, priority and submission (`mooncake.engine.sequence.Order`).
 * Waiting sequences hold no pages and are admitted oldest first. The only one that may be overtaken is one whose next block an
   active sequence is loading just now: it waits for that load, and shares the block's pages.
 * When a decode item finds no page, the youngest sequence loses its pages and waits again with the tokens it has; so the oldest
@@ -194,11 +195,12 @@ class EngineCore:
         one_token: bool = False,
         store: bool = False,
         stored_tokens: int = 0,
+        turn: int = 0,
     ) -> None:
         """Queue a sequence under a number of the caller's choice. source_tokens: how many leading tokens can be loaded.
         one_token: draw one token, or one for each choice of a joint job, and end (prefill role). store: pass all KV of the
-        known tokens to the sink, but for the leading stored_tokens, which it has."""
-        order = (-job.priority, self._num_submitted)
+        known tokens to the sink, but for the leading stored_tokens, which it has. turn: as in `Order`."""
+        order = (turn, -job.priority, self._num_submitted)
         self._num_submitted += 1
         source_tokens = min(source_tokens, job.num_tokens - 1)
         state = Sequence(seq, job, order, source_tokens, one_token, store, stored_tokens)

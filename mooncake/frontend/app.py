@@ -13,12 +13,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mooncake.frontend.backend import Backend
-from mooncake.frontend.endpoint import FAULT, Endpoint, Kind, Receive, Scope, Send, Settings
+from mooncake.frontend.endpoint import FAULT, Endpoint, Kind, Receive, Scope, Send, Settings, send_error
 from mooncake.frontend.errors import ApiError
 from mooncake.frontend.instruments import Instruments
 from mooncake.frontend.prompts import PromptEncoder
 from mooncake.frontend.render import ChatRenderer, CompletionRenderer
 from mooncake.frontend.schema import parse_chat, parse_completion
+from mooncake.frontend.tenants import CALLER, Door, OpenDoor
 from mooncake.frontend.tokenizer import Tokenizer
 from mooncake.metrics import CONTENT_TYPE, Registry
 
@@ -33,8 +34,10 @@ def create_app(
     *,
     registry: Registry | None = None,
     rng: random.Random | None = None,
+    door: Door | None = None,
 ) -> App:
-    """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and request ids."""
+    """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and request ids. door: who
+    may come in; everybody if not given."""
     registry = registry or Registry()
     instruments = Instruments(registry, backend.status)
     prompts = PromptEncoder(tokenizer, backend.model.max_context)
@@ -50,17 +53,25 @@ def create_app(
         Route("/metrics", pages.metrics),
     ]
     handlers: dict[Any, Any] = {HTTPException: _on_http_error, ApiError: _on_api_error, Exception: _on_fault}
-    return App(generating, Starlette(routes=routes, exception_handlers=handlers))
+    return App(generating, Starlette(routes=routes, exception_handlers=handlers), door or OpenDoor())
 
 
 class App:
-    """Starlette's middleware would wrap every send, so of every token too: the generating endpoints go past it."""
+    """Starlette's middleware would wrap every send, so of every token too: the generating endpoints go past it. Nobody goes
+    past the door."""
 
-    def __init__(self, generating: dict[str, Endpoint], rest: Starlette) -> None:
+    def __init__(self, generating: dict[str, Endpoint], rest: Starlette, door: Door) -> None:
         self._generating = generating
         self._rest = rest
+        self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                scope[CALLER] = self._door.admit(scope["path"], dict(scope["headers"]))
+            except ApiError as error:
+                await send_error(send, error, None)
+                return
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._generating:
             await self._generating[scope["path"]](scope, receive, send)
         else:

@@ -57,6 +57,10 @@ class Generate(msgspec.Struct, frozen=True):
     n: int = 1
     tenant: str = ""
     salt: str = ""
+    share_scope: str = ""
+    """Whose KV it may reuse: the caller's tenant or share group; "" is a scope too."""
+    weight: float = 1.0
+    """The tenant's share under load, beside those of the others."""
     priority: int = 0
     slo: Slo = Slo()
     timeout_s: float = 600.0

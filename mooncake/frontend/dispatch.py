@@ -97,7 +97,7 @@ class DispatchBackend:
     def start(self, generate: Generate) -> Mailbox:
         number = next(self._numbers)
         token_ids = tokens_to_bytes(generate.token_ids)
-        root = root_key(self.model.fingerprint, salt=generate.salt)
+        root = root_key(self.model.fingerprint, salt=generate.salt, scope=generate.share_scope)
         spec = RequestSpec(
             number=number,
             num_tokens=len(generate.token_ids),
@@ -108,6 +108,7 @@ class DispatchBackend:
             max_tokens=generate.max_tokens,
             client_max_tokens=generate.max_tokens,
             tenant=generate.tenant,
+            weight=generate.weight,
             priority=generate.priority,
             slo=generate.slo,
             timeout_ns=int(generate.timeout_s * NANOS_PER_S),

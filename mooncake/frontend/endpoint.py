@@ -26,6 +26,7 @@ from mooncake.frontend.params import build_generate, check_model, read_headers, 
 from mooncake.frontend.prompts import PromptEncoder
 from mooncake.frontend.render import Head, Renderer, Usage, error_event
 from mooncake.frontend.schema import Request
+from mooncake.frontend.tenants import CALLER, Caller, Visit
 from mooncake.frontend.tokenizer import Tokenizer
 
 Scope = dict[str, Any]
@@ -122,20 +123,35 @@ class Endpoint:
         if self._instruments.num_running > self._settings.max_running:
             message = f"{self._settings.max_running} requests are being served"
             raise ApiError(429, message, kind="rate_limit_error", code="overloaded", retry_after_s=1.0)
-        body = await read_body(headers, receive, self._settings)
-        request, generate = await self._prepare(request_id, body, headers)
+        caller: Caller = scope[CALLER]
+        with caller.enter() as visit:
+            body = await read_body(headers, receive, self._settings)
+            request, generate = await self._prepare(request_id, body, headers)
+            generate = visit.admit(generate, request.max_output)
+            return await self._generate(request, generate, visit, scope, receive, send, started_at)
+
+    async def _generate(
+        self,
+        request: Request,
+        generate: Generate,
+        visit: Visit,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        started_at: float,
+    ) -> int:
         try:
             generation = self._backend.start(generate)
         except BackendError as error:
             raise from_backend(error, request.prompt_field) from None
         model, sampling = self._backend.model, generate.sampling
-        head = Head(request_id, int(time.time()), model.name, model.fingerprint)
+        head = Head(generate.request_id, int(time.time()), model.name, model.fingerprint)
         renderer = self._kind.renderer(head, self._tokenizer, request.include_usage, generate.n)
         detokenizer, stop_ids, min_tokens = self._tokenizer.detokenizer, sampling.stop_token_ids, sampling.min_tokens
         assemblies = Assemblies(
             [Assembly(detokenizer(), request.stops, stop_ids, min_tokens, choice) for choice in range(generate.n)]
         )
-        client = Client(scope, receive, send, generation, self._settings.stall_s)
+        client = Client(scope, receive, send, generation, self._settings.stall_s, visit.headers())
         field = request.prompt_field
         answer = Answer(client, generation, generate, field, renderer, assemblies, self._instruments, started_at)
         try:
@@ -145,6 +161,7 @@ class Endpoint:
         finally:
             generation.cancel()
             client.close()
+            visit.num_output = assemblies.num_tokens
             self._instruments.dropped.add(client.dropped)
             self._instruments.output_tokens.add(assemblies.num_tokens)
 
@@ -165,9 +182,19 @@ class ClientGone(Exception):
 class Client:
     """The connection of one request once its body is read: sends, and cancels the generation when the client is gone.
 
-    A blocked send is noticed by a timer that looks twice per `stall_s`, so that other sends cost nothing."""
+    A blocked send is noticed by a timer that looks twice per `stall_s`, so that other sends cost nothing. headers: those of
+    every answer to it."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, generation: Generation, stall_s: float) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        generation: Generation,
+        stall_s: float,
+        headers: list[tuple[bytes, bytes]],
+    ) -> None:
+        self._headers = headers
         self._send = send
         self._generation = generation
         self._abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT_EXTENSION)
@@ -183,7 +210,7 @@ class Client:
         self._watcher = self._loop.create_task(self._watch(receive))
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.start", "status": status, "headers": headers + self._headers})
 
     async def send(self, body: bytes, more: bool) -> None:
         """Raises ClientGone if the client is."""

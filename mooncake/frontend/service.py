@@ -16,7 +16,9 @@ from mooncake.frontend.app import create_app
 from mooncake.frontend.backend import ModelInfo
 from mooncake.frontend.dispatch import DispatchBackend
 from mooncake.frontend.endpoint import Settings
+from mooncake.frontend.keyring import Keyring
 from mooncake.frontend.server import HttpServer
+from mooncake.frontend.tenants import Door, KeyedDoor, OpenDoor
 from mooncake.frontend.tokenizer import Tokenizer
 from mooncake.metrics import Registry
 from mooncake.rpc.driver import CoreDriver, open_event_log
@@ -46,7 +48,7 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
     event_log = open_event_log(config, role, DispatcherSettings(role.name, limits, config.block_tokens))
     backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=event_log)
     backend.dialer = dialer = InstanceDialer(config, role, backend)
-    app = create_app(backend, tokenizer, _settings(config), registry=registry, rng=random.Random())
+    app = create_app(backend, tokenizer, _settings(config), registry=registry, rng=random.Random(), door=_door(config))
     server = HttpServer(app, config.host, config.port, tls=config.tls, grace_s=config.timeouts.drain_s)
     dialer.dial(CONDUCTOR, role.conductor)
     serving = asyncio.create_task(server.run())
@@ -92,6 +94,12 @@ def _settings(config: Config) -> Settings:
         request_timeout_s=config.timeouts.request_s,
         default_slo=Slo(nanoseconds(config.slo.ttft_s), nanoseconds(config.slo.tbt_s)),
     )
+
+
+def _door(config: Config) -> Door:
+    if config.api_keys is None:
+        return OpenDoor()
+    return KeyedDoor(Keyring(Path(config.api_keys)), config.limits.requests)
 
 
 class InstanceDialer:

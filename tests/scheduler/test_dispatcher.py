@@ -147,7 +147,7 @@ def test_a_request_from_start_to_end() -> None:
     commands = drive.tokens("d0", 22, 7, finish=FinishReason.STOP)
     ended = only(commands, Ended)
     assert ended.timeline == (0, 10, 15, 30, 40, 46, 60) and (ended.prefill, ended.decode) == ("p0", "d0")
-    assert commands[:2] == [Output(1, (7,), FinishReason.STOP), Send(CONDUCTOR, AttemptEnded(key(), 3, True, 15))]
+    assert commands[:2] == [Output(1, (7,), FinishReason.STOP), Send(CONDUCTOR, AttemptEnded(key(), 3, True, 15, 20))]
     assert drive.core.num_running == 0
 
 
@@ -402,7 +402,7 @@ def test_choices_share_placement_and_prefill_and_part_at_the_hand_over() -> None
     commands = drive.choices("d0", 22, {1: 4}, finish=FinishReason.STOP)
     assert commands == [
         Output(1, (4,), FinishReason.STOP, choice=1),
-        Send(CONDUCTOR, AttemptEnded(key(0, 1), 3, True, 4)),
+        Send(CONDUCTOR, AttemptEnded(key(0, 1), 3, True, 4, 8)),
     ]
     commands = drive.choices("d0", 22, {0: 4, 2: 4}, finish=FinishReason.LENGTH)
     assert ended_keys(commands) == [(0, 0), (2, 0)]
