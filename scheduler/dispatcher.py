@@ -128,8 +128,16 @@ class Tick(msgspec.Struct, frozen=True, tag=True):
 # ---------------------------------------------------------------- what goes out
 
 
+class Route(msgspec.Struct, frozen=True):
+    """Where a request was placed first, and what was predicted."""
+
+    prefill: str
+    decode: str
+    predicted_ttft_ns: int
+
+
 class Output(msgspec.Struct, frozen=True):
-    """Tokens of one choice for the client, each position once. cached_tokens comes with the first of a request."""
+    """Tokens of one choice for the client, each position once. cached_tokens and route come with the first of a request."""
 
     number: int
     token_ids: tuple[int, ...]
@@ -137,6 +145,7 @@ class Output(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int | None = None
     choice: int = 0
+    route: Route | None = None
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -664,10 +673,14 @@ class Dispatcher:
         request.num_output += len(tokens)
         choice.add_tokens(tokens, now)
         cached = output.cached_tokens if request.cached_tokens is None else request.cached_tokens
-        cached = None if request.cached_told else cached
+        route = None
+        if request.cached_told:
+            cached = None
+        else:
+            route = Route(request.prefill, request.decode, request.prediction.ttft_ns)
         request.cached_told = True
         logprobs = output.logprobs[skip:]
-        self._out.append(Output(request.spec.number, tokens, output.finish, logprobs, cached, choice.index))
+        self._out.append(Output(request.spec.number, tokens, output.finish, logprobs, cached, choice.index, route))
         if output.finish is not None:
             self._end_choice(choice, now, completed=True)
         elif attempt.joint and attempt.state is _State.DECODING:

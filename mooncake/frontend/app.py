@@ -16,11 +16,13 @@ from mooncake.frontend.backend import Backend
 from mooncake.frontend.endpoint import FAULT, Endpoint, Kind, Receive, Scope, Send, Settings, send_error
 from mooncake.frontend.errors import ApiError
 from mooncake.frontend.instruments import Instruments
+from mooncake.frontend.params import check_model_name
 from mooncake.frontend.prompts import PromptEncoder
 from mooncake.frontend.render import ChatRenderer, CompletionRenderer
 from mooncake.frontend.schema import parse_chat, parse_completion
 from mooncake.frontend.tenants import CALLER, Door, OpenDoor
 from mooncake.frontend.tokenizer import Tokenizer
+from mooncake.frontend.tokens import TokenPages
 from mooncake.metrics import CONTENT_TYPE, Registry
 
 CHAT = Kind("chat", parse_chat, ChatRenderer)
@@ -41,11 +43,15 @@ def create_app(
     registry = registry or Registry()
     instruments = Instruments(registry, backend.status)
     prompts = PromptEncoder(tokenizer, backend.model.max_context)
-    shared = (backend, tokenizer, prompts, instruments, settings or Settings(), rng or random.Random())
-    pages = _Pages(backend, registry)
+    settings = settings or Settings()
+    pages, tokens = _Pages(backend, registry), TokenPages(backend.model, tokenizer, prompts, settings)
+    shared = (backend, tokenizer, prompts, instruments, settings, rng or random.Random())
     generating = {"/v1/chat/completions": Endpoint(CHAT, *shared), "/v1/completions": Endpoint(COMPLETIONS, *shared)}
     routes = [
         *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/v1/embeddings", pages.embeddings, methods=["POST"]),
         Route("/v1/models", pages.models),
         Route("/v1/models/{name:path}", pages.model),
         Route("/health", pages.health),
@@ -96,11 +102,12 @@ class _Pages:
         return _json(200, {"object": "list", "data": [self._card()]})
 
     async def model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name != self._backend.model.name:
-            message = f"the model {name[:200]!r} does not exist; this server has {self._backend.model.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        check_model_name(request.path_params["name"], self._backend.model)
         return _json(200, self._card())
+
+    async def embeddings(self, request: Request) -> Response:
+        message = f"{self._backend.model.name} generates text; this server makes no embeddings"
+        raise ApiError(400, message, param="model", code="unsupported_endpoint")
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._registry.render(), media_type=CONTENT_TYPE)

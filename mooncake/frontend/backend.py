@@ -20,6 +20,7 @@ import msgspec
 from mooncake.core.errors import MooncakeError
 from mooncake.core.messages import TokenOutput
 from mooncake.core.types import SamplingParams, Slo
+from mooncake.scheduler.dispatcher import Route
 
 
 class BackendError(MooncakeError):
@@ -86,7 +87,9 @@ class BackendStatus(msgspec.Struct, frozen=True):
 
 
 class Generation(Protocol):
-    """A request under way."""
+    """A request under way. route: where it runs, known with the first output, if the backend has such a thing."""
+
+    route: Route | None
 
     async def next(self) -> list[TokenOutput]:
         """All outputs that wait, in order; waits if there are none. The last one of each choice carries `finish`. Each

@@ -163,6 +163,7 @@ class DispatchBackend:
     def _output(self, command: Output) -> None:
         mailbox = self._mailboxes.get(command.number)
         if mailbox is not None:
+            mailbox.route = command.route or mailbox.route
             key = AttemptKey(self._name, command.number, command.choice)
             mailbox.put(TokenOutput(key, 0, command.token_ids, command.finish, command.logprobs, command.cached_tokens))
 

@@ -17,12 +17,12 @@ from typing import Any
 
 import msgspec
 
-from mooncake.core.types import FinishReason, Slo
+from mooncake.core.types import NANOS_PER_MS, FinishReason, Slo
 from mooncake.frontend.assembly import Assemblies, Assembly, Delta, merge
 from mooncake.frontend.backend import Backend, BackendError, Generate, Generation, Unavailable
 from mooncake.frontend.errors import ApiError, from_backend
 from mooncake.frontend.instruments import Instruments
-from mooncake.frontend.params import build_generate, check_model, read_headers, read_request_id
+from mooncake.frontend.params import build_generate, check_model_name, read_headers, read_request_id
 from mooncake.frontend.prompts import PromptEncoder
 from mooncake.frontend.render import Head, Renderer, Usage, error_event
 from mooncake.frontend.schema import Request
@@ -169,7 +169,7 @@ class Endpoint:
         directives = read_headers(request_id, headers, self._settings.default_slo)
         request = self._kind.parse(body)
         model = self._backend.model
-        check_model(request, model)
+        check_model_name(request.model, model)
         token_ids = await self._prompts.encode(request)
         timeout_s, eos_ids = self._settings.request_timeout_s, self._tokenizer.eos_ids
         return request, build_generate(request, directives, token_ids, model, eos_ids, timeout_s, self._rng)
@@ -278,11 +278,12 @@ class Answer:
         self._assemblies = assemblies
         self._instruments = instruments
         self._started_at = self._last_at = started_at
+        self._ttft_s = 0.0
 
     async def stream(self, merge_tokens: int) -> int:
         """Failures before the first token raise ApiError; later ones become an event of the stream."""
         deltas, ended = await self._first()
-        await self._client.start(200, [*_STREAM_HEADERS, (b"x-request-id", self._generate.request_id.encode())])
+        await self._client.start(200, _STREAM_HEADERS + self._headers())
         opening = self._renderer.opening()
         render, finish = self._renderer.delta, self._renderer.finish
         try:
@@ -320,14 +321,27 @@ class Answer:
         texts = {delta.choice: delta for delta in merge(deltas)}
         choices = [(texts.get(choice, Delta("", choice=choice)), reason) for choice, reason in sorted(ended)]
         body = self._renderer.whole(choices, self._usage())
-        request_id, length = self._generate.request_id.encode(), b"%d" % len(body)
-        await self._client.start(200, [*_JSON_HEADERS, (b"content-length", length), (b"x-request-id", request_id)])
+        length = b"%d" % len(body)
+        await self._client.start(200, [*_JSON_HEADERS, (b"content-length", length), *self._headers()])
         await self._client.send(body, False)
         return 200
 
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        """What is known of the request with its first token."""
+        headers = [(b"x-request-id", self._generate.request_id.encode())]
+        headers.append((b"x-mooncake-actual-ttft-ms", b"%.3f" % (self._ttft_s * 1e3)))
+        headers.append((b"x-mooncake-cached-tokens", b"%d" % self._assemblies.cached_tokens))
+        route = self._generation.route
+        if route is not None:
+            headers.append((b"x-mooncake-predicted-ttft-ms", b"%.3f" % (route.predicted_ttft_ns / NANOS_PER_MS)))
+            headers.append((b"x-mooncake-prefill", route.prefill.encode()))
+            headers.append((b"x-mooncake-decode", route.decode.encode()))
+        return headers
+
     async def _first(self) -> tuple[list[Delta], list[_End]]:
         found = await self._next()
-        self._instruments.ttft.observe(time.perf_counter() - self._started_at)
+        self._ttft_s = time.perf_counter() - self._started_at
+        self._instruments.ttft.observe(self._ttft_s)
         self._instruments.prompt_tokens.add(len(self._generate.token_ids))
         self._instruments.cached_tokens.add(self._assemblies.cached_tokens)
         return found

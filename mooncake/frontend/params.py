@@ -67,9 +67,10 @@ def _priority(headers: Mapping[bytes, bytes]) -> int:
     raise bad_field("x-mooncake-priority", message)
 
 
-def check_model(request: Request, model: ModelInfo) -> None:
-    if request.model != model.name:
-        message = f"the model {request.model[:200]!r} does not exist; this server has {model.name!r}"
+def check_model_name(name: str, model: ModelInfo) -> None:
+    """Raises ApiError 404."""
+    if name != model.name:
+        message = f"the model {name[:200]!r} does not exist; this server has {model.name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 

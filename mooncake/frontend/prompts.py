@@ -27,15 +27,16 @@ class PromptEncoder:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
         self._num_waiting = 0
 
-    async def encode(self, request: Request) -> list[int]:
-        """Raises ApiError if the template refuses the messages or the prompt is certain not to fit."""
+    async def encode(self, request: Request, *, add_special_tokens: bool = True) -> list[int]:
+        """Raises ApiError if the template refuses the messages or the prompt is certain not to fit. add_special_tokens: to a
+        text; a chat template brings its own."""
         if isinstance(request, ChatRequest):
             text, add_special_tokens = self._chat_text(request), False
         else:
             prompt = request.one_prompt
             if isinstance(prompt, list):
                 return prompt
-            text, add_special_tokens = prompt, True
+            text = prompt
         if len(text) <= INLINE_CHARS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if self._num_waiting >= MAX_WAITING:

@@ -227,16 +227,28 @@ def parse_completion(body: bytes) -> CompletionRequest:
     return _parse(body, _decode_completion)
 
 
-def _parse(body: bytes, decode: Callable[[bytes], _Kind]) -> _Kind:
+_Any = TypeVar("_Any")
+
+
+def parse_as(body: bytes, kind: type[_Any]) -> _Any:
     """Raises ApiError naming the field and its value."""
+    return _decode(body, msgspec.json.Decoder(kind).decode)
+
+
+def _decode(body: bytes, decode: Callable[[bytes], _Any]) -> _Any:
     try:
-        request = decode(body)
+        return decode(body)
     except msgspec.ValidationError as error:
         raise _explain(error, body) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # malformed JSON and malformed UTF-8 alike
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+
+
+def _parse(body: bytes, decode: Callable[[bytes], _Kind]) -> _Kind:
+    """Raises ApiError naming the field and its value."""
+    request = _decode(body, decode)
     for name in _REFUSED_NAMES:
         value = getattr(request, name)
         if value is not None and not any(type(value) is type(v) and value == v for v in NEUTRAL.get(name, ())):

@@ -138,8 +138,8 @@ class Tokenizer:
         """Unlike the library's `encode` this releases the GIL, and it is twice as fast, as it computes no offsets."""
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def detokenizer(self) -> Detokenizer:
         return _StreamDetokenizer(self._tokenizer) if self._table is None else _ByteDetokenizer(self._table)

@@ -47,6 +47,7 @@ from mooncake.scheduler.dispatcher import (
     PeerOpened,
     Received,
     RequestSpec,
+    Route,
     Start,
     Tick,
 )
@@ -136,7 +137,10 @@ def test_a_request_from_start_to_end() -> None:
     assert (to, submit.job.hand_over, submit.job.num_generated, submit.job.max_tokens) == ("p0", True, 0, 10)
     drive.now = 30
     commands = drive.tokens("p0", 20, 5, cached_tokens=8, compute_ns=15)
-    assert commands == [Send(CONDUCTOR, PrefillDone(key(), 20)), Output(1, (5,), None, (), 8)]
+    assert commands == [
+        Send(CONDUCTOR, PrefillDone(key(), 20)),
+        Output(1, (5,), None, (), 8, route=Route("p0", "d0", 5)),
+    ]
     drive.now = 40
     [(to, submit)] = sends(drive.hear(KvReady("p0", key(), SOURCE), "p0"), Submit)
     assert (to, submit.job.source, submit.job.num_tokens, submit.job.num_prompt_tokens) == ("d0", SOURCE, 21, 20)
@@ -557,7 +561,7 @@ def test_decode_is_asked_for_when_the_prefill_is_done_and_draws_the_first_token_
     [(instance, submitted)] = sends(drive.placed("", "d1", attempt=1), Submit)
     assert (instance, submitted.job.num_tokens, submitted.job.source) == ("d1", 20, SOURCE)
     commands = drive.tokens("d1", 20, 5, attempt=1, cached_tokens=20, compute_ns=1)
-    assert [c for c in commands if isinstance(c, Output)] == [Output(1, (5,), None, (), 8)]
+    assert [c for c in commands if isinstance(c, Output)] == [Output(1, (5,), None, (), 8, route=Route("p0", "d1", 5))]
     assert sends(commands, HandoverDone) == [("p0", HandoverDone((key(),)))]
     [ended] = [c for c in drive.tokens("d1", 21, 6, attempt=1, finish=FinishReason.STOP) if isinstance(c, Ended)]
     assert (ended.prefill, ended.decode, ended.num_attempts) == ("p0", "d1", 1)
