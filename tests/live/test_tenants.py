@@ -117,7 +117,9 @@ def test_more_than_queues_hold_is_refused_and_nothing_fails(keyed: Keyed) -> Non
     found = asyncio.run(flood())
     outcomes = [error for error, _ in found]
     assert set(outcomes) == {"", "429 "}
-    assert 20 <= outcomes.count("") < 200
+    assert 17 <= outcomes.count("") < 200, (
+        "seven eighths of twenty places are for one tenant, and what was done meanwhile"
+    )
 
 
 @pytest.mark.parametrize(
