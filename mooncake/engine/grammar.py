@@ -139,9 +139,7 @@ class _TokenTable:
 
 
 def json_grammar(schema: dict[str, Any], *, strict: bool) -> str:
-    """strict: keywords that cannot be followed are faults; otherwise they are passed over."""
-    styled = schema | {"x-guidance": _JSON_STYLE | {"lenient": not strict}}
-    return f"start: %json {json.dumps(styled, ensure_ascii=False)}"
+    return f"start: {json_value(schema, strict=strict)}"
 
 
 def regex_grammar(pattern: str) -> str:
@@ -150,6 +148,13 @@ def regex_grammar(pattern: str) -> str:
 
 def choice_grammar(texts: Sequence[str]) -> str:
     return f"start: /(?:{'|'.join(map(_escape, texts))})/"
+
+
+def json_value(schema: dict[str, Any], *, strict: bool) -> str:
+    """A JSON value as a term of a rule. strict: keywords of the schema that cannot be followed are faults; otherwise they are
+    passed over."""
+    styled = schema | {"x-guidance": _JSON_STYLE | {"lenient": not strict}}
+    return f"%json {json.dumps(styled, ensure_ascii=False)}"
 
 
 def literal(text: str) -> str:

@@ -12,9 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from mooncake.engine.grammar import Grammars
 from mooncake.frontend.backend import Backend
+from mooncake.frontend.dialect import Dialect
 from mooncake.frontend.endpoint import FAULT, Endpoint, Kind, Receive, Scope, Send, Settings
 from mooncake.frontend.errors import ApiError
+from mooncake.frontend.guidance import Guidance
 from mooncake.frontend.instruments import Instruments
 from mooncake.frontend.prompts import PromptEncoder
 from mooncake.frontend.render import ChatRenderer, CompletionRenderer
@@ -33,12 +36,16 @@ def create_app(
     *,
     registry: Registry | None = None,
     rng: random.Random | None = None,
+    grammars: Grammars | None = None,
 ) -> App:
-    """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and request ids."""
+    """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and ids. grammars: None if
+    the engines follow none."""
     registry = registry or Registry()
     instruments = Instruments(registry, backend.status)
-    prompts = PromptEncoder(tokenizer, backend.model.max_context)
-    shared = (backend, tokenizer, prompts, instruments, settings or Settings(), rng or random.Random())
+    settings, rng = settings or Settings(), rng or random.Random()
+    dialect = Dialect.of(tokenizer, settings.tool_parser, settings.reasoning_parser, rng)
+    prompts = PromptEncoder(tokenizer, dialect, backend.model.max_context)
+    shared = (backend, tokenizer, prompts, dialect, Guidance(grammars), instruments, settings, rng)
     pages = _Pages(backend, registry)
     generating = {"/v1/chat/completions": Endpoint(CHAT, *shared), "/v1/completions": Endpoint(COMPLETIONS, *shared)}
     routes = [
