@@ -178,6 +178,15 @@ class Config(msgspec.Struct, frozen=True):
     max_step_tokens: Annotated[Count, _text("prefill tokens in one step")] = 512
     threads: Annotated[Count | None, _text("of each instance; auto: cores / instances")] = None
 
+    tool_parser: Annotated[
+        Literal["auto", "hermes", "llama3", "mistral", "json"],
+        _text("how the model writes calls of tools; auto: by its chat template"),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        Literal["auto", "off", "think"],
+        _text("whether the model reasons between <think> marks; auto: by its chat template"),
+    ] = "auto"
+
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1), _text("of every random choice that no client seeds")] = 0
     event_log: Annotated[NonEmpty | None, _text("folder for the event logs of all cores; none: not kept")] = None
     metrics_port: Annotated[

@@ -149,7 +149,7 @@ class Output(msgspec.Struct, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """The request ended without its tokens. reason: overloaded, too_long, unavailable, deadline, error."""
+    """The request ended without its tokens. reason: overloaded, too_long, grammar, unavailable, deadline, error."""
 
     number: int
     reason: str
@@ -756,8 +756,8 @@ class Dispatcher:
         attempt = self._attempt(message.key)
         if attempt is None or attempt.instance != message.instance:
             return
-        if message.reason == "too_long":
-            self._fail(attempt.request, "too_long", message.detail, now)
+        if message.reason in ("too_long", "grammar"):
+            self._fail(attempt.request, message.reason, message.detail, now)
             return
         if message.reason in ("load_failed", "unknown"):
             self._drop_handover(attempt)

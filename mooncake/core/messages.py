@@ -213,7 +213,8 @@ class KvReady(Message, frozen=True):
 
 class AttemptFailed(Message, frozen=True):
     """The instance gave the attempt up. reason: refused (queue full, draining, or in another role), load_failed, store_full,
-    engine_error, too_long, deadline, unknown. The KV of the job's source may still exist unless load_failed."""
+    engine_error, too_long, grammar (it cannot be followed, here or elsewhere), deadline, unknown. The KV of the job's source
+    may still exist unless load_failed."""
 
     instance: str
     key: AttemptKey

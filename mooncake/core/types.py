@@ -99,6 +99,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     min_tokens: int = 0
     num_logprobs: int | None = None
     """None: no log probabilities; 0: of the drawn token only; k: of the k best too."""
+    grammar: str = ""
+    """What the output must follow, in the words of `mooncake.engine.grammar`; empty: nothing."""
 
     @property
     def greedy(self) -> bool:

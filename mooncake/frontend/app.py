@@ -12,9 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from mooncake.engine.grammar import Grammars
 from mooncake.frontend.backend import Backend
+from mooncake.frontend.dialect import Dialect
 from mooncake.frontend.endpoint import FAULT, Endpoint, Kind, Receive, Scope, Send, Settings, send_error
 from mooncake.frontend.errors import ApiError
+from mooncake.frontend.guidance import Guidance
 from mooncake.frontend.instruments import Instruments
 from mooncake.frontend.params import check_model_name
 from mooncake.frontend.prompts import PromptEncoder
@@ -37,15 +40,17 @@ def create_app(
     registry: Registry | None = None,
     rng: random.Random | None = None,
     door: Door | None = None,
+    grammars: Grammars | None = None,
 ) -> App:
-    """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and request ids. door: who
-    may come in; everybody if not given."""
+    """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and ids. door: who may come
+    in; everybody if not given. grammars: None if the engines follow none."""
     registry = registry or Registry()
     instruments = Instruments(registry, backend.status)
-    prompts = PromptEncoder(tokenizer, backend.model.max_context)
-    settings = settings or Settings()
+    settings, rng = settings or Settings(), rng or random.Random()
+    dialect = Dialect.of(tokenizer, settings.tool_parser, settings.reasoning_parser, rng)
+    prompts = PromptEncoder(tokenizer, dialect, backend.model.max_context)
     pages, tokens = _Pages(backend, registry), TokenPages(backend.model, tokenizer, prompts, settings)
-    shared = (backend, tokenizer, prompts, instruments, settings, rng or random.Random())
+    shared = (backend, tokenizer, prompts, dialect, Guidance(grammars), instruments, settings, rng)
     generating = {"/v1/chat/completions": Endpoint(CHAT, *shared), "/v1/completions": Endpoint(COMPLETIONS, *shared)}
     routes = [
         *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()),

@@ -7,6 +7,7 @@ All methods are called from the event loop's thread and never block.
      +- BackendError      a request was not served
          +- Overloaded      not now; come back after retry_after_s          429
          +- PromptTooLong   no instance could ever run it                   400
+         +- GrammarLost     its grammar cannot be followed                  400
          +- Unavailable     nothing to run it on, or shutting down          503
          +- Failed          it was accepted and then failed                 500
 """
@@ -37,6 +38,10 @@ class Overloaded(BackendError):
 
 
 class PromptTooLong(BackendError):
+    pass
+
+
+class GrammarLost(BackendError):
     pass
 
 

@@ -25,6 +25,7 @@ from mooncake.frontend.backend import (
     BackendStatus,
     Failed,
     Generate,
+    GrammarLost,
     ModelInfo,
     Overloaded,
     PromptTooLong,
@@ -183,6 +184,8 @@ def _error(failure: Failure) -> BackendError:
             return Overloaded(failure.retry_after_ns / NANOS_PER_S, failure.detail)
         case "too_long":
             return PromptTooLong(failure.detail)
+        case "grammar":
+            return GrammarLost(failure.detail)
         case "unavailable":
             return Unavailable(failure.detail)
         case _:

@@ -47,8 +47,8 @@ class _Speaker:
 
 
 class EchoBackend:
-    """route: said to be that of every request. refusal: given to every new request. failure: (number of tokens, error): given in
-    place of later tokens."""
+    """route: said to be that of every request. refusal: given to every new request. failure: (number of tokens, error), given
+    in place of later tokens."""
 
     def __init__(self, model: ModelInfo, *, step_s: float = 0.0, cached_tokens: int = 0) -> None:
         self.model = model

@@ -20,11 +20,14 @@ import msgspec
 from mooncake.core.types import NANOS_PER_MS, FinishReason, Slo
 from mooncake.frontend.assembly import Assemblies, Assembly, Delta, merge
 from mooncake.frontend.backend import Backend, BackendError, Generate, Generation, Unavailable
+from mooncake.frontend.dialect import Dialect, Reading
 from mooncake.frontend.errors import ApiError, from_backend
+from mooncake.frontend.guidance import Guidance
 from mooncake.frontend.instruments import Instruments
 from mooncake.frontend.params import build_generate, check_model_name, read_headers, read_request_id
 from mooncake.frontend.prompts import PromptEncoder
 from mooncake.frontend.render import Head, Renderer, Usage, error_event
+from mooncake.frontend.render_parts import PartsRenderer
 from mooncake.frontend.schema import Request
 from mooncake.frontend.tenants import CALLER, Caller, Visit
 from mooncake.frontend.tokenizer import Tokenizer
@@ -56,6 +59,8 @@ class Settings(msgspec.Struct, frozen=True):
     stall_s: float = 30.0
     merge_tokens: int = 64
     default_slo: Slo = Slo()
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
 
 class Kind(msgspec.Struct, frozen=True):
@@ -73,6 +78,8 @@ class Endpoint:
         backend: Backend,
         tokenizer: Tokenizer,
         prompts: PromptEncoder,
+        dialect: Dialect,
+        guidance: Guidance,
         instruments: Instruments,
         settings: Settings,
         rng: random.Random,
@@ -81,6 +88,8 @@ class Endpoint:
         self._backend = backend
         self._tokenizer = tokenizer
         self._prompts = prompts
+        self._dialect = dialect
+        self._guidance = guidance
         self._instruments = instruments
         self._settings = settings
         self._rng = rng
@@ -126,14 +135,15 @@ class Endpoint:
         caller: Caller = scope[CALLER]
         with caller.enter() as visit:
             body = await read_body(headers, receive, self._settings)
-            request, generate = await self._prepare(request_id, body, headers)
+            request, generate, reading = await self._prepare(request_id, body, headers)
             generate = visit.admit(generate, request.max_output)
-            return await self._generate(request, generate, visit, scope, receive, send, started_at)
+            return await self._generate(request, generate, reading, visit, scope, receive, send, started_at)
 
     async def _generate(
         self,
         request: Request,
         generate: Generate,
+        reading: Reading,
         visit: Visit,
         scope: Scope,
         receive: Receive,
@@ -146,10 +156,14 @@ class Endpoint:
             raise from_backend(error, request.prompt_field) from None
         model, sampling = self._backend.model, generate.sampling
         head = Head(generate.request_id, int(time.time()), model.name, model.fingerprint)
-        renderer = self._kind.renderer(head, self._tokenizer, request.include_usage, generate.n)
-        detokenizer, stop_ids, min_tokens = self._tokenizer.detokenizer, sampling.stop_token_ids, sampling.min_tokens
+        renderer = self._renderer(head, request, generate.n, reading)
+        stop_ids, min_tokens = sampling.stop_token_ids, sampling.min_tokens
+        detokenizers = [reading.detokenizer(self._tokenizer) for _ in range(generate.n)]
         assemblies = Assemblies(
-            [Assembly(detokenizer(), request.stops, stop_ids, min_tokens, choice) for choice in range(generate.n)]
+            [
+                Assembly(detokenizer, request.stops, stop_ids, min_tokens, choice)
+                for choice, detokenizer in enumerate(detokenizers)
+            ]
         )
         client = Client(scope, receive, send, generation, self._settings.stall_s, visit.headers())
         field = request.prompt_field
@@ -165,14 +179,27 @@ class Endpoint:
             self._instruments.dropped.add(client.dropped)
             self._instruments.output_tokens.add(assemblies.num_tokens)
 
-    async def _prepare(self, request_id: str, body: bytes, headers: Mapping[bytes, bytes]) -> tuple[Request, Generate]:
+    def _renderer(self, head: Head, request: Request, num_choices: int, reading: Reading) -> Renderer:
+        shared = (head, self._tokenizer, request.include_usage, num_choices)
+        if reading.make_parser is None:
+            return self._kind.renderer(*shared)
+        return PartsRenderer(*shared, reading.make_parser)
+
+    async def _prepare(
+        self, request_id: str, body: bytes, headers: Mapping[bytes, bytes]
+    ) -> tuple[Request, Generate, Reading]:
         directives = read_headers(request_id, headers, self._settings.default_slo)
         request = self._kind.parse(body)
         model = self._backend.model
         check_model_name(request.model, model)
         token_ids = await self._prompts.encode(request)
+        reading = self._dialect.reading(request, token_ids)
         timeout_s, eos_ids = self._settings.request_timeout_s, self._tokenizer.eos_ids
-        return request, build_generate(request, directives, token_ids, model, eos_ids, timeout_s, self._rng)
+        grammar = reading.form.grammar if reading.form else ""
+        generate = build_generate(request, directives, token_ids, model, eos_ids, timeout_s, self._rng, grammar)
+        if reading.form:
+            await self._guidance.check(request, reading.form)
+        return request, generate, reading
 
 
 class ClientGone(Exception):

@@ -82,6 +82,7 @@ def build_generate(
     eos_ids: tuple[int, ...],
     timeout_s: float,
     rng: random.Random,
+    grammar: str = "",
 ) -> Generate:
     """Raises ApiError for what does not fit the model."""
     _check_token_ids(request, token_ids, model.vocab_size)
@@ -94,7 +95,7 @@ def build_generate(
     return Generate(
         request_id=directives.request_id,
         token_ids=token_ids,
-        sampling=_sampling(request, eos_ids, model.vocab_size, rng),
+        sampling=_sampling(request, eos_ids, model.vocab_size, rng, grammar),
         max_tokens=max_tokens,
         n=request.n or 1,
         salt=request.cache_salt or "",
@@ -115,7 +116,9 @@ def _check_token_ids(request: Request, token_ids: list[int], vocab_size: int) ->
             raise bad_field("stop_token_ids", f"token ids must be from 0 to {vocab_size - 1}, got {token}")
 
 
-def _sampling(request: Request, eos_ids: tuple[int, ...], vocab_size: int, rng: random.Random) -> SamplingParams:
+def _sampling(
+    request: Request, eos_ids: tuple[int, ...], vocab_size: int, rng: random.Random, grammar: str
+) -> SamplingParams:
     own_stops = tuple(request.stop_token_ids or ())
     seed = rng.getrandbits(_SEED_BITS) if request.seed is None else request.seed % 2**_SEED_BITS
     return SamplingParams(
@@ -131,6 +134,7 @@ def _sampling(request: Request, eos_ids: tuple[int, ...], vocab_size: int, rng: 
         stop_token_ids=own_stops if request.ignore_eos else tuple(dict.fromkeys(own_stops + eos_ids)),
         min_tokens=request.min_tokens or 0,
         num_logprobs=request.num_logprobs,
+        grammar=grammar,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+from mooncake.frontend.dialect import Dialect
 from mooncake.frontend.errors import ApiError, bad_field, too_long
 from mooncake.frontend.schema import ChatRequest, Request
 from mooncake.frontend.tokenizer import TemplateFailed, Tokenizer
@@ -21,8 +22,9 @@ _HEAD_SLACK = 64
 
 
 class PromptEncoder:
-    def __init__(self, tokenizer: Tokenizer, max_context: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, dialect: Dialect, max_context: int) -> None:
         self._tokenizer = tokenizer
+        self._dialect = dialect
         self._max_context = max_context
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
         self._num_waiting = 0
@@ -52,7 +54,7 @@ class PromptEncoder:
 
     def _chat_text(self, request: ChatRequest) -> str:
         try:
-            return self._tokenizer.render_chat([message.as_template_input() for message in request.messages])
+            return self._dialect.prompt(request)
         except TemplateFailed as error:
             raise bad_field("messages", str(error)) from None
 

@@ -16,6 +16,17 @@ from msgspec import Meta
 
 from mooncake.core.types import MAX_CHOICES
 from mooncake.frontend.errors import ApiError, bad_field
+from mooncake.frontend.structured import (
+    Choices,
+    Form,
+    GrammarText,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    Text,
+    form_of,
+)
+from mooncake.frontend.tools import MAX_TOOLS, ToolCall, ToolChoice, Tools, ToolUse, check_tools, tool_use
 
 MAX_STOPS = 4
 """OpenAI's limit."""
@@ -40,7 +51,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "include_stop_str_in_output": (False,),
@@ -52,21 +62,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (0,),
     "reasoning_effort": ("none",),
 }
-"""Refused fields, with the values that ask for nothing and pass. The rest of `_Refused` passes only as null."""
+"""Refused fields, with the values that ask for nothing and pass. The rest passes only as null."""
 
 
 class _Refused(msgspec.Struct, kw_only=True):
     """Parameters of OpenAI's and of other servers' API that are not served."""
 
     best_of: Any = None
-    tools: Any = None
-    tool_choice: Any = None
     functions: Any = None
     function_call: Any = None
     echo: Any = None
     suffix: Any = None
     modalities: Any = None
-    response_format: Any = None
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
@@ -85,11 +92,6 @@ class _Refused(msgspec.Struct, kw_only=True):
     allowed_token_ids: Any = None
     bad_words: Any = None
     logits_processors: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     chat_template: Any = None
     chat_template_kwargs: Any = None
     documents: Any = None
@@ -105,6 +107,7 @@ class StreamOptions(msgspec.Struct):
 class _Common(_Refused, kw_only=True):
     """What both endpoints take. None: not given."""
 
+    refused: ClassVar[tuple[str, ...]]
     model: str
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Count | None = None
@@ -129,6 +132,16 @@ class _Common(_Refused, kw_only=True):
     cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: GrammarText | None = None
+
+    def form(self) -> Form | None:
+        """What the text must look like. Raises ApiError naming the field."""
+        return form_of(self)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -150,23 +163,36 @@ class ChatMessage(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: Any = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+    """Of a tool's message: the call that it answers."""
+    reasoning_content: str | None = None
     function_call: Any = None
 
     def as_template_input(self) -> dict[str, Any]:
+        """All but the calls, which the model's dialect writes."""
         content = self.content
         if isinstance(content, list):
             content = "\n".join(part.text for part in content)
-        message = {"role": self.role, "content": content or ""}
-        return message if self.name is None else message | {"name": self.name}
+        optional = {name: getattr(self, name) for name in ("name", "tool_call_id", "reasoning_content")}
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {"role": self.role, "content": content or "", **given}
 
 
 class ChatRequest(_Common, kw_only=True):
     prompt_field: ClassVar[str] = "messages"
+    refused: ClassVar[tuple[str, ...]] = _REFUSED_NAMES
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    def tool_use(self) -> ToolUse:
+        """Raises ApiError naming the field."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def max_output(self) -> int | None:
@@ -179,8 +205,11 @@ class ChatRequest(_Common, kw_only=True):
 
 class CompletionRequest(_Common, kw_only=True):
     prompt_field: ClassVar[str] = "prompt"
+    refused: ClassVar[tuple[str, ...]] = (*_REFUSED_NAMES, "tools", "tool_choice")
     prompt: str | list[int | str | list[Any]]
     logprobs: NumLogprobs | None = None
+    tools: Any = None
+    tool_choice: Any = None
 
     @property
     def max_output(self) -> int | None:
@@ -217,9 +246,10 @@ def parse_chat(body: bytes) -> ChatRequest:
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_field("top_logprobs", "needs logprobs to be true")
     for index, message in enumerate(request.messages):
-        for name in ("tool_calls", "function_call"):
-            if getattr(message, name):
-                raise bad_field(f"messages[{index}].{name}", "is not supported by this server", "unsupported_parameter")
+        if message.function_call:
+            field = f"messages[{index}].function_call"
+            raise bad_field(field, "is not supported by this server; use tool_calls", "unsupported_parameter")
+    check_tools(request.tools or ())
     return request
 
 
@@ -249,7 +279,7 @@ def _decode(body: bytes, decode: Callable[[bytes], _Any]) -> _Any:
 def _parse(body: bytes, decode: Callable[[bytes], _Kind]) -> _Kind:
     """Raises ApiError naming the field and its value."""
     request = _decode(body, decode)
-    for name in _REFUSED_NAMES:
+    for name in request.refused:
         value = getattr(request, name)
         if value is not None and not any(type(value) is type(v) and value == v for v in NEUTRAL.get(name, ())):
             message = f"is not supported by this server; the value is {_show(value)}"

@@ -11,6 +11,7 @@ from mooncake.config import Config, RoleConfig
 from mooncake.core.messages import CONDUCTOR
 from mooncake.core.types import NANOS_PER_S, InstanceInfo, Slo
 from mooncake.engine.build import model_fingerprint
+from mooncake.engine.grammar import Grammars
 from mooncake.engine.models import model_config, resolve_model
 from mooncake.frontend.app import create_app
 from mooncake.frontend.backend import ModelInfo
@@ -48,7 +49,16 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
     event_log = open_event_log(config, role, DispatcherSettings(role.name, limits, config.block_tokens))
     backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=event_log)
     backend.dialer = dialer = InstanceDialer(config, role, backend)
-    app = create_app(backend, tokenizer, _settings(config), registry=registry, rng=random.Random(), door=_door(config))
+    grammars = None if config.engine == "simulated" else Grammars.load(resolved.path)
+    app = create_app(
+        backend,
+        tokenizer,
+        _settings(config),
+        registry=registry,
+        rng=random.Random(),
+        door=_door(config),
+        grammars=grammars,
+    )
     server = HttpServer(app, config.host, config.port, tls=config.tls, grace_s=config.timeouts.drain_s)
     dialer.dial(CONDUCTOR, role.conductor)
     serving = asyncio.create_task(server.run())
@@ -92,6 +102,8 @@ def _settings(config: Config) -> Settings:
         max_body_bytes=config.limits.body,
         max_running=config.limits.requests,
         request_timeout_s=config.timeouts.request_s,
+        tool_parser=config.tool_parser,
+        reasoning_parser=config.reasoning_parser,
         default_slo=Slo(nanoseconds(config.slo.ttft_s), nanoseconds(config.slo.tbt_s)),
     )
 

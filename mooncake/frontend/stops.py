@@ -24,7 +24,7 @@ class StopScanner:
         if cut is not None:
             self.hit, self._held = True, ""
             return text[:cut]
-        cut = self._tail(text)
+        cut = open_tail(text, self._stops)
         self._held = text[cut:]
         return text[:cut]
 
@@ -42,14 +42,15 @@ class StopScanner:
                 best = (start + len(stop), start)
         return None if best is None else best[1]
 
-    def _tail(self, text: str) -> int:
-        """Start of the longest tail that is the beginning of a stop string; the text's end if there is none."""
-        cut = len(text)
-        for stop in self._stops:
-            start = text.find(stop[0], max(0, len(text) - len(stop) + 1), cut)
-            while start >= 0:
-                if stop.startswith(text[start:]):
-                    cut = start
-                    break
-                start = text.find(stop[0], start + 1, cut)
-        return cut
+
+def open_tail(text: str, stops: Sequence[str]) -> int:
+    """Start of the longest tail that is the beginning of a stop string; the text's end if there is none."""
+    cut = len(text)
+    for stop in stops:
+        start = text.find(stop[0], max(0, len(text) - len(stop) + 1), cut)
+        while start >= 0:
+            if stop.startswith(text[start:]):
+                cut = start
+                break
+            start = text.find(stop[0], start + 1, cut)
+    return cut

@@ -185,6 +185,7 @@ def _sampling(sampling: SamplingParams, out: pb.Sampling) -> None:
     out.min_tokens = sampling.min_tokens
     if sampling.num_logprobs is not None:
         out.num_logprobs = sampling.num_logprobs
+    out.grammar = sampling.grammar
 
 
 def _to_sampling(sampling: pb.Sampling) -> SamplingParams:
@@ -201,6 +202,7 @@ def _to_sampling(sampling: pb.Sampling) -> SamplingParams:
         stop_token_ids=tuple(sampling.stop_token_ids),
         min_tokens=sampling.min_tokens,
         num_logprobs=_optional(sampling, "num_logprobs"),
+        grammar=sampling.grammar,
     )
 
 

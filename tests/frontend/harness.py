@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from mooncake.engine.grammar import Grammars
 from mooncake.frontend.app import create_app
 from mooncake.frontend.backend import ModelInfo
 from mooncake.frontend.echo import EchoBackend
@@ -70,12 +71,18 @@ class Site:
 
 @asynccontextmanager
 async def site(
-    tokenizer: Tokenizer, *, max_context: int = 4096, step_s: float = 0.0, door: Door | None = None, **settings: Any
+    tokenizer: Tokenizer,
+    *,
+    max_context: int = 4096,
+    step_s: float = 0.0,
+    grammars: Grammars | None = None,
+    door: Door | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Site]:
     model = ModelInfo("tiny", max_context, tokenizer.vocab_size, "fp_tiny", 1_700_000_000)
     backend = EchoBackend(model, step_s=step_s)
-    own = msgspec.structs.replace(Settings(), **settings)
-    app = create_app(backend, tokenizer, own, rng=random.Random(1), door=door)
+    settings_here = msgspec.structs.replace(Settings(), **settings)
+    app = create_app(backend, tokenizer, settings_here, rng=random.Random(1), grammars=grammars, door=door)
     server = HttpServer(app, "127.0.0.1", 0, grace_s=0.1)
     task = asyncio.create_task(server.run())
     async with httpx.AsyncClient(base_url=server.url, timeout=10) as client:
