@@ -13,9 +13,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from mooncake.engine.grammar import Grammars
+from mooncake.frontend.answer import FAULT
 from mooncake.frontend.backend import Backend
+from mooncake.frontend.connection import Receive, Scope, Send, send_error
 from mooncake.frontend.dialect import Dialect
-from mooncake.frontend.endpoint import FAULT, Endpoint, Kind, Receive, Scope, Send, Settings, send_error
+from mooncake.frontend.endpoint import Endpoint, Kind, Settings
 from mooncake.frontend.errors import ApiError
 from mooncake.frontend.guidance import Guidance
 from mooncake.frontend.instruments import Instruments

@@ -92,9 +92,12 @@ class BackendStatus(msgspec.Struct, frozen=True):
 
 
 class Generation(Protocol):
-    """A request under way. route: where it runs, known with the first output, if the backend has such a thing."""
+    """A request under way."""
 
-    route: Route | None
+    @property
+    def route(self) -> Route | None:
+        """Where it runs, known with the first output, if the backend has such a thing."""
+        ...
 
     async def next(self) -> list[TokenOutput]:
         """All outputs that wait, in order; waits if there are none. The last one of each choice carries `finish`. Each

@@ -29,16 +29,21 @@ class PromptEncoder:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
         self._num_waiting = 0
 
-    async def encode(self, request: Request, *, add_special_tokens: bool = True) -> list[int]:
-        """Raises ApiError if the template refuses the messages or the prompt is certain not to fit. add_special_tokens: to a
-        text; a chat template brings its own."""
+    async def encode(self, request: Request) -> list[list[int]]:
+        """The request's prompts. Raises ApiError if the template refuses the messages or a prompt is certain not to fit."""
         if isinstance(request, ChatRequest):
-            text, add_special_tokens = self._chat_text(request), False
-        else:
-            prompt = request.one_prompt
-            if isinstance(prompt, list):
-                return prompt
-            text = prompt
+            return [await self.encode_text("messages", self._chat_text(request), add_special_tokens=False)]
+        prompts = request.prompts
+        field = "prompt" if len(prompts) == 1 else "prompt[{}]"
+        return [
+            await self.encode_text(field.format(at), prompt, add_special_tokens=True)
+            if isinstance(prompt, str)
+            else prompt
+            for at, prompt in enumerate(prompts)
+        ]
+
+    async def encode_text(self, field: str, text: str, *, add_special_tokens: bool) -> list[int]:
+        """field: where it came from. Raises ApiError."""
         if len(text) <= INLINE_CHARS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if self._num_waiting >= MAX_WAITING:
@@ -47,8 +52,7 @@ class PromptEncoder:
         self._num_waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            work = (request.prompt_field, text, add_special_tokens)
-            return await loop.run_in_executor(self._threads, self._encode_long, *work)
+            return await loop.run_in_executor(self._threads, self._encode_long, field, text, add_special_tokens)
         finally:
             self._num_waiting -= 1
 

@@ -32,6 +32,8 @@ MAX_STOPS = 4
 """OpenAI's limit."""
 MAX_STOP_CHARS = 512
 """Bounds the text that a stream holds back."""
+MAX_PROMPTS = 64
+"""Of one request; each is placed by itself."""
 MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 20
@@ -53,7 +55,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
-    "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
@@ -80,7 +81,6 @@ class _Refused(msgspec.Struct, kw_only=True):
     reasoning_effort: Any = None
     use_beam_search: Any = None
     length_penalty: Any = None
-    include_stop_str_in_output: Any = None
     skip_special_tokens: Any = None
     add_generation_prompt: Any = None
     continue_final_message: Any = None
@@ -129,6 +129,7 @@ class _Common(_Refused, kw_only=True):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    include_stop_str_in_output: bool | None = None
     cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -148,6 +149,11 @@ class _Common(_Refused, kw_only=True):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def num_choices(self) -> int:
+        """Of each prompt, that are generated."""
+        return self.n or 1
 
     @property
     def include_usage(self) -> bool:
@@ -205,9 +211,15 @@ class ChatRequest(_Common, kw_only=True):
 
 class CompletionRequest(_Common, kw_only=True):
     prompt_field: ClassVar[str] = "prompt"
-    refused: ClassVar[tuple[str, ...]] = (*_REFUSED_NAMES, "tools", "tool_choice")
+    refused: ClassVar[tuple[str, ...]] = (
+        *[name for name in _REFUSED_NAMES if name not in ("best_of", "echo")],
+        "tools",
+        "tool_choice",
+    )
     prompt: str | list[int | str | list[Any]]
     logprobs: NumLogprobs | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     tools: Any = None
     tool_choice: Any = None
 
@@ -216,21 +228,31 @@ class CompletionRequest(_Common, kw_only=True):
         return self.max_tokens
 
     @property
-    def num_logprobs(self) -> int | None:
-        return self.logprobs
+    def num_choices(self) -> int:
+        return max(self.n or 1, self.best_of or 1)
 
     @property
-    def one_prompt(self) -> str | list[int]:
-        """The text or the token ids; several prompts in one request are refused."""
+    def num_logprobs(self) -> int | None:
+        """Those of the tokens tell which of several are the best."""
+        return 0 if self.logprobs is None and self.num_choices > (self.n or 1) else self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Texts and token ids."""
         prompt = self.prompt
-        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-            prompt = prompt[0]
         if isinstance(prompt, str):
-            return prompt
-        token_ids = [token for token in prompt if isinstance(token, int) and not isinstance(token, bool)]
-        if len(token_ids) != len(prompt):
-            raise bad_field("prompt", "must be one text or one list of token ids; several prompts are not supported")
-        return token_ids
+            return [prompt]
+        if not prompt or all(isinstance(token, int) for token in prompt):
+            return [_token_ids("prompt", prompt)]
+        if len(prompt) > MAX_PROMPTS:
+            raise bad_field("prompt", f"a request has up to {MAX_PROMPTS} prompts, got {len(prompt)}")
+        return [part if isinstance(part, str) else _token_ids(f"prompt[{at}]", part) for at, part in enumerate(prompt)]
+
+
+def _token_ids(field: str, prompt: Any) -> list[int]:
+    if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        return prompt
+    raise bad_field(field, "must be a text or a list of token ids")
 
 
 Request = ChatRequest | CompletionRequest
@@ -254,7 +276,15 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
-    return _parse(body, _decode_completion)
+    request = _parse(body, _decode_completion)
+    if request.best_of is not None and request.best_of < (request.n or 1):
+        raise bad_field("best_of", f"must not be less than n, got {request.best_of} and n = {request.n}")
+    if request.stream and request.num_choices > (request.n or 1):
+        raise bad_field("best_of", "cannot be streamed: which choices are the best is known at the end")
+    if request.echo and request.logprobs is not None:
+        message = "cannot be combined with logprobs: those of prompts are not computed"
+        raise bad_field("echo", message, "unsupported_parameter")
+    return request
 
 
 _Any = TypeVar("_Any")

@@ -1,7 +1,7 @@
 """Finds stop strings in text that arrives in pieces, and holds back what may become one.
 
 The result does not depend on how the text is cut: the match that ends first wins, the longest of those. Nothing of a
-match and nothing after it is given out.
+match, unless that is wanted, and nothing after it is given out.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from collections.abc import Sequence
 
 
 class StopScanner:
-    __slots__ = ("_held", "_stops", "hit")
+    """keeps_match: the stop string that is found is given out too."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    __slots__ = ("_held", "_keeps_match", "_stops", "hit")
+
+    def __init__(self, stops: Sequence[str], *, keeps_match: bool = False) -> None:
         self._stops = tuple(stops)
+        self._keeps_match = keeps_match
         self._held = ""
         self.hit = False
 
@@ -34,13 +37,13 @@ class StopScanner:
         return text
 
     def _match(self, text: str) -> int | None:
-        """Where the match that ends first begins."""
+        """Where the match that ends first begins, or ends if it is kept."""
         best: tuple[int, int] | None = None
         for stop in self._stops:
             start = text.find(stop)
             if start >= 0 and (best is None or (start + len(stop), start) < best):
                 best = (start + len(stop), start)
-        return None if best is None else best[1]
+        return None if best is None else best[not self._keeps_match]
 
 
 def open_tail(text: str, stops: Sequence[str]) -> int:

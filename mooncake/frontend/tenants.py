@@ -114,7 +114,8 @@ class Visit:
             refusal = caller.meter.take_tokens(count, now)
             if refusal is not None:
                 raise RateLimited(refusal, caller.meter.windows(now))
-            self._num_taken, self._num_prompt = count, len(generate.token_ids)
+            self._num_taken += count
+            self._num_prompt += len(generate.token_ids)
         return msgspec.structs.replace(
             generate, tenant=caller.name, share_scope=caller.share_scope, weight=caller.tenant.weight
         )

@@ -10,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mooncake.frontend.backend import ModelInfo
-from mooncake.frontend.endpoint import Receive, Settings, read_body
+from mooncake.frontend.connection import Receive, read_body
+from mooncake.frontend.endpoint import Settings
 from mooncake.frontend.errors import bad_field
 from mooncake.frontend.params import check_model_name
 from mooncake.frontend.prompts import PromptEncoder
-from mooncake.frontend.schema import ChatMessage, ChatRequest, CompletionRequest, TokenId, parse_as
+from mooncake.frontend.schema import ChatMessage, ChatRequest, TokenId, parse_as
 from mooncake.frontend.tokenizer import Tokenizer
 
 
@@ -67,14 +68,15 @@ class TokenPages:
 
     async def _encode(self, asked: TokenizeRequest) -> list[int]:
         if asked.messages is not None:
-            return await self._prompts.encode(ChatRequest(model="", messages=asked.messages))
-        if not asked.prompt:
-            return []
-        plain = CompletionRequest(model="", prompt=asked.prompt)
-        return await self._prompts.encode(plain, add_special_tokens=asked.add_special_tokens)
+            [token_ids] = await self._prompts.encode(ChatRequest(model="", messages=asked.messages))
+            return token_ids
+        text = asked.prompt or ""
+        return await self._prompts.encode_text("prompt", text, add_special_tokens=asked.add_special_tokens)
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(dict(request.scope["headers"]), cast(Receive, request.receive), self._settings)
+        headers, settings = dict(request.scope["headers"]), self._settings
+        receive = cast(Receive, request.receive)
+        return await read_body(headers, receive, settings.max_body_bytes, settings.body_timeout_s)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None:
