@@ -84,7 +84,7 @@ class Grammars:
     num_tokens: columns of the logits, which may be more than the vocabulary has. ends: tokens that end a text."""
 
     def __init__(self, vocabulary: Vocabulary, num_tokens: int, ends: Sequence[int]) -> None:
-        self._num_tokens = num_tokens
+        self.num_tokens = num_tokens
         table = _TokenTable(vocabulary, num_tokens, ends[0] if ends else 0)
         self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(table), eos_token=list(ends) or None)
         table.greedy = self._tokenizer
@@ -107,10 +107,10 @@ class Grammars:
     def _compile(self, grammar: str) -> Matcher:
         fault = _too_much(grammar)
         if fault:
-            return Matcher(None, self._num_tokens, fault)
+            return Matcher(None, self.num_tokens, fault)
         inner = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
-        matcher = Matcher(inner, self._num_tokens, _first_line(inner.get_error()))
-        matcher.forbid(np.zeros(self._num_tokens, dtype=np.float32))  # some faults show with the first step only
+        matcher = Matcher(inner, self.num_tokens, _first_line(inner.get_error()))
+        matcher.forbid(np.zeros(self.num_tokens, dtype=np.float32))  # some faults show with the first step only
         return matcher
 
 

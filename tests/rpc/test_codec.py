@@ -47,6 +47,7 @@ SAMPLING = st.builds(
     stop_token_ids=st.lists(TOKEN, max_size=3).map(tuple),
     min_tokens=COUNT,
     num_logprobs=st.none() | COUNT,
+    grammar=st.text(max_size=20),
 )
 INFO = st.builds(
     t.InstanceInfo,

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from mooncake.core.messages import (
     CONDUCTOR,
     Abort,
@@ -500,11 +502,13 @@ def test_one_choice_can_be_cancelled_alone() -> None:
     assert sends(drive(Cancel(1)), Abort) == [("p0", Abort((key(),)))], "the joint attempt is aborted once"
 
 
-def test_a_request_of_several_choices_fails_as_a_whole() -> None:
+@pytest.mark.parametrize("reason", ["too_long", "grammar"])
+def test_a_request_of_several_choices_fails_as_a_whole(reason: str) -> None:
+    """Without another attempt: it would fail everywhere."""
     drive = Driver()
     drive.three_decoding()
-    commands = drive.hear(AttemptFailed("d0", key(0, 1), "too_long", "why"), "d0")
-    assert only(commands, Failure).reason == "too_long" and only(commands, Ended)
+    commands = drive.hear(AttemptFailed("d0", key(0, 1), reason, "why"), "d0")
+    assert only(commands, Failure) == Failure(1, reason, "why") and only(commands, Ended)
     assert [m.keys for _, m in sends(commands, Abort)] == [(key(0, choice),) for choice in range(3)]
     assert ended_keys(commands) == [(0, 0), (1, 0), (2, 0)] and drive.core.num_running == 0
 
