@@ -338,11 +338,11 @@ class ConductorCore:
 
     def _on_ask_hold(self, sender: str, message: AskHold, now: int) -> list[Send]:
         refusal = self.operations.refusal(message)
-        if refusal:
-            return [Send(sender, Told(message.number, False, refusal))]
+        if refusal is not None:
+            return [Send(sender, refusal)]
         before = self.membership.members()
         commands = self.membership.hold(message.name, message.held)
-        told = Told(message.number, True, self.operations.outcome(message, now))
+        told = Told(message.number, self.operations.outcome(message, now))
         return [*commands, Send(sender, told), *self._after_change(before, now)]
 
     # ------------------------------------------------------------ who is there

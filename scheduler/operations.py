@@ -14,6 +14,7 @@ from mooncake.scheduler.prefix_index import PrefixIndex
 from mooncake.scheduler.view import View
 
 DRAINED, LOST = "drained", "lost"
+UNKNOWN, UNREACHABLE = "unknown", "unreachable"
 _SETTLE_NS = 250 * NANOS_PER_MS
 """After a first token, until a load report must show that its KV is still held for decode."""
 
@@ -54,22 +55,23 @@ class Operations:
     def explain(self, question: AskExplain) -> Told:
         records = self._placer.records.of_request(question.frontend, question.request)
         if records:
-            return Told(question.number, True, "\n\n".join(record.render() for record in records))
+            return Told(question.number, "\n\n".join(record.render() for record in records))
         name = f"{question.frontend}/{question.request}"
         kept = f"the last {self._placer.config.num_records_max} are kept"
-        return Told(question.number, False, f"no placement of {name} is known; {kept}")
+        return Told(question.number, f"no placement of {name} is known; {kept}", UNKNOWN)
 
     # ------------------------------------------------------------ hold
 
-    def refusal(self, question: AskHold) -> str:
-        """Why an instance cannot be held, or let go, now; or ""."""
+    def refusal(self, question: AskHold) -> Told | None:
+        """Why an instance cannot be held, or let go, now."""
         instance = self._view.instances.get(question.name)
         if instance is None and not (question.name in self._membership.held and not question.held):
             known = ", ".join(sorted(self._view.instances)) or "none"
-            return f"there is no instance {question.name!r}; there are: {known}"
+            return Told(question.number, f"there is no instance {question.name!r}; there are: {known}", UNKNOWN)
         if instance is not None and not instance.connected:
-            return f"{question.name} is not connected now; try again when it is back, or gone"
-        return ""
+            detail = f"{question.name} is not connected now; try again when it is back, or gone"
+            return Told(question.number, detail, UNREACHABLE)
+        return None
 
     def outcome(self, question: AskHold, now: int) -> str:
         """To be asked when it was done."""

@@ -344,11 +344,12 @@ class AskHold(Message, frozen=True):
 
 
 class Told(Message, frozen=True):
-    """text: for people. ok is False if the question names what is not known, or what cannot be done now."""
+    """text: for people. error: empty, or a word: unknown (the question names what is not there), unreachable (it is, but has
+    no connection now)."""
 
     number: int
-    ok: bool
     text: str
+    error: str = ""
 
 
 class InstanceStatus(msgspec.Struct, frozen=True):

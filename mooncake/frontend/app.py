@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any, cast
 
 import msgspec
@@ -33,8 +34,10 @@ def create_app(
     *,
     registry: Registry | None = None,
     rng: random.Random | None = None,
+    more_routes: Sequence[Route] = (),
 ) -> App:
-    """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and request ids."""
+    """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and request ids. more_routes:
+    the operator's."""
     registry = registry or Registry()
     instruments = Instruments(registry, backend.status)
     prompts = PromptEncoder(tokenizer, backend.model.max_context)
@@ -48,6 +51,7 @@ def create_app(
         Route("/health", pages.health),
         Route("/ready", pages.ready),
         Route("/metrics", pages.metrics),
+        *more_routes,
     ]
     handlers: dict[Any, Any] = {HTTPException: _on_http_error, ApiError: _on_api_error, Exception: _on_fault}
     return App(generating, Starlette(routes=routes, exception_handlers=handlers))

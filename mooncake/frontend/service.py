@@ -12,16 +12,20 @@ from mooncake.core.messages import CONDUCTOR
 from mooncake.core.types import NANOS_PER_S, InstanceInfo, Slo
 from mooncake.engine.build import model_fingerprint
 from mooncake.engine.models import model_config, resolve_model
+from mooncake.frontend.admin import Admin
 from mooncake.frontend.app import create_app
 from mooncake.frontend.backend import ModelInfo
+from mooncake.frontend.dashboard import dashboard_routes
 from mooncake.frontend.dispatch import DispatchBackend
 from mooncake.frontend.endpoint import Settings
+from mooncake.frontend.guard import Guard
+from mooncake.frontend.outcomes import Outcomes
 from mooncake.frontend.server import HttpServer
 from mooncake.frontend.tokenizer import Tokenizer
 from mooncake.metrics import Registry
 from mooncake.rpc.driver import CoreDriver, open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcClient
-from mooncake.scheduler.dispatcher import Dispatcher, DispatcherLimits, DispatcherSettings, Ended, Tick, hashed_keys
+from mooncake.scheduler.dispatcher import Dispatcher, DispatcherLimits, DispatcherSettings, Tick, hashed_keys
 from mooncake.status import Status
 
 _READY_POLL_S = 0.02
@@ -32,12 +36,15 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
     status.loading("the tokenizer")
     resolved = resolve_model(config.model)
     tokenizer = Tokenizer.load(resolved.path)
+    settings = _settings(config)
+    outcomes = Outcomes(settings.default_slo)
     backend = DispatchBackend(
         role.name,
         _model_info(config, resolved.path, config.model_name or resolved.name, tokenizer),
         config.block_tokens,
         first_number=time.time_ns() // 1000,
-        on_ended=_ignore,
+        outcomes=outcomes,
+        timeout_s=config.timeouts.rpc_s,
     )
     limits = DispatcherLimits(
         max_requests=config.limits.requests, place_timeout_ns=int(config.timeouts.placement_s * NANOS_PER_S)
@@ -46,7 +53,9 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
     event_log = open_event_log(config, role, DispatcherSettings(role.name, limits, config.block_tokens))
     backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=event_log)
     backend.dialer = dialer = InstanceDialer(config, role, backend)
-    app = create_app(backend, tokenizer, _settings(config), registry=registry, rng=random.Random())
+    admin = Admin(config.cluster, role.name, backend, Guard(config.token))
+    more_routes = [*admin.routes(), *dashboard_routes()]
+    app = create_app(backend, tokenizer, settings, registry=registry, rng=random.Random(), more_routes=more_routes)
     server = HttpServer(app, config.host, config.port, tls=config.tls, grace_s=config.timeouts.drain_s)
     dialer.dial(CONDUCTOR, role.conductor)
     serving = asyncio.create_task(server.run())
@@ -64,10 +73,6 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
         await serving
         await dialer.close()
         backend.driver.close()
-
-
-def _ignore(ended: Ended) -> None:
-    """The frontend's instruments count by themselves; the timeline is for the event log."""
 
 
 def _model_info(config: Config, path: Path, name: str, tokenizer: Tokenizer) -> ModelInfo:

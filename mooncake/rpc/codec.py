@@ -744,7 +744,7 @@ _TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], A
     (AskStatus, "ask_status", _ask_status, AskStatus),
     (AskExplain, "ask_explain", _ask_explain, lambda m: AskExplain(m.number, m.frontend, m.request)),
     (AskHold, "ask_hold", _ask_hold, lambda m: AskHold(m.number, m.name, m.held)),
-    (Told, "told", _told, lambda m: Told(m.number, m.ok, m.text)),
+    (Told, "told", _told, lambda m: Told(m.number, m.text, m.error)),
     (ClusterStatus, "cluster_status", _cluster_status, _to_cluster_status),
     (Hold, "hold", _hold, lambda m: Hold(m.name, m.held)),
 )

@@ -158,7 +158,7 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.AskStatus: st.builds(m.AskStatus, INT64),
     m.AskExplain: st.builds(m.AskExplain, INT64, TEXT, INT64),
     m.AskHold: st.builds(m.AskHold, INT64, TEXT, st.booleans()),
-    m.Told: st.builds(m.Told, INT64, st.booleans(), TEXT),
+    m.Told: st.builds(m.Told, INT64, TEXT, TEXT),
     m.Hold: st.builds(m.Hold, TEXT, st.booleans()),
     m.ClusterStatus: st.builds(
         m.ClusterStatus,

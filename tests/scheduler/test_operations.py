@@ -138,7 +138,7 @@ def test_a_request_is_explained_by_the_records_of_all_its_attempts() -> None:
     cluster.place(2, 100)
     cluster.place(1, 101, key=AttemptKey("f", 1, 0, 1))
     ((_, told),) = messages(cluster.receive("f", AskExplain(9, "f", 1)), Told)
-    assert isinstance(told, Told) and told.ok and told.number == 9
+    assert isinstance(told, Told) and not told.error and told.number == 9
     first, second = told.text.split("\n\n")
     assert first.startswith("f/1/0/0 placed by algorithm1") and second.startswith("f/1/0/1 placed by algorithm1")
     assert first == cluster.core.explain(AttemptKey("f", 1))
@@ -150,7 +150,7 @@ def test_what_was_not_placed_or_is_long_ago_cannot_be_explained() -> None:
         cluster.place(request, 10)
     for frontend, request in (("f", 1), ("g", 2)):
         ((_, told),) = messages(cluster.receive("f", AskExplain(9, frontend, request)), Told)
-        assert told == Told(9, False, f"no placement of {frontend}/{request} is known; the last 2 are kept")
+        assert told == Told(9, f"no placement of {frontend}/{request} is known; the last 2 are kept", "unknown")
 
 
 # ---------------------------------------------------------------- hold
@@ -161,7 +161,7 @@ def test_a_held_instance_takes_nothing_new_and_finishes_what_it_has() -> None:
     cluster.decode("e")
     first = cluster.place(1, 100)
     told, others = hold(cluster, first.decode)
-    assert told == Told(3, True, f"{first.decode} is draining")
+    assert told == Told(3, f"{first.decode} is draining")
     [(to, message)] = [(each.to, each.message) for each in others if not isinstance(each.message, Members)]
     assert (to, message) == (first.decode, Hold(first.decode, True))
     ((_, members),) = messages(others, Members)
@@ -209,14 +209,14 @@ def test_unknown_names_are_answered_with_those_that_there_are() -> None:
     cluster = pair()
     for held in (True, False):
         told, others = hold(cluster, "decode-9", held=held)
-        assert told == Told(3, False, "there is no instance 'decode-9'; there are: d, p") and others == []
+        assert told == Told(3, "there is no instance 'decode-9'; there are: d, p", "unknown") and others == []
 
 
 def test_a_lost_instance_can_be_neither_held_nor_let_go() -> None:
     cluster = pair()
     cluster.event(PeerGone("d"))
     told, others = hold(cluster, "d")
-    assert told.ok is False and told.text.startswith("d is not connected now") and others == []
+    assert told.error == "unreachable" and told.text.startswith("d is not connected now") and others == []
     assert states(cluster)["d"] == "lost"
 
 
@@ -236,7 +236,7 @@ def test_a_held_instance_that_is_gone_can_be_let_go_for_when_it_comes() -> None:
     hold(cluster, "d")
     cluster.receive("d", StateChange("d", 1, InstanceState.GONE, COST))
     told, others = hold(cluster, "d", held=False)
-    assert told == Told(3, True, "d is not here; it will take requests when it comes") and others == []
+    assert told == Told(3, "d is not here; it will take requests when it comes") and others == []
     assert messages(cluster.decode("d", epoch=2), Hold) == [] and states(cluster)["d"] == "ready"
 
 

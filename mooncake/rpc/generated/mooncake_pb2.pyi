@@ -629,14 +629,14 @@ class AskHold(_message.Message):
     def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., held: bool = ...) -> None: ...
 
 class Told(_message.Message):
-    __slots__ = ("number", "ok", "text")
+    __slots__ = ("number", "text", "error")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
-    OK_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     number: int
-    ok: bool
     text: str
-    def __init__(self, number: _Optional[int] = ..., ok: bool = ..., text: _Optional[str] = ...) -> None: ...
+    error: str
+    def __init__(self, number: _Optional[int] = ..., text: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
     __slots__ = ("name", "role", "state", "node", "num_waiting", "num_running", "num_prefills", "num_decodes", "num_pages", "used_pages", "max_batch", "tokens_per_s", "step_ns", "queue_ns")
