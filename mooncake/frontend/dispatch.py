@@ -128,7 +128,7 @@ class DispatchBackend:
             self.driver.handle(Cancel(number, choice))
 
         mailbox = self._mailboxes[number] = Mailbox(cancel, generate.n)
-        self.outcomes.started(number, generate.request_id, spec.num_tokens, spec.slo)
+        self.outcomes.started(number, generate.request_id, spec.num_tokens, spec.slo, generate.traceparent)
         self.driver.handle(Start(spec))
         return mailbox
 

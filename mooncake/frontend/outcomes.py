@@ -48,6 +48,8 @@ class Finished(msgspec.Struct, frozen=True):
     decode: str
     prediction: Prediction
     failure: str
+    traceparent: str = ""
+    """Of the client's trace, as it was sent."""
 
 
 class Objective(msgspec.Struct, frozen=True):
@@ -77,12 +79,13 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 class _Running:
-    __slots__ = ("failure", "num_cached", "num_prompt", "request_id", "slo", "times")
+    __slots__ = ("failure", "num_cached", "num_prompt", "request_id", "slo", "times", "traceparent")
 
-    def __init__(self, request_id: str, num_prompt: int, slo: Slo) -> None:
+    def __init__(self, request_id: str, num_prompt: int, slo: Slo, traceparent: str) -> None:
         self.request_id = request_id
         self.num_prompt = num_prompt
         self.slo = slo
+        self.traceparent = traceparent
         self.num_cached = 0
         self.failure = ""
         self.times: dict[int, array[int]] = {}
@@ -92,7 +95,7 @@ class _Running:
 class Outcomes:
     """default: the objectives of requests that name none. on_finished is told of each request that is over."""
 
-    def __init__(self, default: Slo, on_finished: Callable[[Finished], None] | None = None) -> None:
+    def __init__(self, default: Slo, on_finished: Callable[[Finished], None]) -> None:
         self._default = default
         self._on_finished = on_finished
         self._running: dict[int, _Running] = {}
@@ -107,8 +110,8 @@ class Outcomes:
 
     # ------------------------------------------------------------ what happens
 
-    def started(self, number: int, request_id: str, num_prompt: int, slo: Slo) -> None:
-        self._running[number] = _Running(request_id, num_prompt, slo)
+    def started(self, number: int, request_id: str, num_prompt: int, slo: Slo, traceparent: str = "") -> None:
+        self._running[number] = _Running(request_id, num_prompt, slo, traceparent)
         self._numbers.pop(request_id, None)
         self._numbers[request_id] = number
         if len(self._numbers) > NUM_IDS_MAX:
@@ -154,10 +157,10 @@ class Outcomes:
             decode=ended.decode,
             prediction=ended.prediction,
             failure=running.failure,
+            traceparent=running.traceparent,
         )
         self._finished.append(finished)
-        if self._on_finished is not None:
-            self._on_finished(finished)
+        self._on_finished(finished)
 
     # ------------------------------------------------------------ what is asked
 

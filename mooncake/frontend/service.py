@@ -21,6 +21,7 @@ from mooncake.frontend.endpoint import Settings
 from mooncake.frontend.guard import Guard
 from mooncake.frontend.outcomes import Outcomes
 from mooncake.frontend.server import HttpServer
+from mooncake.frontend.spans import make_spans
 from mooncake.frontend.tokenizer import Tokenizer
 from mooncake.metrics import Registry
 from mooncake.rpc.driver import CoreDriver, open_event_log
@@ -37,21 +38,9 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
     resolved = resolve_model(config.model)
     tokenizer = Tokenizer.load(resolved.path)
     settings = _settings(config)
-    outcomes = Outcomes(settings.default_slo)
-    backend = DispatchBackend(
-        role.name,
-        _model_info(config, resolved.path, config.model_name or resolved.name, tokenizer),
-        config.block_tokens,
-        first_number=time.time_ns() // 1000,
-        outcomes=outcomes,
-        timeout_s=config.timeouts.rpc_s,
-    )
-    limits = DispatcherLimits(
-        max_requests=config.limits.requests, place_timeout_ns=int(config.timeouts.placement_s * NANOS_PER_S)
-    )
-    dispatcher = Dispatcher(role.name, limits, hashed_keys(config.block_tokens))
-    event_log = open_event_log(config, role, DispatcherSettings(role.name, limits, config.block_tokens))
-    backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=event_log)
+    model = _model_info(config, resolved.path, config.model_name or resolved.name, tokenizer)
+    spans = make_spans(config.otlp_endpoint, role.name, config.cluster, model.name)
+    backend = _make_backend(config, role, model, Outcomes(settings.default_slo, spans.add))
     backend.dialer = dialer = InstanceDialer(config, role, backend)
     admin = Admin(config.cluster, role.name, backend, Guard(config.token))
     more_routes = [*admin.routes(), *dashboard_routes()]
@@ -73,6 +62,21 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
         await serving
         await dialer.close()
         backend.driver.close()
+        await spans.close()
+
+
+def _make_backend(config: Config, role: RoleConfig, model: ModelInfo, outcomes: Outcomes) -> DispatchBackend:
+    limits = DispatcherLimits(
+        max_requests=config.limits.requests, place_timeout_ns=int(config.timeouts.placement_s * NANOS_PER_S)
+    )
+    dispatcher = Dispatcher(role.name, limits, hashed_keys(config.block_tokens))
+    event_log = open_event_log(config, role, DispatcherSettings(role.name, limits, config.block_tokens))
+    first_number = time.time_ns() // 1000
+    backend = DispatchBackend(
+        role.name, model, config.block_tokens, first_number, outcomes, timeout_s=config.timeouts.rpc_s
+    )
+    backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=event_log)
+    return backend
 
 
 def _model_info(config: Config, path: Path, name: str, tokenizer: Tokenizer) -> ModelInfo:
