@@ -116,6 +116,7 @@ class DecodeCore:
             self._pass_time(now)
         if self._life.next_role is not None and self.drained:
             self._out.append(TakeRole(self._life.leave()))
+        self.reporter.count(len(self._table), now)
         self._due = earliest(self._table.next_deadline(), self.reporter.deadline())
         out, self._out = self._out, []
         return out
@@ -127,7 +128,7 @@ class DecodeCore:
         for attempt in self._table.expired(now):
             self._expire(attempt)
         if self.reporter.due(now):
-            self._out += self.reporter.report(self._num_opening, self._opening_tokens)
+            self._out += self.reporter.report(self._num_opening, self._opening_tokens, len(self._table))
 
     @property
     def num_attempts(self) -> int:
@@ -162,7 +163,7 @@ class DecodeCore:
 
     def _peer_opened(self, event: PeerOpened, now: int) -> None:
         if event.peer == CONDUCTOR:
-            self._out.extend(self.reporter.opened(self._num_opening, self._opening_tokens))
+            self._out.extend(self.reporter.opened(self._num_opening, self._opening_tokens, len(self._table)))
 
     def _peer_gone(self, event: PeerGone, now: int) -> None:
         if event.peer == CONDUCTOR:

@@ -18,6 +18,8 @@ from mooncake.frontend.keys_text import TENANT_TEXTS
 from mooncake.plan.options import flag, parse_options, texts
 from mooncake.trace.options import TEXTS, parse_synth_options
 
+_WATCH_S = 2.0
+_CLEAR_SCREEN = "\x1b[H\x1b[2J"
 _ROLE_HELP: dict[ServiceRole, str] = {
     "conductor": "run the global scheduler",
     "prefill": "run one prefill instance",
@@ -81,12 +83,14 @@ def _build_parser() -> argparse.ArgumentParser:
         "explain", help="why requests were placed where they were, or refused", allow_abbrev=False
     )
     explain.set_defaults(run=_explain)
-    explain.add_argument("file", metavar="FILE", help="the Conductor's event log")
+    explain.add_argument("what", metavar="FILE|ID", help="the Conductor's event log; or a request's x-request-id")
+    _add_frontend_options(explain)
     explain.add_argument(
         "--request", metavar="FRONTEND/NUMBER", default="", help="only this one, such as frontend-0/12"
     )
     explain.add_argument("--last", metavar="N", type=_positive, default=10, help="placements from the end; 10")
     _add_key_commands(commands)
+    _add_operator_commands(commands)
     _add_trace_commands(commands)
     _add_plan_commands(commands)
     return parser
@@ -151,6 +155,29 @@ def _add_key_commands(commands: Any) -> None:
     add.add_argument("--admin", action="store_true", help="may read metrics, and name the tenant of a request")
     shown.add_argument("--json", action="store_true", help="print JSON, without hashes, instead of tables")
     revoke.add_argument("key", metavar="ID", help="as `keys list` shows it, or the key itself")
+
+
+def _add_frontend_options(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--url", help="of a frontend, such as http://127.0.0.1:8000")
+    which.add_argument("--run-dir", metavar="FOLDER", help="of a cluster that runs on this machine")
+
+
+def _add_operator_commands(commands: Any) -> None:
+    status = commands.add_parser("status", help="a running cluster: instances, queue, objectives", allow_abbrev=False)
+    status.set_defaults(run=_status)
+    status.add_argument("--watch", action="store_true", help="again every 2 s, until Ctrl-C")
+    status.add_argument("--json", action="store_true", help="print JSON, one line each time, instead of tables")
+    drain = commands.add_parser("drain", help="let an instance take nothing new", allow_abbrev=False)
+    drain.set_defaults(run=_drain)
+    drain.add_argument("--wait", action="store_true", help="until it has nothing left")
+    drain.add_argument("--timeout", metavar="SECONDS", type=_positive, help="of --wait; 600")
+    undrain = commands.add_parser("undrain", help="let it take requests again", allow_abbrev=False)
+    undrain.set_defaults(run=_undrain)
+    for command in (drain, undrain):
+        command.add_argument("instance", metavar="INSTANCE", help="such as decode-0")
+    for command in (status, drain, undrain):
+        _add_frontend_options(command)
 
 
 def _add_trace_commands(commands: Any) -> None:
@@ -286,11 +313,24 @@ def _replay_log(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
+    """A file is an event log; all else is asked of the frontend."""
+    if Path(arguments.what).exists() and arguments.url is None and arguments.run_dir is None:
+        return _explain_log(arguments)
+    from mooncake.cluster.operate import NoAnswer, find_frontend
+
+    try:
+        print(find_frontend(arguments.url, arguments.run_dir).explain(arguments.what))
+    except NoAnswer as error:
+        raise NoAnswer(f"{arguments.what}: is no file, and {error}") from None
+    return 0
+
+
+def _explain_log(arguments: argparse.Namespace) -> int:
     """As `_replay_log`; 1 also if there is no such placement."""
     from mooncake.sim.replay_log import explain_log
 
     try:
-        records = explain_log(Path(arguments.file), arguments.request, arguments.last)
+        records = explain_log(Path(arguments.what), arguments.request, arguments.last)
     except ReplayMismatch as error:
         print(error)
         return 1
@@ -298,7 +338,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         print(f"mooncake: {error}", file=sys.stderr)
         return 2
     wanted = f" of {arguments.request}" if arguments.request else ""
-    print("\n\n".join(records) or f"{arguments.file}: no placement{wanted}")
+    print("\n\n".join(records) or f"{arguments.what}: no placement{wanted}")
     return 0 if records else 1
 
 
@@ -340,6 +380,42 @@ def _keys_limit(arguments: argparse.Namespace) -> int:
 
     changed = keys.change_tenant(_key_file(arguments), arguments.tenant, keys_text.parse_changes(vars(arguments)))
     print(f"tenant {arguments.tenant}: {keys_text.tenant_text(changed)}")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from mooncake.cluster.operate import find_frontend
+    from mooncake.cluster.status_text import status_text
+
+    frontend = find_frontend(arguments.url, arguments.run_dir)
+    while True:
+        status = frontend.status()
+        text = msgspec.json.encode(status).decode() if arguments.json else status_text(status)
+        clear = _CLEAR_SCREEN if arguments.watch and not arguments.json and sys.stdout.isatty() else ""
+        print(f"{clear}{text}", flush=True)
+        if not arguments.watch:
+            return 0
+        time.sleep(_WATCH_S)
+
+
+def _drain(arguments: argparse.Namespace) -> int:
+    """1: not drained in time."""
+    from mooncake.cluster.operate import WAIT_S, find_frontend, wait_drained
+
+    frontend = find_frontend(arguments.url, arguments.run_dir)
+    print(frontend.hold(arguments.instance, True), flush=True)
+    if not arguments.wait:
+        return 0
+    drained = wait_drained(
+        frontend, arguments.instance, arguments.timeout or WAIT_S, lambda text: print(text, flush=True)
+    )
+    return 0 if drained else 1
+
+
+def _undrain(arguments: argparse.Namespace) -> int:
+    from mooncake.cluster.operate import find_frontend
+
+    print(find_frontend(arguments.url, arguments.run_dir).hold(arguments.instance, False))
     return 0
 
 

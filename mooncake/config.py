@@ -195,6 +195,10 @@ class Config(msgspec.Struct, frozen=True):
             "first of the ports of 127.0.0.1 where processes answer GET /metrics, one after the other; none: nowhere"
         ),
     ] = None
+    otlp_endpoint: Annotated[
+        NonEmpty | None,
+        _text("where spans of requests go, OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; none: nowhere"),
+    ] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _text("of the log files")] = "info"
 
     slo: SloConfig = SloConfig()
@@ -443,6 +447,8 @@ def _check(config: Config) -> None:
     if config.store_ssd is not None and config.store_ssd < STORE_SSD_BYTES_MIN:
         raise ConfigError(f"store_ssd = {config.store_ssd}: must be at least {format_bytes(STORE_SSD_BYTES_MIN)}")
     parse_quotas(config.store_quotas)
+    if config.otlp_endpoint is not None and not config.otlp_endpoint.startswith(("http://", "https://")):
+        raise ConfigError(f"otlp_endpoint = {config.otlp_endpoint!r}: must begin with http:// or https://")
     if not os.path.isabs(config.run_dir):
         raise ConfigError(f"run_dir = {config.run_dir!r}: must be an absolute path")
     socket_address(config.run_dir, "conductor")

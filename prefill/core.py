@@ -262,9 +262,10 @@ class PrefillCore:
         if len(self._queue):
             self._start_next(now)
         if is_due and self.reporter.due(now):
-            self._out += self.reporter.report(len(self._queue), self._queued_tokens)
+            self._out += self.reporter.report(len(self._queue), self._queued_tokens, len(self._table))
         if self._life.next_role is not None:
             self._leave_role(now)
+        self.reporter.count(len(self._table), now)
         self._due = self._find_due()
         out, self._out = self._out, []
         return out
@@ -309,7 +310,7 @@ class PrefillCore:
 
     def _peer_opened(self, event: PeerOpened, now: int) -> None:
         if event.peer == CONDUCTOR:
-            self._out.extend(self.reporter.opened(len(self._queue), self._queued_tokens))
+            self._out.extend(self.reporter.opened(len(self._queue), self._queued_tokens, len(self._table)))
 
     def _peer_gone(self, event: PeerGone, now: int) -> None:
         if event.peer == CONDUCTOR:

@@ -22,12 +22,16 @@ import msgspec
 from mooncake.core.deadlines import earliest
 from mooncake.core.messages import (
     AnyMessage,
+    AskExplain,
+    AskHold,
+    AskStatus,
     AttemptEnded,
     BookingSnapshot,
     CacheDelta,
     CacheSnapshot,
     LoadReport,
     Message,
+    NodeLoad,
     Placed,
     PlaceRequest,
     PrefillDone,
@@ -36,6 +40,7 @@ from mooncake.core.messages import (
     Rejected,
     Send,
     StateChange,
+    Told,
 )
 from mooncake.core.types import AttemptKey
 from mooncake.scheduler.admission import Accuracy, make_gate, make_starts
@@ -46,6 +51,7 @@ from mooncake.scheduler.feeds import CacheFeeds
 from mooncake.scheduler.lengths import Lengths
 from mooncake.scheduler.links import Links
 from mooncake.scheduler.membership import Membership
+from mooncake.scheduler.operations import Operations
 from mooncake.scheduler.placer import NO_INSTANCE, Placer, choice_keys
 from mooncake.scheduler.prefix_index import PrefixIndex
 from mooncake.scheduler.switching import make_switching
@@ -93,6 +99,7 @@ class ConductorCore:
         self.records = self.placer.records
         self.counts = self.placer.counts
         self.switching = make_switching(config, self.view)
+        self.operations = Operations(self.view, self.books, self.index, self.membership, self.placer)
         self._due: int | None = None
         self._frontends: dict[str, None] = {}
         self._lost: dict[str, int] = {}
@@ -111,6 +118,10 @@ class ConductorCore:
             StateChange: self._on_state_change,
             Register: self._on_register,
             RegisterNode: self._on_register_node,
+            NodeLoad: self._on_node_load,
+            AskStatus: self._on_ask_status,
+            AskExplain: self._on_ask_explain,
+            AskHold: self._on_ask_hold,
         }
 
     # ------------------------------------------------------------ events
@@ -315,6 +326,29 @@ class ConductorCore:
     def _on_cache_snapshot(self, sender: str, message: CacheSnapshot, now: int) -> list[Send]:
         self.feeds.on_snapshot(message)
         return []
+
+    def _on_node_load(self, sender: str, message: NodeLoad, now: int) -> list[Send]:
+        self.view.report_node(message)
+        return []
+
+    # ------------------------------------------------------------ for the operator
+
+    def _on_ask_status(self, sender: str, message: AskStatus, now: int) -> list[Send]:
+        return [Send(sender, self.operations.status(message.number, len(self._waiting), now))]
+
+    def _on_ask_explain(self, sender: str, message: AskExplain, now: int) -> list[Send]:
+        return [Send(sender, self.operations.explain(message))]
+
+    def _on_ask_hold(self, sender: str, message: AskHold, now: int) -> list[Send]:
+        refusal = self.operations.refusal(message)
+        if refusal is not None:
+            return [Send(sender, refusal)]
+        before = self.membership.members()
+        commands = self.membership.hold(message.name, message.held)
+        told = Told(message.number, self.operations.outcome(message, now))
+        return [*commands, Send(sender, told), *self._after_change(before, now)]
+
+    # ------------------------------------------------------------ who is there
 
     def _greet(self, frontend: str) -> list[Send]:
         """A frontend spoke: it is not lost, and if it is new it learns who is there."""

@@ -8,13 +8,16 @@ An unreachable instance is not placed on and an unreachable node is not read fro
 grace has passed. The first instance to become ready fixes the cluster's compatibility hash for as long as any
 instance is known. Names of instances and nodes share one space. The shell reports a peer gone only if no newer
 connection bears its name.
+
+Beside that an operator may hold an instance: it stays, finishes what it has and takes nothing new. This is remembered twice,
+by name here and by the instance, so that it outlives a restart of either of them.
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from mooncake.core.messages import Members, NodeInfo, Register, Registered, RegisterNode, Send, StateChange
+from mooncake.core.messages import Hold, Members, NodeInfo, Register, Registered, RegisterNode, Send, StateChange
 from mooncake.core.types import InstanceInfo, InstanceState, Tier
 from mooncake.scheduler.admission import Accuracy
 from mooncake.scheduler.bookings import Books
@@ -22,6 +25,9 @@ from mooncake.scheduler.costs import BlockCosts
 from mooncake.scheduler.feeds import CacheFeeds
 from mooncake.scheduler.prefix_index import PrefixIndex
 from mooncake.scheduler.view import View
+
+_NUM_HELD_MAX = 1024
+"""Names held, as those that are gone may come back; of more, the oldest are forgotten."""
 
 
 class Membership:
@@ -43,9 +49,11 @@ class Membership:
         self.compat = ""
         """That of the cluster, or "" as long as no instance was ready."""
         self.num_refused = 0
+        self.held: dict[str, None] = {}
+        """Names of instances, here or not, that are to take nothing new."""
 
     def members(self) -> Members:
-        return Members(tuple(instance.info for instance in self._view.instances.values()))
+        return Members(tuple(instance.seen for instance in self._view.instances.values()))
 
     # ------------------------------------------------------------ instances
 
@@ -69,7 +77,32 @@ class Membership:
             self._view.update(info)
             self._index.show(slot)
         asked = self._feeds.open(info.name, info.epoch, slot, Tier.HBM, now)
-        return [Send(sender, Registered(True)), *asked, *self._fix_compat(now)]
+        return [Send(sender, Registered(True)), *self._still_hold(info), *asked, *self._fix_compat(now)]
+
+    def _still_hold(self, info: InstanceInfo) -> list[Send]:
+        """It or an earlier life of it, or of this Conductor, was told to take nothing new."""
+        if info.held:
+            self._remember(info.name)
+        held = info.name in self.held
+        self._view.hold(info.name, held)
+        return [Send(info.name, Hold(info.name, True))] if held and not info.held else []
+
+    def hold(self, name: str, held: bool) -> list[Send]:
+        """The instance takes nothing new from now on, or takes requests again."""
+        if held:
+            self._remember(name)
+        else:
+            self.held.pop(name, None)
+        if name not in self._view.instances:
+            return []
+        self._view.hold(name, held)
+        return [Send(name, Hold(name, held))]
+
+    def _remember(self, name: str) -> None:
+        self.held.pop(name, None)
+        self.held[name] = None
+        if len(self.held) > _NUM_HELD_MAX:
+            del self.held[next(iter(self.held))]
 
     def _refusal(self, info: InstanceInfo, sender: str) -> str:
         """Why it may not join, or ""."""

@@ -13,10 +13,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from mooncake.core.messages import NodeInfo
-from mooncake.core.types import NANOS_PER_MS, InstanceInfo, InstanceState, Role
+from mooncake.core.throughput import Throughput
+from mooncake.core.types import NANOS_PER_MS, InstanceInfo, InstanceLoad, InstanceState, Role, TierLoad
 from mooncake.scheduler.prefix_index import FAST, SLOT_BITS, bit_numbers, level_bit, reach_bits
 from mooncake.scheduler.tenant_work import TenantWork
 
@@ -49,15 +51,17 @@ class Instance:
     step = a + b B + c ctx; in nanoseconds."""
 
     __slots__ = (
-        "backlog_until", "batch_ns", "booked_until", "busy_until", "connected", "decode", "decoding", "done_at", "info",
-        "last_report", "leaving", "num_decodes", "num_prefills", "num_seqs", "num_waiting", "pace", "pending",
+        "backlog_until", "batch_ns", "booked_until", "busy_until", "connected", "decode", "decoding", "done_at", "held",
+        "info", "last_report", "leaving", "load", "num_decodes", "num_prefills", "num_seqs", "num_waiting", "pace", "pending",
         "pending_ns", "pending_pages", "pool", "prefill", "prefill_ns", "prefill_turn", "ratios", "row", "slot",
-        "step_tokens", "tenants", "turn", "used_pages",
+        "step_tokens", "tenants", "throughput", "turn", "used_pages",
     )  # fmt: skip
 
     def __init__(self, info: InstanceInfo, slot: int) -> None:
         self.slot = slot
         self.connected = True
+        self.held = False
+        """Whether an operator wants it to take nothing new."""
         self.pool: Pool | None = None
         """The pool it is in while it is ready, and its row there."""
         self.row = 0
@@ -72,6 +76,9 @@ class Instance:
         self.batch_ns = 0.0
         self.leaving = 0.0
         self.used_pages = 0
+        self.load: InstanceLoad | None = None
+        """All of the last report, and the tokens that it computes: for people."""
+        self.throughput = Throughput()
 
         self.num_prefills = 0
         """Booked: prefills placed and not done, their predicted time, whose they are, and when they will be done one after the
@@ -143,7 +150,14 @@ class Instance:
 
     @property
     def placeable(self) -> bool:
-        return self.connected and self.info.state is InstanceState.READY
+        return self.connected and not self.held and self.info.state is InstanceState.READY
+
+    @property
+    def seen(self) -> InstanceInfo:
+        """As frontends are to see it."""
+        if self.held and self.info.state is InstanceState.READY:
+            return msgspec.structs.replace(self.info, state=InstanceState.DRAINING)
+        return self.info
 
     @property
     def capacity_tokens(self) -> int:
@@ -160,12 +174,14 @@ class Instance:
 
 
 class Node:
-    __slots__ = ("connected", "info", "slot")
+    __slots__ = ("connected", "info", "slot", "tiers")
 
     def __init__(self, info: NodeInfo, slot: int) -> None:
         self.info = info
         self.slot = slot
         self.connected = True
+        self.tiers: tuple[TierLoad, ...] = ()
+        """As last reported: for people."""
 
 
 class Pool:

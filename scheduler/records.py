@@ -118,6 +118,13 @@ class Records:
         found = next((entry for entry in reversed(self._entries) if entry[0].key == key), None)
         return Record(self._policy, self._block_tokens, *found) if found is not None else None
 
+    def of_request(self, frontend: str, request: int) -> list[Record]:
+        """Of all its attempts, oldest first."""
+        found = [entry for entry in self._entries if entry[0].key.request == request]
+        return [
+            Record(self._policy, self._block_tokens, *entry) for entry in found if entry[0].key.frontend == frontend
+        ]
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -6,7 +6,7 @@ placed on now; colocated instances are in the decode pool.
 
 from __future__ import annotations
 
-from mooncake.core.messages import NodeInfo
+from mooncake.core.messages import NodeInfo, NodeLoad
 from mooncake.core.types import InstanceInfo, InstanceLoad
 from mooncake.scheduler.lengths import Lengths
 from mooncake.scheduler.links import Links
@@ -87,6 +87,10 @@ class View:
         self._member(name).connected = connected
         self._pools = None
 
+    def hold(self, name: str, held: bool) -> None:
+        self.instances[name].held = held
+        self._pools = None
+
     def slot(self, name: str) -> int:
         return self._member(name).slot
 
@@ -116,6 +120,8 @@ class View:
         waited_for = -(-load.waiting_context // instance.info.page_tokens)
         instance.used_pages = max(0, instance.info.num_pages - load.free_pages) + waited_for
         instance.num_waiting = load.num_waiting
+        instance.load = load
+        instance.throughput.note(load.num_computed_tokens, now)
         backlog_until = _backlog_until(instance, load, now)
         if backlog_until != instance.backlog_until:
             instance.backlog_until = backlog_until
@@ -126,6 +132,13 @@ class View:
             if instance.pool is not None:
                 instance.pool.set_load(instance)
         return instance
+
+    def report_node(self, load: NodeLoad) -> None:
+        node = self.nodes.get(load.name)
+        if node is None or node.info.epoch != load.epoch:
+            self.num_stale_reports += 1
+        else:
+            node.tiers = load.tiers
 
     # ------------------------------------------------------------ conservation
 

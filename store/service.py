@@ -10,7 +10,16 @@ import msgspec
 from mooncake.config import Config, RoleConfig, parse_quotas
 from mooncake.core.errors import ConfigError, MooncakeError, StoreError
 from mooncake.core.keys import block_keys_of
-from mooncake.core.messages import AnyMessage, CacheDelta, CacheSnapshot, CopyBlocks, RegisterNode, SnapshotRequest
+from mooncake.core.messages import (
+    AnyMessage,
+    CacheDelta,
+    CacheSnapshot,
+    CopyBlocks,
+    NodeLoad,
+    RegisterNode,
+    SnapshotRequest,
+)
+from mooncake.core.types import Tier, TierLoad
 from mooncake.metrics import Registry
 from mooncake.rpc.driver import open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcClient
@@ -22,6 +31,9 @@ from mooncake.store.instruments import instrument_node
 from mooncake.store.node import NodeConfig, StoreNode
 from mooncake.store.ssd import SsdConfig
 from mooncake.transport.tcp import parse_address
+
+_LOAD_S = 1.0
+"""How often the Conductor hears how full the tiers are, if that changed."""
 
 
 class StoreSettings(msgspec.Struct, frozen=True):
@@ -56,7 +68,7 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
         node.directory = reporter.directory = directory
     try:
         status.ready(_tiers(config, node))
-        await asyncio.Event().wait()
+        await reporter.report_loads()
     finally:
         if client is not None:
             await client.close()
@@ -100,6 +112,7 @@ class _Reporter:
     def __init__(self) -> None:
         self.directory: DirectoryReporter | None = None
         self._link: Link | None = None
+        self._told: NodeLoad | None = None
 
     def report(self, command: NodeReport) -> None:
         if self.directory is not None:
@@ -110,6 +123,7 @@ class _Reporter:
     def opened(self, link: Link) -> None:
         self._link = link
         link.send(RegisterNode(self.node.info))
+        self._told = None
         self.node.snapshot()
 
     def received(self, link: Link, messages: list[AnyMessage]) -> None:
@@ -122,6 +136,25 @@ class _Reporter:
     def closed(self, link: Link) -> None:
         if self._link is link:
             self._link = None
+
+    async def report_loads(self) -> None:
+        """Until cancelled."""
+        while True:
+            await asyncio.sleep(_LOAD_S)
+            load = node_load(self.node)
+            if self._link is not None and load != self._told:
+                self._told = load
+                self._link.send(load)
+
+
+def node_load(node: StoreNode) -> NodeLoad:
+    now = node.core.metrics()
+    prefixes = {Tier.DRAM: "", Tier.SSD: "ssd_"} if len(node.core.tiers) > 1 else {Tier.DRAM: ""}
+    tiers = [
+        TierLoad(tier, now[prefix + "capacity_bytes"], now[prefix + "used_bytes"], now[prefix + "objects"])
+        for tier, prefix in prefixes.items()
+    ]
+    return NodeLoad(node.config.node, node.epoch, tuple(tiers))
 
 
 def to_message(node: str, command: Report | Snapshot) -> CacheDelta | CacheSnapshot:

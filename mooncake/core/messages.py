@@ -20,6 +20,7 @@ from mooncake.core.types import (
     KvSource,
     Role,
     Slo,
+    TierLoad,
     TokenLogprobs,
 )
 
@@ -313,6 +314,113 @@ class RegisterNode(Message, frozen=True):
     info: NodeInfo
 
 
+class NodeLoad(Message, frozen=True):
+    """What is in a store node's tiers: for people, nothing is decided by it. Told when it changed, at most every second."""
+
+    name: str
+    epoch: int
+    tiers: tuple[TierLoad, ...]
+
+
+# ---------------------------------------------------------------- for the operator
+# A frontend asks for the operator and the Conductor answers. `number` ties an answer to its question; who knows no such
+# question does not answer it, so each is asked with a deadline.
+
+
+class AskStatus(Message, frozen=True):
+    """Answered by ClusterStatus."""
+
+    number: int
+
+
+class AskExplain(Message, frozen=True):
+    """Why was that request placed as it was? Answered by Told."""
+
+    number: int
+    frontend: str
+    request: int
+
+
+class AskHold(Message, frozen=True):
+    """The instance shall take nothing new (held), or take requests again. Answered by Told."""
+
+    number: int
+    name: str
+    held: bool
+
+
+class Told(Message, frozen=True):
+    """text: for people. error: empty, or a word: unknown (the question names what is not there), unreachable (it is, but has
+    no connection now)."""
+
+    number: int
+    text: str
+    error: str = ""
+
+
+class InstanceStatus(msgspec.Struct, frozen=True):
+    """state: a word of InstanceState, or drained (held, and nothing is left) or lost (no connection). num_prefills,
+    num_decodes: booked there. queue_ns: until all prefill work there will be done."""
+
+    name: str
+    role: str
+    state: str
+    node: str
+    num_waiting: int
+    num_running: int
+    num_prefills: int
+    num_decodes: int
+    num_pages: int
+    used_pages: int
+    max_batch: int
+    tokens_per_s: float
+    step_ns: int
+    queue_ns: int
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """out, in, ssd: for how long each of its links is booked from now. num_blocks: those that the prefix index knows."""
+
+    name: str
+    connected: bool
+    num_blocks: int
+    out_ns: int
+    in_ns: int
+    ssd_ns: int
+    tiers: tuple[TierLoad, ...]
+
+
+class ReusedTokens(msgspec.Struct, frozen=True):
+    """Prompt tokens of all placements since the Conductor's start, and those whose KV was reused, by the tier that it was
+    in: pages of the instance, memory of a store node, its SSD."""
+
+    prompt: int = 0
+    hbm: int = 0
+    dram: int = 0
+    ssd: int = 0
+
+
+class ClusterStatus(Message, frozen=True):
+    """counts: as the Conductor counts its answers: placed, waited, rejected_REASON, soft_REASON and so on."""
+
+    number: int
+    policy: str
+    num_waiting: int
+    num_bookings: int
+    counts: tuple[tuple[str, int], ...]
+    reused: ReusedTokens
+    instances: tuple[InstanceStatus, ...]
+    nodes: tuple[NodeStatus, ...]
+
+
+class Hold(Message, frozen=True):
+    """To an instance: remember whether it is held, so that a Conductor that starts anew learns it. It goes on with all that
+    was or is placed on it."""
+
+    name: str
+    held: bool
+
+
 AnyMessage = (
     PlaceRequest
     | PrefillDone
@@ -341,6 +449,13 @@ AnyMessage = (
     | RegisterNode
     | ChangeRole
     | CopyBlocks
+    | NodeLoad
+    | AskStatus
+    | AskExplain
+    | AskHold
+    | Told
+    | ClusterStatus
+    | Hold
 )
 """All messages, for typed decoding of event logs."""
 

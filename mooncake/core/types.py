@@ -216,6 +216,8 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     """What its objects' keys have beside the block key."""
     kv_token_bytes: int = 0
     """KV of one token, all layers; 0: not said."""
+    held: bool = False
+    """An operator wants it to take nothing new."""
 
 
 class InstanceLoad(msgspec.Struct, frozen=True):
@@ -234,6 +236,19 @@ class InstanceLoad(msgspec.Struct, frozen=True):
     """Mean duration of the last steps."""
     waiting_context: int = 0
     """Tokens of those that wait, to be computed or loaded: they have no pages yet."""
+    num_attempts: int = 0
+    """Attempts that are not over for it, those included whose KV is held for decode."""
+    num_computed_tokens: int = 0
+    """Tokens whose KV was computed, since the start."""
+
+
+class TierLoad(msgspec.Struct, frozen=True):
+    """One tier of a store node."""
+
+    tier: str
+    capacity_bytes: int
+    used_bytes: int
+    num_objects: int
 
 
 class Stage(enum.IntEnum):

@@ -13,6 +13,7 @@ from mooncake.core.messages import (
     AnyMessage,
     CacheDelta,
     CacheSnapshot,
+    Hold,
     LoadReport,
     Register,
     Registered,
@@ -43,11 +44,13 @@ class InstanceReporter:
         self._changes = Changes()
         """Of the cached blocks, since the last report or snapshot."""
         self._report_at: int | None = None
+        self._num_told = 0
+        """Attempts in the last report."""
         self._connected = False
 
-    def opened(self, num_queued: int, queued_tokens: int) -> list[Send]:
+    def opened(self, num_queued: int, queued_tokens: int, num_attempts: int) -> list[Send]:
         self._connected = True
-        return [_send(Register(self.info)), self._load_report(num_queued, queued_tokens)]
+        return [_send(Register(self.info)), self._load_report(num_queued, queued_tokens, num_attempts)]
 
     def closed(self) -> None:
         self._connected = False
@@ -58,6 +61,8 @@ class InstanceReporter:
             return [ListBlocks()]
         if isinstance(message, Registered):
             self.refused = None if message.accepted else message.detail
+        if isinstance(message, Hold):
+            self.info = msgspec.structs.replace(self.info, held=message.held)
         return []
 
     def progress(self, event: EngineProgress, now: int) -> list[Send]:
@@ -74,6 +79,11 @@ class InstanceReporter:
         if self._report_at is None:
             self._report_at = now + REPORT_NS
 
+    def count(self, num_attempts: int, now: int) -> None:
+        """Attempts that are not over. A held instance tells when their number changes: somebody waits for the last to go."""
+        if self.info.held and num_attempts != self._num_told:
+            self.touch(now)
+
     def change_state(self, state: InstanceState) -> list[Send]:
         self.info = msgspec.structs.replace(self.info, state=state)
         change = StateChange(self.info.name, self.info.epoch, state, self.info.cost)
@@ -85,16 +95,17 @@ class InstanceReporter:
     def due(self, now: int) -> bool:
         return self._report_at is not None and self._report_at <= now and self._connected
 
-    def report(self, num_queued: int, queued_tokens: int) -> list[Send]:
-        """num_queued, queued_tokens: what waits in the core, before the engine."""
-        load = self._load_report(num_queued, queued_tokens)
+    def report(self, num_queued: int, queued_tokens: int, num_attempts: int) -> list[Send]:
+        """num_queued, queued_tokens: what waits in the core, before the engine. num_attempts: all that are not over."""
+        load = self._load_report(num_queued, queued_tokens, num_attempts)
         added, removed = self._changes.take()
         if not added and not removed:
             return [load]
         return [_send(CacheDelta(self.info.name, self.info.epoch, self._changes.seq, Tier.HBM, added, removed)), load]
 
-    def _load_report(self, num_queued: int, queued_tokens: int) -> Send:
+    def _load_report(self, num_queued: int, queued_tokens: int, num_attempts: int) -> Send:
         self._load_seq += 1
+        self._num_told = num_attempts
         self._report_at = None
         load = self._load
         return _send(
@@ -110,6 +121,8 @@ class InstanceReporter:
                     load.free_pages,
                     self._step_ns,
                     queued_tokens + load.waiting_context,
+                    num_attempts,
+                    load.num_computed_tokens,
                 )
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any, cast
 
 import msgspec
@@ -43,9 +44,10 @@ def create_app(
     rng: random.Random | None = None,
     door: Door | None = None,
     grammars: Grammars | None = None,
+    more_routes: Sequence[Route] = (),
 ) -> App:
     """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and ids. door: who may come
-    in; everybody if not given. grammars: None if the engines follow none."""
+    in; everybody if not given. grammars: None if the engines follow none. more_routes: the operator's."""
     registry = registry or Registry()
     instruments = Instruments(registry, backend.status)
     settings, rng = settings or Settings(), rng or random.Random()
@@ -64,6 +66,7 @@ def create_app(
         Route("/health", pages.health),
         Route("/ready", pages.ready),
         Route("/metrics", pages.metrics),
+        *more_routes,
     ]
     handlers: dict[Any, Any] = {HTTPException: _on_http_error, ApiError: _on_api_error, Exception: _on_fault}
     return App(generating, Starlette(routes=routes, exception_handlers=handlers), door or OpenDoor())

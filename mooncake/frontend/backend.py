@@ -70,6 +70,8 @@ class Generate(msgspec.Struct, frozen=True):
     priority: int = 0
     slo: Slo = Slo()
     timeout_s: float = 600.0
+    traceparent: str = ""
+    """The header of that name, unchecked: where the client's trace goes on."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

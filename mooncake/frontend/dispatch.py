@@ -10,8 +10,9 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from mooncake.core.clock import monotonic
 from mooncake.core.keys import block_keys, root_key
-from mooncake.core.messages import AnyMessage, Send, TokenOutput
+from mooncake.core.messages import CONDUCTOR, AnyMessage, Send, TokenOutput
 from mooncake.core.types import (
     NANOS_PER_S,
     AttemptKey,
@@ -31,7 +32,9 @@ from mooncake.frontend.backend import (
     PromptTooLong,
     Unavailable,
 )
+from mooncake.frontend.inquiries import ANSWERS, Inquiries
 from mooncake.frontend.mailbox import Mailbox
+from mooncake.frontend.outcomes import Outcomes
 from mooncake.rpc.driver import CoreDriver
 from mooncake.scheduler.dispatcher import (
     Cancel,
@@ -69,18 +72,25 @@ class DispatchBackend:
     """driver and dialer are set by the service before the first event, as they need this object to exist.
 
     first_number: above all request numbers of earlier lives of this name, or the Conductor would take new requests for
-    repetitions. on_ended: told of every request that is over, for metrics."""
+    repetitions. outcomes: told what becomes of requests. timeout_s: how long questions to the Conductor may take."""
 
     driver: CoreDriver
     dialer: Dialer
 
     def __init__(
-        self, name: str, model: ModelInfo, block_tokens: int, first_number: int, on_ended: Callable[[Ended], None]
+        self,
+        name: str,
+        model: ModelInfo,
+        block_tokens: int,
+        first_number: int,
+        outcomes: Outcomes,
+        timeout_s: float = 5.0,
     ) -> None:
         self.model = model
+        self.outcomes = outcomes
+        self.inquiries = Inquiries(self._tell_conductor, timeout_s)
         self._name = name
         self._block_tokens = block_tokens
-        self._on_ended = on_ended
         self._numbers = itertools.count(first_number)
         self._mailboxes: dict[int, Mailbox] = {}
         self._links: dict[str, Outbox] = {}
@@ -120,6 +130,7 @@ class DispatchBackend:
             self.driver.handle(Cancel(number, choice))
 
         mailbox = self._mailboxes[number] = Mailbox(cancel, generate.n)
+        self.outcomes.started(number, generate.request_id, spec.num_tokens, spec.slo, generate.traceparent)
         self.driver.handle(Start(spec))
         return mailbox
 
@@ -149,7 +160,10 @@ class DispatchBackend:
 
     def received(self, peer: str, messages: list[AnyMessage]) -> None:
         for message in messages:
-            self.driver.handle(Received(peer, message))
+            if isinstance(message, ANSWERS):
+                self.inquiries.answered(message)
+            else:
+                self.driver.handle(Received(peer, message))
 
     # ------------------------------------------------------------------ commands
 
@@ -161,7 +175,14 @@ class DispatchBackend:
         if link is not None:
             link.send(command.message)
 
+    def _tell_conductor(self, message: AnyMessage) -> bool:
+        link = self._links.get(CONDUCTOR)
+        if link is not None:
+            link.send(message)
+        return link is not None
+
     def _output(self, command: Output) -> None:
+        self.outcomes.output(command, monotonic())
         mailbox = self._mailboxes.get(command.number)
         if mailbox is not None:
             mailbox.route = command.route or mailbox.route
@@ -169,13 +190,14 @@ class DispatchBackend:
             mailbox.put(TokenOutput(key, 0, command.token_ids, command.finish, command.logprobs, command.cached_tokens))
 
     def _failure(self, command: Failure) -> None:
+        self.outcomes.failed(command)
         mailbox = self._mailboxes.get(command.number)
         if mailbox is not None:
             mailbox.fail(_error(command))
 
     def _ended(self, command: Ended) -> None:
         self._mailboxes.pop(command.number, None)
-        self._on_ended(command)
+        self.outcomes.ended(command, monotonic())
 
 
 def _error(failure: Failure) -> BackendError:

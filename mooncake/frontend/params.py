@@ -15,6 +15,8 @@ from mooncake.frontend.schema import Request
 
 MAX_PRIORITY = 100
 _SEED_BITS = 63
+_TRACEPARENT_BYTES_MAX = 128
+"""More than any version of it needs; what is not one is a trace of its own."""
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -24,6 +26,7 @@ class Directives(msgspec.Struct, frozen=True):
     request_id: str
     slo: Slo = Slo()
     priority: int = 0
+    traceparent: str = ""
 
 
 def read_headers(request_id: str, headers: Mapping[bytes, bytes], default_slo: Slo) -> Directives:
@@ -31,7 +34,8 @@ def read_headers(request_id: str, headers: Mapping[bytes, bytes], default_slo: S
         ttft_ns=_objective(headers, b"x-mooncake-ttft-ms", default_slo.ttft_ns),
         tbt_ns=_objective(headers, b"x-mooncake-tbt-ms", default_slo.tbt_ns),
     )
-    return Directives(request_id, slo, _priority(headers))
+    traceparent = headers.get(b"traceparent", b"")[:_TRACEPARENT_BYTES_MAX].decode("latin-1")
+    return Directives(request_id, slo, _priority(headers), traceparent)
 
 
 def read_request_id(headers: Mapping[bytes, bytes], rng: random.Random) -> str:
@@ -102,6 +106,7 @@ def build_generates(
             priority=directives.priority,
             slo=directives.slo,
             timeout_s=timeout_s,
+            traceparent=directives.traceparent,
         )
         for name, token_ids in zip(fields, prompts, strict=True)
     ]

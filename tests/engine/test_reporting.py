@@ -11,6 +11,7 @@ from mooncake.core.messages import (
     CacheDelta,
     CacheSnapshot,
     Drain,
+    Hold,
     LoadReport,
     Register,
     Registered,
@@ -25,7 +26,15 @@ from mooncake.engine.reporting import REPORT_NS, InstanceReporter
 from tests.engine.jobs import make_info
 
 INFO = make_info(Role.DECODE)
-LOAD = EngineLoad(num_waiting=2, waiting_tokens=30, num_running=3, context_tokens=70, free_pages=4, waiting_context=50)
+LOAD = EngineLoad(
+    num_waiting=2,
+    waiting_tokens=30,
+    num_running=3,
+    context_tokens=70,
+    free_pages=4,
+    waiting_context=50,
+    num_computed_tokens=900,
+)
 
 
 def messages(sends: list[Send]) -> list[Any]:
@@ -35,7 +44,7 @@ def messages(sends: list[Send]) -> list[Any]:
 
 def connected() -> InstanceReporter:
     reporter = InstanceReporter(INFO)
-    reporter.opened(0, 0)
+    reporter.opened(0, 0, 0)
     return reporter
 
 
@@ -60,20 +69,20 @@ def snapshot(seq: int, *keys: bytes) -> CacheSnapshot:
 def told(reporter: InstanceReporter, now: int) -> list[Any]:
     assert reporter.deadline() == now
     assert reporter.due(now) and not reporter.due(now - 1)
-    return messages(reporter.report(0, 0))
+    return messages(reporter.report(0, 0, 0))
 
 
 def test_a_connection_starts_with_who_it_is_and_its_load() -> None:
-    load = InstanceLoad("i0", 1, 1, 2, 40, 0, 0, INFO.num_pages, 0, 40)
-    found = messages(InstanceReporter(INFO).opened(2, 40))
+    load = InstanceLoad("i0", 1, 1, 2, 40, 0, 0, INFO.num_pages, 0, 40, 3)
+    found = messages(InstanceReporter(INFO).opened(2, 40, 3))
     assert found == [Register(INFO), LoadReport(load)]
 
 
 def test_the_load_is_the_engines_and_what_waits_before_it() -> None:
     reporter = connected()
     reporter.progress(moved(step_ns=1000), 5)
-    [report] = messages(reporter.report(1, 100))
-    assert report.load == InstanceLoad("i0", 1, 2, 3, 130, 3, 70, 4, 1000, 150)
+    [report] = messages(reporter.report(1, 100, 6))
+    assert report.load == InstanceLoad("i0", 1, 2, 3, 130, 3, 70, 4, 1000, 150, 6, 900)
 
 
 def test_changes_are_told_together_a_while_after_the_first() -> None:
@@ -132,12 +141,32 @@ def test_what_changed_without_a_connection_is_in_the_snapshot_of_the_next() -> N
     reporter.progress(moved((b"b",), (b"a",)), 1)
     assert reporter.change_state(InstanceState.DRAINING) == []
     assert reporter.deadline() is None and not reporter.due(9 * REPORT_NS)
-    register, report = messages(reporter.opened(0, 0))
+    register, report = messages(reporter.opened(0, 0, 0))
     assert register == Register(msgspec.structs.replace(INFO, state=InstanceState.DRAINING))
     assert report.load.num_running == 3 and report.load.seq == 2
     assert snapshot_of(reporter, b"b") == [snapshot(0, b"b")]
     reporter.progress(moved((b"c",)), 2)
     assert told(reporter, REPORT_NS)[0] == delta(1, (b"c",))
+
+
+def test_a_held_instance_says_so_at_registration_and_tells_when_its_attempts_go() -> None:
+    reporter = connected()
+    reporter.count(1, 0)
+    assert reporter.deadline() is None, "nobody waits for it"
+    assert reporter.received(Hold("i0", True)) == []
+    reporter.count(0, 5)
+    assert reporter.deadline() is None, "as it was told"
+    reporter.count(1, 10)
+    assert reporter.deadline() == 10 + REPORT_NS
+    assert [report.load.num_attempts for report in messages(reporter.report(0, 0, 1))] == [1]
+    reporter.count(1, 20)
+    assert reporter.deadline() is None
+    reporter.count(0, 30)
+    assert reporter.deadline() == 30 + REPORT_NS
+    assert messages(reporter.opened(0, 0, 0))[0] == Register(msgspec.structs.replace(INFO, held=True))
+    reporter.received(Hold("i0", False))
+    reporter.count(1, 40)
+    assert reporter.deadline() is None and messages(reporter.opened(0, 0, 0))[0] == Register(INFO)
 
 
 def test_a_change_of_state_is_told() -> None:

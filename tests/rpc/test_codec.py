@@ -66,6 +66,7 @@ INFO = st.builds(
     state=st.sampled_from(t.InstanceState),
     shard=st.binary(max_size=8),
     kv_token_bytes=INT64,
+    held=st.booleans(),
 )
 
 
@@ -111,6 +112,9 @@ def steps(draw: st.DrawFn) -> m.StepTokens:
 
 
 OPTIONAL = st.none() | INT64
+TIERS = st.lists(st.builds(t.TierLoad, TEXT, INT64, INT64, INT64), max_size=2).map(tuple)
+INSTANCE_STATUS = st.builds(m.InstanceStatus, *[TEXT] * 4, *[INT64] * 7, FLOAT, INT64, INT64)
+NODE_STATUS = st.builds(m.NodeStatus, TEXT, st.booleans(), *[INT64] * 4, TIERS)
 MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.PlaceRequest: st.builds(
         m.PlaceRequest,
@@ -147,7 +151,7 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.AttemptFailed: st.builds(m.AttemptFailed, TEXT, KEY, TEXT, TEXT),
     m.Register: st.builds(m.Register, INFO),
     m.Registered: st.builds(m.Registered, st.booleans(), TEXT),
-    m.LoadReport: st.builds(m.LoadReport, st.builds(t.InstanceLoad, TEXT, *[INT64] * 9)),
+    m.LoadReport: st.builds(m.LoadReport, st.builds(t.InstanceLoad, TEXT, *[INT64] * 11)),
     m.CacheDelta: st.builds(m.CacheDelta, TEXT, INT64, INT64, TEXT, BLOCK_KEYS, BLOCK_KEYS),
     m.CacheSnapshot: st.builds(m.CacheSnapshot, TEXT, INT64, INT64, TEXT, BLOCK_KEYS),
     m.SnapshotRequest: st.builds(m.SnapshotRequest, TEXT, TEXT),
@@ -155,6 +159,23 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.Drain: st.builds(m.Drain, TEXT),
     m.ChangeRole: st.builds(m.ChangeRole, TEXT, INT64, st.sampled_from(t.Role)),
     m.CopyBlocks: st.builds(m.CopyBlocks, SOURCE, st.binary(max_size=8)),
+    m.NodeLoad: st.builds(m.NodeLoad, TEXT, INT64, TIERS),
+    m.AskStatus: st.builds(m.AskStatus, INT64),
+    m.AskExplain: st.builds(m.AskExplain, INT64, TEXT, INT64),
+    m.AskHold: st.builds(m.AskHold, INT64, TEXT, st.booleans()),
+    m.Told: st.builds(m.Told, INT64, TEXT, TEXT),
+    m.Hold: st.builds(m.Hold, TEXT, st.booleans()),
+    m.ClusterStatus: st.builds(
+        m.ClusterStatus,
+        INT64,
+        TEXT,
+        INT64,
+        INT64,
+        st.lists(st.tuples(TEXT, INT64), max_size=3).map(tuple),
+        st.builds(m.ReusedTokens, *[INT64] * 4),
+        st.lists(INSTANCE_STATUS, max_size=2).map(tuple),
+        st.lists(NODE_STATUS, max_size=2).map(tuple),
+    ),
     m.RegisterNode: st.builds(m.RegisterNode, st.builds(m.NodeInfo, TEXT, INT64, TEXTS, INT64, TEXT)),
 }
 

@@ -31,7 +31,7 @@ class Envelope(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
 
 class Item(_message.Message):
-    __slots__ = ("place_request", "prefill_done", "attempt_ended", "booking_snapshot", "placed", "rejected", "members", "submit", "abort", "handover_done", "live_attempts", "step_tokens", "kv_ready", "attempt_failed", "register", "registered", "load_report", "cache_delta", "cache_snapshot", "snapshot_request", "state_change", "drain", "register_node", "change_role", "copy_blocks", "kv_part_ready", "load_ahead")
+    __slots__ = ("place_request", "prefill_done", "attempt_ended", "booking_snapshot", "placed", "rejected", "members", "submit", "abort", "handover_done", "live_attempts", "step_tokens", "kv_ready", "attempt_failed", "register", "registered", "load_report", "cache_delta", "cache_snapshot", "snapshot_request", "state_change", "drain", "register_node", "change_role", "copy_blocks", "kv_part_ready", "load_ahead", "node_load", "ask_status", "ask_explain", "ask_hold", "told", "cluster_status", "hold")
     PLACE_REQUEST_FIELD_NUMBER: _ClassVar[int]
     PREFILL_DONE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_ENDED_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,13 @@ class Item(_message.Message):
     COPY_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     KV_PART_READY_FIELD_NUMBER: _ClassVar[int]
     LOAD_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    NODE_LOAD_FIELD_NUMBER: _ClassVar[int]
+    ASK_STATUS_FIELD_NUMBER: _ClassVar[int]
+    ASK_EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    ASK_HOLD_FIELD_NUMBER: _ClassVar[int]
+    TOLD_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_STATUS_FIELD_NUMBER: _ClassVar[int]
+    HOLD_FIELD_NUMBER: _ClassVar[int]
     place_request: PlaceRequest
     prefill_done: PrefillDone
     attempt_ended: AttemptEnded
@@ -86,7 +93,14 @@ class Item(_message.Message):
     copy_blocks: CopyBlocks
     kv_part_ready: KvPartReady
     load_ahead: LoadAhead
-    def __init__(self, place_request: _Optional[_Union[PlaceRequest, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., attempt_ended: _Optional[_Union[AttemptEnded, _Mapping]] = ..., booking_snapshot: _Optional[_Union[BookingSnapshot, _Mapping]] = ..., placed: _Optional[_Union[Placed, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., members: _Optional[_Union[Members, _Mapping]] = ..., submit: _Optional[_Union[Job, _Mapping]] = ..., abort: _Optional[_Union[Keys, _Mapping]] = ..., handover_done: _Optional[_Union[Keys, _Mapping]] = ..., live_attempts: _Optional[_Union[LiveAttempts, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_ready: _Optional[_Union[KvReady, _Mapping]] = ..., attempt_failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., register: _Optional[_Union[InstanceInfo, _Mapping]] = ..., registered: _Optional[_Union[Registered, _Mapping]] = ..., load_report: _Optional[_Union[InstanceLoad, _Mapping]] = ..., cache_delta: _Optional[_Union[CacheDelta, _Mapping]] = ..., cache_snapshot: _Optional[_Union[CacheSnapshot, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., state_change: _Optional[_Union[StateChange, _Mapping]] = ..., drain: _Optional[str] = ..., register_node: _Optional[_Union[NodeInfo, _Mapping]] = ..., change_role: _Optional[_Union[ChangeRole, _Mapping]] = ..., copy_blocks: _Optional[_Union[CopyBlocks, _Mapping]] = ..., kv_part_ready: _Optional[_Union[KvPartReady, _Mapping]] = ..., load_ahead: _Optional[_Union[LoadAhead, _Mapping]] = ...) -> None: ...
+    node_load: NodeLoad
+    ask_status: int
+    ask_explain: AskExplain
+    ask_hold: AskHold
+    told: Told
+    cluster_status: ClusterStatus
+    hold: Hold
+    def __init__(self, place_request: _Optional[_Union[PlaceRequest, _Mapping]] = ..., prefill_done: _Optional[_Union[PrefillDone, _Mapping]] = ..., attempt_ended: _Optional[_Union[AttemptEnded, _Mapping]] = ..., booking_snapshot: _Optional[_Union[BookingSnapshot, _Mapping]] = ..., placed: _Optional[_Union[Placed, _Mapping]] = ..., rejected: _Optional[_Union[Rejected, _Mapping]] = ..., members: _Optional[_Union[Members, _Mapping]] = ..., submit: _Optional[_Union[Job, _Mapping]] = ..., abort: _Optional[_Union[Keys, _Mapping]] = ..., handover_done: _Optional[_Union[Keys, _Mapping]] = ..., live_attempts: _Optional[_Union[LiveAttempts, _Mapping]] = ..., step_tokens: _Optional[_Union[StepTokens, _Mapping]] = ..., kv_ready: _Optional[_Union[KvReady, _Mapping]] = ..., attempt_failed: _Optional[_Union[AttemptFailed, _Mapping]] = ..., register: _Optional[_Union[InstanceInfo, _Mapping]] = ..., registered: _Optional[_Union[Registered, _Mapping]] = ..., load_report: _Optional[_Union[InstanceLoad, _Mapping]] = ..., cache_delta: _Optional[_Union[CacheDelta, _Mapping]] = ..., cache_snapshot: _Optional[_Union[CacheSnapshot, _Mapping]] = ..., snapshot_request: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., state_change: _Optional[_Union[StateChange, _Mapping]] = ..., drain: _Optional[str] = ..., register_node: _Optional[_Union[NodeInfo, _Mapping]] = ..., change_role: _Optional[_Union[ChangeRole, _Mapping]] = ..., copy_blocks: _Optional[_Union[CopyBlocks, _Mapping]] = ..., kv_part_ready: _Optional[_Union[KvPartReady, _Mapping]] = ..., load_ahead: _Optional[_Union[LoadAhead, _Mapping]] = ..., node_load: _Optional[_Union[NodeLoad, _Mapping]] = ..., ask_status: _Optional[int] = ..., ask_explain: _Optional[_Union[AskExplain, _Mapping]] = ..., ask_hold: _Optional[_Union[AskHold, _Mapping]] = ..., told: _Optional[_Union[Told, _Mapping]] = ..., cluster_status: _Optional[_Union[ClusterStatus, _Mapping]] = ..., hold: _Optional[_Union[Hold, _Mapping]] = ...) -> None: ...
 
 class Key(_message.Message):
     __slots__ = ("frontend", "request", "choice", "attempt")
@@ -323,7 +337,7 @@ class CostModel(_message.Message):
     def __init__(self, prefill: _Optional[_Iterable[float]] = ..., decode: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class InstanceInfo(_message.Message):
-    __slots__ = ("name", "epoch", "role", "address", "compat", "node", "node_addresses", "num_pages", "page_tokens", "max_batch", "max_step_tokens", "cost", "state", "shard", "kv_token_bytes")
+    __slots__ = ("name", "epoch", "role", "address", "compat", "node", "node_addresses", "num_pages", "page_tokens", "max_batch", "max_step_tokens", "cost", "state", "shard", "kv_token_bytes", "held")
     NAME_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -339,6 +353,7 @@ class InstanceInfo(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
     KV_TOKEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     name: str
     epoch: int
     role: str
@@ -354,7 +369,8 @@ class InstanceInfo(_message.Message):
     state: str
     shard: bytes
     kv_token_bytes: int
-    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., compat: _Optional[str] = ..., node: _Optional[str] = ..., node_addresses: _Optional[_Iterable[str]] = ..., num_pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., cost: _Optional[_Union[CostModel, _Mapping]] = ..., state: _Optional[str] = ..., shard: _Optional[bytes] = ..., kv_token_bytes: _Optional[int] = ...) -> None: ...
+    held: bool
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., compat: _Optional[str] = ..., node: _Optional[str] = ..., node_addresses: _Optional[_Iterable[str]] = ..., num_pages: _Optional[int] = ..., page_tokens: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_step_tokens: _Optional[int] = ..., cost: _Optional[_Union[CostModel, _Mapping]] = ..., state: _Optional[str] = ..., shard: _Optional[bytes] = ..., kv_token_bytes: _Optional[int] = ..., held: bool = ...) -> None: ...
 
 class Members(_message.Message):
     __slots__ = ("instances",)
@@ -471,7 +487,7 @@ class Registered(_message.Message):
     def __init__(self, accepted: bool = ..., detail: _Optional[str] = ...) -> None: ...
 
 class InstanceLoad(_message.Message):
-    __slots__ = ("name", "epoch", "seq", "num_waiting", "waiting_tokens", "num_running", "context_tokens", "free_pages", "step_ns", "waiting_context")
+    __slots__ = ("name", "epoch", "seq", "num_waiting", "waiting_tokens", "num_running", "context_tokens", "free_pages", "step_ns", "waiting_context", "num_attempts", "num_computed_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -482,6 +498,8 @@ class InstanceLoad(_message.Message):
     FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     STEP_NS_FIELD_NUMBER: _ClassVar[int]
     WAITING_CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     epoch: int
     seq: int
@@ -492,7 +510,9 @@ class InstanceLoad(_message.Message):
     free_pages: int
     step_ns: int
     waiting_context: int
-    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., step_ns: _Optional[int] = ..., waiting_context: _Optional[int] = ...) -> None: ...
+    num_attempts: int
+    num_computed_tokens: int
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., step_ns: _Optional[int] = ..., waiting_context: _Optional[int] = ..., num_attempts: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ...) -> None: ...
 
 class CacheDelta(_message.Message):
     __slots__ = ("holder", "epoch", "seq", "tier", "added", "removed")
@@ -575,3 +595,153 @@ class CopyBlocks(_message.Message):
     source: KvSource
     shard: bytes
     def __init__(self, source: _Optional[_Union[KvSource, _Mapping]] = ..., shard: _Optional[bytes] = ...) -> None: ...
+
+class TierLoad(_message.Message):
+    __slots__ = ("tier", "capacity_bytes", "used_bytes", "num_objects")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    capacity_bytes: int
+    used_bytes: int
+    num_objects: int
+    def __init__(self, tier: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., num_objects: _Optional[int] = ...) -> None: ...
+
+class NodeLoad(_message.Message):
+    __slots__ = ("name", "epoch", "tiers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    epoch: int
+    tiers: _containers.RepeatedCompositeFieldContainer[TierLoad]
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierLoad, _Mapping]]] = ...) -> None: ...
+
+class AskExplain(_message.Message):
+    __slots__ = ("number", "frontend", "request")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    FRONTEND_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    frontend: str
+    request: int
+    def __init__(self, number: _Optional[int] = ..., frontend: _Optional[str] = ..., request: _Optional[int] = ...) -> None: ...
+
+class AskHold(_message.Message):
+    __slots__ = ("number", "name", "held")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    name: str
+    held: bool
+    def __init__(self, number: _Optional[int] = ..., name: _Optional[str] = ..., held: bool = ...) -> None: ...
+
+class Told(_message.Message):
+    __slots__ = ("number", "text", "error")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    text: str
+    error: str
+    def __init__(self, number: _Optional[int] = ..., text: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+
+class InstanceStatus(_message.Message):
+    __slots__ = ("name", "role", "state", "node", "num_waiting", "num_running", "num_prefills", "num_decodes", "num_pages", "used_pages", "max_batch", "tokens_per_s", "step_ns", "queue_ns")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFILLS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    USED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_NS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    role: str
+    state: str
+    node: str
+    num_waiting: int
+    num_running: int
+    num_prefills: int
+    num_decodes: int
+    num_pages: int
+    used_pages: int
+    max_batch: int
+    tokens_per_s: float
+    step_ns: int
+    queue_ns: int
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., node: _Optional[str] = ..., num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., num_prefills: _Optional[int] = ..., num_decodes: _Optional[int] = ..., num_pages: _Optional[int] = ..., used_pages: _Optional[int] = ..., max_batch: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., step_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ...) -> None: ...
+
+class NodeStatus(_message.Message):
+    __slots__ = ("name", "connected", "num_blocks", "out_ns", "in_ns", "ssd_ns", "tiers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    OUT_NS_FIELD_NUMBER: _ClassVar[int]
+    IN_NS_FIELD_NUMBER: _ClassVar[int]
+    SSD_NS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    connected: bool
+    num_blocks: int
+    out_ns: int
+    in_ns: int
+    ssd_ns: int
+    tiers: _containers.RepeatedCompositeFieldContainer[TierLoad]
+    def __init__(self, name: _Optional[str] = ..., connected: bool = ..., num_blocks: _Optional[int] = ..., out_ns: _Optional[int] = ..., in_ns: _Optional[int] = ..., ssd_ns: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierLoad, _Mapping]]] = ...) -> None: ...
+
+class ReusedTokens(_message.Message):
+    __slots__ = ("prompt", "hbm", "dram", "ssd")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    HBM_FIELD_NUMBER: _ClassVar[int]
+    DRAM_FIELD_NUMBER: _ClassVar[int]
+    SSD_FIELD_NUMBER: _ClassVar[int]
+    prompt: int
+    hbm: int
+    dram: int
+    ssd: int
+    def __init__(self, prompt: _Optional[int] = ..., hbm: _Optional[int] = ..., dram: _Optional[int] = ..., ssd: _Optional[int] = ...) -> None: ...
+
+class Count(_message.Message):
+    __slots__ = ("name", "count")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    count: int
+    def __init__(self, name: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class ClusterStatus(_message.Message):
+    __slots__ = ("number", "policy", "num_waiting", "num_bookings", "counts", "reused", "instances", "nodes")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    NUM_BOOKINGS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    REUSED_FIELD_NUMBER: _ClassVar[int]
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    policy: str
+    num_waiting: int
+    num_bookings: int
+    counts: _containers.RepeatedCompositeFieldContainer[Count]
+    reused: ReusedTokens
+    instances: _containers.RepeatedCompositeFieldContainer[InstanceStatus]
+    nodes: _containers.RepeatedCompositeFieldContainer[NodeStatus]
+    def __init__(self, number: _Optional[int] = ..., policy: _Optional[str] = ..., num_waiting: _Optional[int] = ..., num_bookings: _Optional[int] = ..., counts: _Optional[_Iterable[_Union[Count, _Mapping]]] = ..., reused: _Optional[_Union[ReusedTokens, _Mapping]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ...) -> None: ...
+
+class Hold(_message.Message):
+    __slots__ = ("name", "held")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    held: bool
+    def __init__(self, name: _Optional[str] = ..., held: bool = ...) -> None: ...
