@@ -20,7 +20,7 @@ from mooncake.frontend.backend import BackendError, Generation, Unavailable
 from mooncake.frontend.connection import JSON_HEADERS, Client, ClientGone, HeaderList
 from mooncake.frontend.errors import ApiError, from_backend
 from mooncake.frontend.instruments import Instruments
-from mooncake.frontend.render import Renderer, Usage, error_event
+from mooncake.frontend.render import Renderer, Usage
 
 logger = logging.getLogger("mooncake.frontend")
 _STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -91,12 +91,12 @@ class Answer:
                 deltas, ended = await self._next()
             events += self._renderer.closing(self._usage())
         except ApiError as error:
-            events = error_event(error)
+            events = self._renderer.failed(error)
         except ClientGone:
             raise
         except Exception:
             logger.exception("request %s failed", self._question.request_id)
-            events = error_event(FAULT)
+            events = self._renderer.failed(FAULT)
         self._generation.cancel()
         await self._client.send(events, False)
         return 200

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -23,16 +23,45 @@ from mooncake.frontend.errors import ApiError
 from mooncake.frontend.guidance import Guidance
 from mooncake.frontend.instruments import Instruments
 from mooncake.frontend.params import check_model_name
+from mooncake.frontend.parts import PartParser
 from mooncake.frontend.prompts import PromptEncoder
-from mooncake.frontend.render import ChatRenderer, CompletionRenderer
-from mooncake.frontend.schema import parse_chat, parse_completion
+from mooncake.frontend.render import ChatRenderer, CompletionRenderer, Head, Renderer
+from mooncake.frontend.render_parts import PartsRenderer
+from mooncake.frontend.render_responses import ResponsesRenderer
+from mooncake.frontend.responses import ResponsesRequest, parse_responses
+from mooncake.frontend.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from mooncake.frontend.tenants import CALLER, Door, OpenDoor
 from mooncake.frontend.tokenizer import Tokenizer
 from mooncake.frontend.tokens import TokenPages
 from mooncake.metrics import CONTENT_TYPE, Registry
 
-CHAT = Kind("chat", parse_chat, ChatRenderer)
-COMPLETIONS = Kind("completions", parse_completion, CompletionRenderer)
+MakeParser = Callable[[], PartParser] | None
+
+
+def _chat_renderer(
+    head: Head, tokenizer: Tokenizer, request: ChatRequest, num_choices: int, make_parser: MakeParser
+) -> Renderer:
+    shared = (head, tokenizer, request.include_usage, num_choices)
+    return ChatRenderer(*shared) if make_parser is None else PartsRenderer(*shared, make_parser)
+
+
+def _completion_renderer(
+    head: Head, tokenizer: Tokenizer, request: CompletionRequest, num_choices: int, make_parser: MakeParser
+) -> Renderer:
+    return CompletionRenderer(head, tokenizer, request.include_usage, num_choices)
+
+
+def _responses_renderer(
+    head: Head, tokenizer: Tokenizer, request: ResponsesRequest, num_choices: int, make_parser: MakeParser
+) -> Renderer:
+    return ResponsesRenderer(head, request, make_parser)
+
+
+GENERATING = {
+    "/v1/chat/completions": Kind("chat", parse_chat, _chat_renderer),
+    "/v1/completions": Kind("completions", parse_completion, _completion_renderer),
+    "/v1/responses": Kind("responses", parse_responses, _responses_renderer),
+}
 
 
 def create_app(
@@ -55,7 +84,7 @@ def create_app(
     prompts = PromptEncoder(tokenizer, dialect, backend.model.max_context)
     pages, tokens = _Pages(backend, registry), TokenPages(backend.model, tokenizer, prompts, settings)
     shared = (backend, tokenizer, prompts, dialect, Guidance(grammars), instruments, settings, rng)
-    generating = {"/v1/chat/completions": Endpoint(CHAT, *shared), "/v1/completions": Endpoint(COMPLETIONS, *shared)}
+    generating = {path: Endpoint(kind, *shared) for path, kind in GENERATING.items()}
     routes = [
         *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),

@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 
@@ -21,9 +22,9 @@ from mooncake.frontend.errors import ApiError, from_backend
 from mooncake.frontend.guidance import Guidance
 from mooncake.frontend.instruments import Instruments
 from mooncake.frontend.params import build_generates, check_model_name, read_headers, read_request_id
+from mooncake.frontend.parts import PartParser
 from mooncake.frontend.prompts import PromptEncoder
 from mooncake.frontend.render import Head, Renderer
-from mooncake.frontend.render_parts import PartsRenderer
 from mooncake.frontend.schema import CompletionRequest, Request
 from mooncake.frontend.several import Several
 from mooncake.frontend.tenants import CALLER, Caller, Visit
@@ -46,12 +47,16 @@ class Settings(msgspec.Struct, frozen=True):
     reasoning_parser: str = "auto"
 
 
+MakeRenderer = Callable[[Head, Tokenizer, Any, int, Callable[[], PartParser] | None], Renderer]
+"""Of a request and its number of choices; the last argument: what tells the parts of the text apart, if it has any."""
+
+
 class Kind(msgspec.Struct, frozen=True):
-    """What tells the two endpoints apart."""
+    """What tells the generating endpoints apart."""
 
     name: str
     parse: Callable[[bytes], Request]
-    renderer: Callable[[Head, Tokenizer, bool, int], Renderer]
+    renderer: MakeRenderer
 
 
 class _Asked(msgspec.Struct, frozen=True):
@@ -201,10 +206,7 @@ class Endpoint:
     def _renderer(self, asked: _Asked) -> Renderer:
         model = self._backend.model
         head = Head(asked.generates[0].request_id, int(time.time()), model.name, model.fingerprint)
-        shared = (head, self._tokenizer, asked.request.include_usage, asked.num_choices)
-        if asked.reading.make_parser is None:
-            return self._kind.renderer(*shared)
-        return PartsRenderer(*shared, asked.reading.make_parser)
+        return self._kind.renderer(head, self._tokenizer, asked.request, asked.num_choices, asked.reading.make_parser)
 
     async def _prepare(self, request_id: str, body: bytes, headers: Mapping[bytes, bytes]) -> _Asked:
         directives = read_headers(request_id, headers, self._settings.default_slo)

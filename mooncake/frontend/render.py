@@ -60,14 +60,13 @@ class Renderer(Protocol):
         """Events after the end of all choices, the end mark included."""
         ...
 
+    def failed(self, error: ApiError) -> bytes:
+        """How a stream tells of a failure after its status was sent, and ends."""
+        ...
+
     def whole(self, choices: Sequence[tuple[Delta, str]], usage: Usage) -> bytes:
         """The body of an answer that is not streamed."""
         ...
-
-
-def error_event(error: ApiError) -> bytes:
-    """How a stream tells of a failure after its status was sent."""
-    return b"data: " + error.body() + b"\n\n" + DONE
 
 
 class _Renderer:
@@ -114,6 +113,9 @@ class _Renderer:
         if not self._include_usage:
             return DONE
         return b"data: %b\n\n" % _encode(self._fields | {"choices": [], "usage": usage.as_dict()}) + DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        return b"data: " + error.body() + b"\n\n" + DONE
 
     def whole(self, choices: Sequence[tuple[Delta, str]], usage: Usage) -> bytes:
         rendered = [

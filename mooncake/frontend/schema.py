@@ -265,6 +265,12 @@ _decode_completion = msgspec.json.Decoder(CompletionRequest).decode
 
 def parse_chat(body: bytes) -> ChatRequest:
     request = _parse(body, _decode_chat)
+    check_chat(request)
+    return request
+
+
+def check_chat(request: ChatRequest) -> None:
+    """What no single field can say. Raises ApiError."""
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_field("top_logprobs", "needs logprobs to be true")
     for index, message in enumerate(request.messages):
@@ -272,7 +278,6 @@ def parse_chat(body: bytes) -> ChatRequest:
             field = f"messages[{index}].function_call"
             raise bad_field(field, "is not supported by this server; use tool_calls", "unsupported_parameter")
     check_tools(request.tools or ())
-    return request
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
@@ -312,7 +317,7 @@ def _parse(body: bytes, decode: Callable[[bytes], _Kind]) -> _Kind:
     for name in request.refused:
         value = getattr(request, name)
         if value is not None and not any(type(value) is type(v) and value == v for v in NEUTRAL.get(name, ())):
-            message = f"is not supported by this server; the value is {_show(value)}"
+            message = f"is not supported by this server; the value is {show(value)}"
             raise bad_field(name, message, "unsupported_parameter")
     if request.stream_options is not None and not request.stream:
         raise bad_field("stream_options", "needs stream to be true")
@@ -335,7 +340,7 @@ def _explain(error: msgspec.ValidationError, body: bytes) -> ApiError:
         return ApiError(400, f"the body is not a JSON object of a request: {expected}", code="invalid_json")
     message = f"{expected[:1].lower()}{expected[1:]}"
     with contextlib.suppress(ValueError, RecursionError):  # what follows the bad field may not even be JSON
-        message += f"; the value is {_show(_look_up(msgspec.json.decode(body), path))}"
+        message += f"; the value is {show(_look_up(msgspec.json.decode(body), path))}"
     return bad_field(path, message, "invalid_value")
 
 
@@ -348,6 +353,6 @@ def _look_up(value: Any, path: str) -> Any:
     return value
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= 80 else text[:77] + "..."
