@@ -31,11 +31,11 @@ _LIMITS = llguidance.LLParserLimits(
     step_lexer_fuel=100_000,
     step_max_items=20_000,
     max_items_in_row=1000,
-    max_lexer_states=20_000,
+    max_lexer_states=10_000,
     verbose_errors=False,
 )
-"""Of work and memory for one grammar and one step: some ten milliseconds, some ten megabytes. What needs more is refused."""
-_COMPILED_MAX = 64
+"""Of work and memory for one grammar and one step: some ten milliseconds, twenty megabytes. What needs more is refused."""
+_COMPILED_MAX = 32
 """Grammars kept, as clients ask for the same ones again."""
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
