@@ -147,7 +147,7 @@ def regex_grammar(pattern: str) -> str:
 
 
 def choice_grammar(texts: Sequence[str]) -> str:
-    return f"start: /(?:{'|'.join(map(_escape, texts))})/"
+    return f"start: /(?:{'|'.join(map(escape, texts))})/"
 
 
 def json_value(schema: dict[str, Any], *, strict: bool) -> str:
@@ -159,7 +159,7 @@ def json_value(schema: dict[str, Any], *, strict: bool) -> str:
 
 def literal(text: str) -> str:
     """A text as a term of a rule."""
-    return f"/{_escape(text)}/"
+    return f"/{escape(text)}/"
 
 
 def nested(grammar: str) -> str:
@@ -167,7 +167,7 @@ def nested(grammar: str) -> str:
     return f"%lark {{\n{grammar}\n}}"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """For a regular expression between slashes, whatever is in the text."""
     return "".join(char if char.isascii() and char.isalnum() else f"\\x{{{ord(char):x}}}" for char in text)
 
