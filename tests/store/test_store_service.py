@@ -19,7 +19,9 @@ def test_a_node_tells_how_full_its_tiers_are() -> None:
             assert await ask(store.put_batch, keys(1, 2), [b"1" * 5000] * 2) == [PutResult.STORED] * 2
             load = node_load(node)
             assert (load.name, load.epoch) == (node.config.node, node.epoch)
-            assert load.tiers == (TierLoad("dram", 1 << 20, 4 * 4096, 2),)
+            [tier] = load.tiers
             await ask(store.close)
+            assert (tier.tier, tier.capacity_bytes, tier.num_objects) == ("dram", 1 << 20, 2)
+            assert 4 * 4096 <= tier.used_bytes <= 16 * 4096, "two pages each, and what was granted ahead of puts"
 
     run(main())
