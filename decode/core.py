@@ -2,7 +2,8 @@
 
     opening --source leased--> running --stop, length, abort, deadline, frontend gone--> gone
 
-Waiting sequences hold leases in the store but no pages (`mooncake.engine.core`). A job without a source is prefilled in place:
+Waiting sequences hold leases in the store but no pages (`mooncake.engine.core`); tenants take turns by their weights
+(`mooncake.engine.fair_queue`). A job without a source is prefilled in place:
 that is what a colocated instance does with every job, and any instance with a sequence that it preempted. A joint job ends with
 the first tokens of its choices; these come back as jobs of their own and find the prompt's blocks in the pages.
 
@@ -48,6 +49,7 @@ from mooncake.engine.attempts import (
     group_tokens,
 )
 from mooncake.engine.core import AheadEnded, Drawn, KvLoaded, SequenceFailed, SequenceReleased, SequenceStarted
+from mooncake.engine.fair_queue import FairQueue
 from mooncake.engine.reporting import InstanceReporter
 from mooncake.engine.service_life import ServiceLife
 
@@ -81,6 +83,8 @@ class DecodeCore:
         self._name = info.name
         self._refusal = refusal
         self._table: AttemptTable[_Decode] = AttemptTable(max_queued)
+        self._queue = FairQueue()
+        """Of those that the engine has and that wait for their first pages there: it goes by their turns."""
         self._ahead: dict[int, LoadAhead] = {}
         self._opening_tokens = 0
         self._num_opening = 0
@@ -249,7 +253,11 @@ class DecodeCore:
 
     def _run(self, attempt: _Decode) -> None:
         attempt.in_engine = True
-        self._out.append(RunSequence(attempt.seq, attempt.job, attempt.opened_tokens, one_token=attempt.job.joint))
+        job = attempt.job
+        self._queue.push(attempt.seq, job.tenant, job.weight, job.priority, job.num_tokens)
+        _, turn = self._queue.pop()
+        run = RunSequence(attempt.seq, job, attempt.opened_tokens, one_token=job.joint, turn=turn)
+        self._out.append(run)
 
     def _engine_progress(self, event: EngineProgress, now: int) -> None:
         self._out += self.reporter.progress(event, now)
@@ -271,6 +279,7 @@ class DecodeCore:
                     self._load_failed(attempt)
             elif isinstance(output, SequenceStarted):
                 attempt.started_at = now - event.step_ns  # told when its first step was done
+                self._queue.served(attempt.seq)
             elif isinstance(output, SequenceFailed):
                 self._fail(attempt.job, output.reason, output.detail)
                 attempt.leaving = True
@@ -302,6 +311,7 @@ class DecodeCore:
 
     def _forget(self, attempt: _Decode) -> None:
         self._close_source(attempt)
+        self._queue.served(attempt.seq)
         self._table.remove(attempt)
 
     def _close_source(self, attempt: _Decode) -> None:

@@ -14,6 +14,7 @@ import msgspec
 from mooncake import __version__
 from mooncake.config import Config, RoleConfig, ServiceRole, load_config, options, read_launch, save_config
 from mooncake.core.errors import ConfigError, EventLogError, MooncakeError, ReplayMismatch, TraceError
+from mooncake.frontend.keys_text import TENANT_TEXTS
 from mooncake.plan.options import flag, parse_options, texts
 from mooncake.trace.options import TEXTS, parse_synth_options
 
@@ -88,6 +89,7 @@ def _build_parser() -> argparse.ArgumentParser:
         "--request", metavar="FRONTEND/NUMBER", default="", help="only this one, such as frontend-0/12"
     )
     explain.add_argument("--last", metavar="N", type=_positive, default=10, help="placements from the end; 10")
+    _add_key_commands(commands)
     _add_operator_commands(commands)
     _add_trace_commands(commands)
     _add_plan_commands(commands)
@@ -132,6 +134,27 @@ def _add_store_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a store of its own, without a Conductor")
     group.add_argument("--directory", metavar="ADDRESS", help="report to this directory, and to no Conductor")
     group.add_argument("--nodes", metavar="N", type=_positive, help="run a directory and so many nodes on this machine")
+
+
+def _add_key_commands(commands: Any) -> None:
+    keys = commands.add_parser("keys", help="API keys and limits of tenants, in the key file", allow_abbrev=False)
+    kinds = keys.add_subparsers(metavar="COMMAND", required=True)
+    add = kinds.add_parser("add", help="make a key, and its tenant if it is new; print the key", allow_abbrev=False)
+    shown = kinds.add_parser("list", help="keys and tenants", allow_abbrev=False)
+    revoke = kinds.add_parser("revoke", help="refuse a key from now on", allow_abbrev=False)
+    limit = kinds.add_parser("limit", help="change what a tenant may use", allow_abbrev=False)
+    for command, run in ((add, _keys_add), (shown, _keys_list), (revoke, _keys_revoke), (limit, _keys_limit)):
+        command.set_defaults(run=run)
+        command.add_argument("--config", metavar="FILE", help="configuration file that may name the key file")
+        command.add_argument("--api-keys", dest="api_keys", metavar="FILE", help="key file", default=argparse.SUPPRESS)
+    for command in (add, limit):
+        command.add_argument("--tenant", metavar="NAME", required=True)
+        for name, text in TENANT_TEXTS.items():
+            command.add_argument(f"--{name.replace('_', '-')}", metavar=name.upper(), help=text)
+    add.add_argument("--expires", metavar="TIME", help="such as 12h, 30d, or 2027-01-31; never if not given")
+    add.add_argument("--admin", action="store_true", help="may read metrics, and name the tenant of a request")
+    shown.add_argument("--json", action="store_true", help="print JSON, without hashes, instead of tables")
+    revoke.add_argument("key", metavar="ID", help="as `keys list` shows it, or the key itself")
 
 
 def _add_frontend_options(parser: argparse.ArgumentParser) -> None:
@@ -317,6 +340,47 @@ def _explain_log(arguments: argparse.Namespace) -> int:
     wanted = f" of {arguments.request}" if arguments.request else ""
     print("\n\n".join(records) or f"{arguments.what}: no placement{wanted}")
     return 0 if records else 1
+
+
+def _key_file(arguments: argparse.Namespace) -> Path:
+    file = _load(arguments).api_keys
+    if file is None:
+        raise ConfigError("api_keys: not set; name the key file by --api-keys FILE")
+    return Path(file)
+
+
+def _keys_add(arguments: argparse.Namespace) -> int:
+    from mooncake.frontend import keys, keys_text
+
+    changes = keys_text.parse_changes(vars(arguments))
+    now_s = int(time.time())
+    expires = keys_text.parse_expiry(arguments.expires, now_s)
+    print(keys.add_key(_key_file(arguments), arguments.tenant, changes, now_s, expires, admin=arguments.admin))
+    print("This key is shown once: the file has only its hash.", file=sys.stderr)
+    return 0
+
+
+def _keys_list(arguments: argparse.Namespace) -> int:
+    from mooncake.frontend import keys, keys_text
+
+    now_s = time.time()
+    return _show(keys_text.listing(keys.read_keys(_key_file(arguments)), now_s), keys_text.listing_text, arguments)
+
+
+def _keys_revoke(arguments: argparse.Namespace) -> int:
+    from mooncake.frontend import keys
+
+    revoked = keys.revoke_key(_key_file(arguments), arguments.key, int(time.time()))
+    print(f"key {revoked.id} of tenant {revoked.tenant} is revoked")
+    return 0
+
+
+def _keys_limit(arguments: argparse.Namespace) -> int:
+    from mooncake.frontend import keys, keys_text
+
+    changed = keys.change_tenant(_key_file(arguments), arguments.tenant, keys_text.parse_changes(vars(arguments)))
+    print(f"tenant {arguments.tenant}: {keys_text.tenant_text(changed)}")
+    return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:

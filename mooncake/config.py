@@ -141,6 +141,10 @@ class Config(msgspec.Struct, frozen=True):
     host: Annotated[NonEmpty, _text("address that the HTTP port listens on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535), _text("HTTP port; 0: a free one")] = 8000
 
+    api_keys: Annotated[
+        NonEmpty | None, _text("key file of `mooncake keys`; clients must send a key of it; none: open to everybody")
+    ] = None
+
     cluster: Annotated[Name, _text("name of the cluster; one of each name runs on a machine")] = "default"
     run_dir: Annotated[str, _text("folder of sockets and logs; empty: one in the user's runtime folder or in /tmp")] = (
         ""
@@ -173,6 +177,15 @@ class Config(msgspec.Struct, frozen=True):
     max_batch: Annotated[int, Meta(ge=1, le=4096), _text("sequences in one step")] = 64
     max_step_tokens: Annotated[Count, _text("prefill tokens in one step")] = 512
     threads: Annotated[Count | None, _text("of each instance; auto: cores / instances")] = None
+
+    tool_parser: Annotated[
+        Literal["auto", "hermes", "llama3", "mistral", "json"],
+        _text("how the model writes calls of tools; auto: by its chat template"),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        Literal["auto", "off", "think"],
+        _text("whether the model reasons between <think> marks; auto: by its chat template"),
+    ] = "auto"
 
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1), _text("of every random choice that no client seeds")] = 0
     event_log: Annotated[NonEmpty | None, _text("folder for the event logs of all cores; none: not kept")] = None
@@ -364,6 +377,8 @@ def load_config(
     config = msgspec.convert(_nested(values), Config)
     if not config.run_dir:
         config = msgspec.structs.replace(config, run_dir=default_run_dir(config.cluster, environ))
+    if config.api_keys is not None:
+        config = msgspec.structs.replace(config, api_keys=os.path.abspath(config.api_keys))
     _check(config)
     return config
 

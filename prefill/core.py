@@ -4,15 +4,15 @@
        |                                        |                                         |
        +---------------- abort, deadline, frontend gone: everything is released ----------+
 
-Room in the store is reserved in queue order, one request at a time and all or nothing: so requests never hold parts of a
-store that is too small for them, and the oldest goes first. A request whose KV nobody will fetch (`hand_over` is False)
+Tenants take turns in the queue by their weights (`mooncake.engine.fair_queue`); inside a tenant the higher priority goes first,
+then the oldest. Room in the store is reserved in that order, one request at a time and all or nothing: so requests never hold
+parts of a store that is too small for them. A request whose KV nobody will fetch (`hand_over` is False)
 stores its blocks for reuse if there is room, and does without if not.
 """
 
 from __future__ import annotations
 
 import enum
-from bisect import insort
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +68,7 @@ from mooncake.engine.core import (
     SequenceReleased,
     SequenceStarted,
 )
+from mooncake.engine.fair_queue import FairQueue
 from mooncake.engine.reporting import InstanceReporter
 from mooncake.engine.service_life import ServiceLife
 
@@ -170,17 +171,17 @@ class _Prefill(Attempt):
         "num_leading",
         "num_objects",
         "opened_tokens",
-        "order",
         "pending",
         "state",
         "store_lost",
         "target",
         "told_tokens",
+        "turn",
     )
 
     def __init__(self, seq: int, job: Job, now: int, target: KvSource) -> None:
         super().__init__(seq, job, now)
-        self.order = (-job.priority, seq)
+        self.turn = 0
         self.state = _State.QUEUED
         self.target = target
         self.num_objects = len(target.block_keys) + bool(target.partial_key)
@@ -220,7 +221,7 @@ class PrefillCore:
         self._partial_key = partial_key
         self._refusal = refusal
         self._table: AttemptTable[_Prefill] = AttemptTable(limits.max_queued)
-        self._queue: list[tuple[tuple[int, int], int]] = []
+        self._queue = FairQueue()
         self._queued_tokens = 0
         self._num_started = 0
         self._reserving = False
@@ -258,7 +259,7 @@ class PrefillCore:
         if is_due:
             for attempt in self._table.expired(now):
                 self._expire(attempt)
-        if self._queue:
+        if len(self._queue):
             self._start_next(now)
         if is_due and self.reporter.due(now):
             self._out += self.reporter.report(len(self._queue), self._queued_tokens, len(self._table))
@@ -274,7 +275,7 @@ class PrefillCore:
 
     def _find_due(self) -> int | None:
         due = earliest(self._table.next_deadline(), self.reporter.deadline())
-        if self._queue and self._retry_at is not None:  # else who was refused is gone
+        if len(self._queue) and self._retry_at is not None:  # else who was refused is gone
             due = earliest(due, self._retry_at)
         return due if self._let_go_at is None else earliest(due, self._let_go_at)
 
@@ -294,6 +295,7 @@ class PrefillCore:
         """Raises AssertionError: the queue and the counts agree with the attempts."""
         states = [a.state for a in self._table]
         assert len(self._queue) == states.count(_State.QUEUED)
+        self._queue.check_integrity()
         assert self._queued_tokens == sum(a.job.num_tokens for a in self._table if a.state is _State.QUEUED)
         assert self._num_started == sum(1 for s in states if s is not _State.QUEUED and s is not _State.HELD)
 
@@ -331,7 +333,9 @@ class PrefillCore:
         else:
             attempt = _Prefill(self._table.new_seq(), job, now, self._target(job))
             self._table.add(attempt)
-            self._enqueue(attempt)
+            num_reused = job.source.num_tokens if job.source is not None else 0
+            self._queue.push(attempt.seq, job.tenant, job.weight, job.priority, job.num_tokens - num_reused)
+            self._queued_tokens += job.num_tokens
 
     def _target(self, job: Job) -> KvSource:
         """The objects that the hand-over of the whole sequence consists of, at our own node."""
@@ -381,29 +385,22 @@ class PrefillCore:
 
     # ------------------------------------------------------------------ queue and room
 
-    def _enqueue(self, attempt: _Prefill) -> None:
-        attempt.state = _State.QUEUED
-        insort(self._queue, (attempt.order, attempt.seq))
-        self._queued_tokens += attempt.job.num_tokens
-
-    def _dequeue(self, attempt: _Prefill) -> None:
-        self._queue.remove((attempt.order, attempt.seq))
-        self._queued_tokens -= attempt.job.num_tokens
-
     def _start_next(self, now: int) -> None:
-        """Ask for room for the oldest queued attempt, if none is being asked for."""
+        """Ask for room for the queued attempt whose turn it is, if none is being asked for."""
         if self._retry_at is not None and self._retry_at <= now:
             self._retry_at = None
         if (
-            not self._queue
+            not len(self._queue)
             or self._reserving
             or self._retry_at is not None
             or self._num_started >= self._limits.max_started
         ):
             return
-        attempt = self._table.by_seq(self._queue[0][1])
+        seq, turn = self._queue.pop()
+        attempt = self._table.by_seq(seq)
         assert attempt is not None
-        self._dequeue(attempt)
+        attempt.turn = turn
+        self._queued_tokens -= attempt.job.num_tokens
         attempt.state = _State.OPENING
         self._num_started += 1
         if not attempt.num_objects:
@@ -450,13 +447,22 @@ class PrefillCore:
         else:
             self._close_source(attempt)
             self._num_started -= 1
-            self._enqueue(attempt)
+            attempt.state = _State.QUEUED
+            self._queue.give_back(attempt.seq)
+            self._queued_tokens += attempt.job.num_tokens
 
     def _run(self, attempt: _Prefill) -> None:
         attempt.state = _State.RUNNING
         attempt.in_engine = True
         self._out.append(
-            RunSequence(attempt.seq, attempt.job, attempt.opened_tokens, one_token=True, store=attempt.granted)
+            RunSequence(
+                attempt.seq,
+                attempt.job,
+                attempt.opened_tokens,
+                one_token=True,
+                store=attempt.granted,
+                turn=attempt.turn,
+            )
         )
         source = attempt.job.source
         if source is not None and source.num_tokens >= self._limits.part_tokens:
@@ -492,6 +498,7 @@ class PrefillCore:
         tokens.append(attempt.token_output(output, now))
         if attempt.state is _State.RUNNING:  # the first of a joint attempt's tokens, or the only one
             attempt.state = _State.STORING
+            self._queue.served(attempt.seq)
             self._maybe_ready(attempt, now)
 
     def _stored(self, event: KvStored, now: int) -> None:
@@ -570,7 +577,8 @@ class PrefillCore:
         if attempt.state is _State.LEAVING:
             return
         if attempt.state is _State.QUEUED:
-            self._dequeue(attempt)
+            self._queue.remove(attempt.seq)
+            self._queued_tokens -= attempt.job.num_tokens
             self._table.remove(attempt)
             return
         if attempt.state is _State.HELD:
@@ -589,6 +597,7 @@ class PrefillCore:
         if attempt.granted:
             self._out.append(ReleaseKv(attempt.seq))
         self._num_started -= 1
+        self._queue.served(attempt.seq)
         self._table.remove(attempt)
 
     def _close_source(self, attempt: _Prefill) -> None:

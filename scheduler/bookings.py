@@ -45,6 +45,9 @@ class Booking(msgspec.Struct, eq=False):
     siblings: tuple[Booking, ...] = ()
     answer: Placed | None = None
     slo: Slo = Slo()
+    tenant: str = ""
+    judged_tbt_ns: int | None = None
+    """What admission compared with its objective, if it did."""
 
     @property
     def in_place(self) -> bool:
@@ -73,15 +76,19 @@ class Books:
         num_pages: int,
         joins_at: int,
         now: int,
+        tenant: str = "",
+        weight: float = 1.0,
     ) -> Booking:
         """The key must not be booked. Either part may be None, not both. joins_at: when it is expected to decode."""
         assert key not in self.bookings and (prefill is not None or decode is not None)
         booking = self.bookings[key] = Booking(key, num_tokens, now, joins_at, prefill, decode, prefill_ns, num_pages)
+        booking.tenant = tenant
         turn = self._num_booked = self._num_booked + 1
         if prefill is not None:
             prefill.prefill_turn = turn
             prefill.num_prefills += 1
             prefill.prefill_ns += prefill_ns
+            prefill.tenants.add(tenant, weight, prefill_ns)
             prefill.booked_until = max(now, prefill.booked_until) + prefill_ns
             prefill.set_work()
         if decode is not None:
@@ -96,6 +103,7 @@ class Books:
         booking = Booking(key, first.num_tokens, first.booked_at, first.joins_at, None, first.decode, 0, num_pages)
         self.bookings[key] = booking
         booking.submitted_at = first.submitted_at
+        booking.tenant = first.tenant
         first.siblings = (*first.siblings, booking)
         self._book_decode(booking, first.decode)
         return booking
@@ -104,6 +112,7 @@ class Books:
         _a, b, c = decode.decode
         sequence_ns = booking.sequence_ns = b + c * booking.num_tokens
         decode.num_decodes += 1
+        decode.decoding[booking.tenant] += 1
         decode.turn = self._num_booked
         decode.pending[booking] = None
         decode.pending_ns += sequence_ns
@@ -182,6 +191,7 @@ class Books:
         booking.prefill = None
         instance.num_prefills -= 1
         instance.prefill_ns -= booking.prefill_ns
+        instance.tenants.remove(booking.tenant, booking.prefill_ns)
         # What is left runs one after the other from now; an overdue or early end thus corrects the forecast.
         instance.booked_until = now + instance.prefill_ns
         instance.set_work()
@@ -202,6 +212,9 @@ class Books:
         instance = booking.decode
         assert instance is not None
         instance.num_decodes -= 1
+        instance.decoding[booking.tenant] -= 1
+        if not instance.decoding[booking.tenant]:
+            del instance.decoding[booking.tenant]
         self._starts.remove(booking.bucket, booking.sequence_ns)
         if booking in instance.pending:
             _unpend(booking, instance)
@@ -229,6 +242,8 @@ class Books:
                 sums[booking.decode][2] += 1
         for instance, booked in sums.items():
             assert booked == [instance.num_prefills, instance.prefill_ns, instance.num_decodes], instance.info.name
+            assert instance.tenants.sum() == (instance.num_prefills, instance.prefill_ns)
+            assert instance.decoding.total() == instance.num_decodes
             pending = [booking.sequence_ns for booking in instance.pending]
             assert abs(sum(pending) - instance.pending_ns) <= 1e-6 * (1.0 + sum(pending))
             assert instance.pending_pages == sum(booking.num_pages for booking in instance.pending)

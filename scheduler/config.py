@@ -30,6 +30,8 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     num_outcomes_min: int = 20
     relative_error_max: float = 0.5
+    margin_max: float = 0.25
+    """Part of an objective that is kept free at most, for those that come later than was predicted."""
 
 
 class JointConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,6 +133,8 @@ class ConductorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait_ns: int = 30 * NANOS_PER_S
     """How long a request waits for an instance to become ready."""
     num_waiting_max: int = 1024
+    num_queued_max: int | None = None
+    """Attempts that one instance has at once, as it refuses more: a request is turned away before that. None: not known."""
     num_answers_max: int = 16_384
     """Answers kept after an attempt ended, so that a repeated PlaceRequest cannot book again."""
     num_records_max: int = 512

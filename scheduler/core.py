@@ -230,6 +230,7 @@ class ConductorCore:
                 if booking.answer is not None:
                     predicted_ns = booking.answer.prediction.ttft_ns
                     self.accuracy.observe(prefill.info.name, "ttft", predicted_ns, message.ttft_ns)
+                    self.accuracy.observe_lateness(prefill.info.name, "ttft", predicted_ns, message.ttft_ns)
                 if decode is not None:
                     self.placer.hand_over(prefill.info.node, decode.info.node, booking.num_tokens, now)
             self.books.release_prefill(message.key, now, done=message.ttft_ns is not None)
@@ -247,6 +248,8 @@ class ConductorCore:
         if message.mean_itl_ns is not None and booking.answer is not None and booking.decode is not None:
             name, predicted_ns = booking.decode.info.name, booking.answer.prediction.tbt_ns
             self.accuracy.observe(name, "tbt", predicted_ns, message.mean_itl_ns)
+            if message.tbt_ns is not None and booking.judged_tbt_ns is not None:
+                self.accuracy.observe_lateness(name, "tbt", booking.judged_tbt_ns, message.tbt_ns)
         if message.mean_itl_ns is not None:
             self.switching.note_tbt(booking.slo, message.mean_itl_ns)
         if message.completed:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+from array import array
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,7 @@ from mooncake.core.messages import (
     Submit,
     TokenOutput,
 )
+from mooncake.core.stats import tbt_of_gaps
 from mooncake.core.types import (
     NANOS_PER_MS,
     NANOS_PER_S,
@@ -91,6 +93,8 @@ class RequestSpec(msgspec.Struct, frozen=True):
     slo: Slo = Slo()
     timeout_ns: int = 600 * NANOS_PER_S
     num_choices: int = 1
+    weight: float = 1.0
+    """The tenant's share, beside those of the others."""
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -124,8 +128,16 @@ class Tick(msgspec.Struct, frozen=True, tag=True):
 # ---------------------------------------------------------------- what goes out
 
 
+class Route(msgspec.Struct, frozen=True):
+    """Where a request was placed first, and what was predicted."""
+
+    prefill: str
+    decode: str
+    predicted_ttft_ns: int
+
+
 class Output(msgspec.Struct, frozen=True):
-    """Tokens of one choice for the client, each position once. cached_tokens comes with the first of a request."""
+    """Tokens of one choice for the client, each position once. cached_tokens and route come with the first of a request."""
 
     number: int
     token_ids: tuple[int, ...]
@@ -133,10 +145,11 @@ class Output(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     cached_tokens: int | None = None
     choice: int = 0
+    route: Route | None = None
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """The request ended without its tokens. reason: overloaded, too_long, unavailable, deadline, error."""
+    """The request ended without its tokens. reason: overloaded, too_long, grammar, unavailable, deadline, error."""
 
     number: int
     reason: str
@@ -249,7 +262,7 @@ class _Request:
 class _Choice:
     """One output of a request. attempt: the present one, or the last."""
 
-    __slots__ = ("attempt", "ended", "index", "keys", "request", "token_ids")
+    __slots__ = ("attempt", "ended", "gaps", "index", "keys", "last_at", "request", "token_ids")
 
     attempt: _Attempt
 
@@ -259,6 +272,14 @@ class _Choice:
         self.token_ids: list[int] = []
         self.keys = request.spec.block_keys
         self.ended = False
+        self.gaps = array("q")
+        self.last_at: int | None = None
+
+    def add_tokens(self, tokens: tuple[int, ...], now: int) -> None:
+        if self.last_at is not None:
+            self.gaps.extend([(now - self.last_at) // len(tokens)] * len(tokens))
+        self.last_at = now
+        self.token_ids.extend(tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -463,7 +484,9 @@ class Dispatcher:
         itl = None
         if completed and first is not None and num_output > 1:
             itl = (now - first) // (num_output - 1)
-        ended = AttemptEnded(attempt.key.of_choice(choice.index), num_output, completed, itl)
+        tbt = tbt_of_gaps(choice.gaps) if completed else None
+        key, tbt_ns = attempt.key.of_choice(choice.index), int(tbt) if tbt is not None else None
+        ended = AttemptEnded(key, num_output, completed, itl, tbt_ns)
         self._out.append(Send(CONDUCTOR, ended))
 
     # ------------------------------------------------------------------ placement
@@ -487,6 +510,7 @@ class Dispatcher:
                     decode_only=attempt.handover is not None,
                     first=not attempt.request.num_output,
                     num_choices=attempt.num_choices,
+                    weight=spec.weight,
                 ),
             )
         )
@@ -587,6 +611,8 @@ class Dispatcher:
             allow_in_place=allow_in_place,
             num_choices=attempt.num_choices,
             role=role,
+            tenant=spec.tenant,
+            weight=spec.weight,
         )
 
     def _submit(self, attempt: _Attempt, instance: str, job: Job, now: int) -> None:
@@ -645,12 +671,16 @@ class Dispatcher:
             self._drop_handover(attempt)
         attempt.num_failures = 0
         request.num_output += len(tokens)
-        choice.token_ids.extend(tokens)
+        choice.add_tokens(tokens, now)
         cached = output.cached_tokens if request.cached_tokens is None else request.cached_tokens
-        cached = None if request.cached_told else cached
+        route = None
+        if request.cached_told:
+            cached = None
+        else:
+            route = Route(request.prefill, request.decode, request.prediction.ttft_ns)
         request.cached_told = True
         logprobs = output.logprobs[skip:]
-        self._out.append(Output(request.spec.number, tokens, output.finish, logprobs, cached, choice.index))
+        self._out.append(Output(request.spec.number, tokens, output.finish, logprobs, cached, choice.index, route))
         if output.finish is not None:
             self._end_choice(choice, now, completed=True)
         elif attempt.joint and attempt.state is _State.DECODING:
@@ -726,8 +756,8 @@ class Dispatcher:
         attempt = self._attempt(message.key)
         if attempt is None or attempt.instance != message.instance:
             return
-        if message.reason == "too_long":
-            self._fail(attempt.request, "too_long", message.detail, now)
+        if message.reason in ("too_long", "grammar"):
+            self._fail(attempt.request, message.reason, message.detail, now)
             return
         if message.reason in ("load_failed", "unknown"):
             self._drop_handover(attempt)

@@ -10,14 +10,17 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import msgspec
+
 from mooncake.core.messages import CopyBlocks, Placed, PlaceRequest, Prediction, Rejected, ReusedTokens, Send
-from mooncake.core.types import AttemptKey, KvSource, Tier
-from mooncake.scheduler.admission import RETRY_NS_MIN, Gate, Question
+from mooncake.core.types import TENANT_SHARE_MAX, AttemptKey, KvSource, Tier
+from mooncake.scheduler.admission import RETRY_NS_MAX, RETRY_NS_MIN, Gate, Question, Verdict
 from mooncake.scheduler.answers import Answers
 from mooncake.scheduler.bookings import Books
 from mooncake.scheduler.config import ConductorConfig
 from mooncake.scheduler.costs import BlockCosts, Offer, sibling_pages
 from mooncake.scheduler.placement import Ask, Decision, Known, make_policy
+from mooncake.scheduler.pools import Instance
 from mooncake.scheduler.prefix_index import PrefixIndex
 from mooncake.scheduler.records import Records
 from mooncake.scheduler.replication import Replicate, make_replication
@@ -25,6 +28,7 @@ from mooncake.scheduler.view import View
 
 NO_INSTANCE = "no_instance"
 TOO_LONG = "too_long"
+QUEUE_FULL = "queue_full"
 _NO_PREDICTION = Prediction()
 _EXPIRY_STEP_NS = 1_000_000_000
 """Predictions expire together at whole multiples of this, so that they wake nobody one by one."""
@@ -81,14 +85,35 @@ class Placer:
         decision = self._policy.choose(ask, now, self._rng)
         if decision is None:
             return self._reject_too_long(request, now)
-        verdict = self._gate.judge(Question(request, decision, num_output, now))
+        if decision.prefill is not None and decision.prefill is not decision.decode:
+            _shorten_queue(decision, decision.prefill, request)
+        if request.first and self._is_full(decision, request.tenant):
+            verdict = self._queue_full(decision)
+        else:
+            verdict = self._gate.judge(Question(request, decision, num_output, now))
         self.records.add((request, now, view.names, decision, verdict))
         if verdict.enforced:
             retry_ns, prediction = verdict.retry_after_ns, decision.prediction
             return self.reject(request.key, verdict.reason, verdict.detail, now, retry_ns, prediction)
         if verdict.reason:
             self.counts[f"soft_{verdict.reason}"] += 1
-        return self._book(request, num_output, decision, now)
+        return self._book(request, num_output, decision, verdict, now)
+
+    def _is_full(self, decision: Decision, tenant: str) -> bool:
+        """Whether an instance would refuse it, so that it would be tried again and again, and fail after all. No tenant has all
+        places."""
+        most, prefill, decode = self.config.num_queued_max, decision.prefill, decision.decode
+        if most is None:
+            return False
+        own = max(1, int(most * TENANT_SHARE_MAX)) if tenant else most
+        if decode.num_decodes >= most or decode.decoding[tenant] >= own:
+            return True
+        return prefill is not None and (prefill.num_prefills >= most or prefill.tenants.num_prefills(tenant) >= own)
+
+    def _queue_full(self, decision: Decision) -> Verdict:
+        detail = f"the least loaded instance has as many requests as it takes: {self.config.num_queued_max}"
+        retry_ns = min(max(decision.prediction.queue_ns, RETRY_NS_MIN), RETRY_NS_MAX)
+        return Verdict(QUEUE_FULL, detail, True, retry_ns)
 
     def reject(
         self,
@@ -110,7 +135,7 @@ class Placer:
 
     # ------------------------------------------------------------ booking
 
-    def _book(self, request: PlaceRequest, num_output: int, decision: Decision, now: int) -> Placed:
+    def _book(self, request: PlaceRequest, num_output: int, decision: Decision, verdict: Verdict, now: int) -> Placed:
         key, num_choices, num_tokens = request.key, request.num_choices, request.num_tokens
         prefill, decode, prediction = decision.prefill, decision.decode, decision.prediction
         apart = prefill is not None and prefill is not decode
@@ -126,8 +151,9 @@ class Placer:
         page_tokens = decode.info.page_tokens
         num_pages = -(-(num_tokens + num_output) // page_tokens)
         busy_ns, joins_at = prediction.load_ns + prediction.prefill_ns, now + prediction.ttft_ns
-        booking = self._books.book(key, num_tokens, prefill, busy_ns, decode, num_pages, joins_at, now)
-        booking.answer, booking.slo = answer, request.slo
+        owner = request.tenant, request.weight
+        booking = self._books.book(key, num_tokens, prefill, busy_ns, decode, num_pages, joins_at, now, *owner)
+        booking.answer, booking.slo, booking.judged_tbt_ns = answer, request.slo, verdict.tbt_ns
         self.answers.remember(key, answer, now)
         if num_choices > 1:
             for other in choice_keys(request)[1:]:
@@ -139,7 +165,7 @@ class Placer:
             self._foresee(request, decision, now)
             self._note_reuse(num_tokens, decision.offers.chosen)
             num_computed += num_tokens - decision.offers.chosen.blocks * self.config.block_tokens
-        self._gate.spend(request.tenant, num_computed, now)
+        self._gate.spend(*owner, num_computed, now)
         if self._replication is not None:
             wished = self._replication.used(request.block_keys, decision, now)
             if wished is not None:
@@ -220,6 +246,16 @@ class Placer:
         ways = [] if prefill is None else [min(prefill, decode - 1)]
         ways += [] if in_place is None else [in_place - 1]
         return max(ways, default=None)
+
+
+def _shorten_queue(decision: Decision, prefill: Instance, request: PlaceRequest) -> None:
+    """Tenants take turns there, so what others have booked does not all come first. Instances are compared by their whole
+    queues nevertheless: that spreads the work, and is quick."""
+    before = decision.prediction
+    queue_ns = prefill.tenants.wait_ns(request.tenant, request.weight, before.queue_ns)
+    if queue_ns != before.queue_ns:
+        ttft_ns = before.ttft_ns - before.queue_ns + queue_ns
+        decision.prediction = msgspec.structs.replace(before, queue_ns=queue_ns, ttft_ns=ttft_ns)
 
 
 def choice_keys(request: PlaceRequest) -> list[AttemptKey]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from mooncake.core.messages import NodeInfo
 from mooncake.core.throughput import Throughput
 from mooncake.core.types import NANOS_PER_MS, InstanceInfo, InstanceLoad, InstanceState, Role, TierLoad
 from mooncake.scheduler.prefix_index import FAST, SLOT_BITS, bit_numbers, level_bit, reach_bits
+from mooncake.scheduler.tenant_work import TenantWork
 
 if TYPE_CHECKING:
     from mooncake.scheduler.bookings import Booking
@@ -50,10 +51,10 @@ class Instance:
     step = a + b B + c ctx; in nanoseconds."""
 
     __slots__ = (
-        "backlog_until", "batch_ns", "booked_until", "busy_until", "connected", "decode", "done_at", "held", "info",
-        "last_report", "leaving", "load", "num_decodes", "num_prefills", "num_seqs", "num_waiting", "pace", "pending",
+        "backlog_until", "batch_ns", "booked_until", "busy_until", "connected", "decode", "decoding", "done_at", "held",
+        "info", "last_report", "leaving", "load", "num_decodes", "num_prefills", "num_seqs", "num_waiting", "pace", "pending",
         "pending_ns", "pending_pages", "pool", "prefill", "prefill_ns", "prefill_turn", "ratios", "row", "slot",
-        "step_tokens", "throughput", "turn", "used_pages",
+        "step_tokens", "tenants", "throughput", "turn", "used_pages",
     )  # fmt: skip
 
     def __init__(self, info: InstanceInfo, slot: int) -> None:
@@ -80,12 +81,14 @@ class Instance:
         self.throughput = Throughput()
 
         self.num_prefills = 0
-        """Booked: prefills placed and not done, their predicted time, and when they will be done one after the other;
-        attempts that decode here or will; those of them that no report shows yet, what they will add to a step, and
-        pages; number of the last booking of a prefill here, and of a decode."""
+        """Booked: prefills placed and not done, their predicted time, whose they are, and when they will be done one after the
+        other; attempts that decode here or will, and whose they are; those of them that no report shows yet, what they will
+        add to a step, and pages; number of the last booking of a prefill here, and of a decode."""
         self.prefill_ns = 0
+        self.tenants = TenantWork()
         self.booked_until = 0
         self.num_decodes = 0
+        self.decoding: Counter[str] = Counter()
         self.pending: dict[Booking, None] = {}
         self.pending_ns = 0.0
         self.pending_pages = 0

@@ -44,6 +44,8 @@ class Record(msgspec.Struct):
         for offers, chosen in ((decision.offers, True), (decision.others, False)):
             if offers is not None:
                 yield from self._offer_lines(offers, chosen)
+        if decision.offers is not None and decision.prediction.queue_ns != decision.offers.chosen.queue_ns:
+            yield f"  its tenant's turn comes after {_ms(decision.prediction.queue_ns)} ms of that queue"
         yield from self._batch_lines(decision.batches)
 
     def _offer_lines(self, offers: Offers, chosen: bool) -> Iterator[str]:

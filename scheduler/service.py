@@ -67,6 +67,7 @@ def conductor_config(config: Config) -> ConductorConfig:
             nic_bytes_per_s=config.rates.nic_bytes_per_s,
         ),
         wait_ns=int(config.timeouts.placement_s * 1e9),
+        num_queued_max=config.limits.queue,
     )
 
 

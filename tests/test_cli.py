@@ -151,3 +151,40 @@ def test_a_file_that_is_no_event_log_is_one_sentence(tmp_path: Path) -> None:
     path.write_text("what happened on Tuesday\n")
     assert fails("replay-log", str(path)) == f"mooncake: {path}: not an event log: a frame of 1952540791 bytes"
     assert fails("replay-log", f"{path}x") == f"mooncake: {path}x: No such file or directory"
+
+
+def test_keys_from_the_command_line(tmp_path: Path) -> None:
+    path = str(tmp_path / "keys.json")
+    added = mooncake("keys", "add", "--tenant", "acme", "--weight", "2", "--expires", "30d", MOONCAKE_API_KEYS=path)
+    assert added.returncode == 0 and "shown once" in added.stderr
+    key = added.stdout.strip()
+    limited = mooncake("keys", "limit", "--api-keys", path, "--tenant", "acme", "--requests-per-minute", "60")
+    assert limited.stdout == "tenant acme: weight 2, requests per minute 60, priority max 0\n"
+    key_id = key.split("-")[1]
+    assert mooncake("keys", "revoke", key_id, "--api-keys", path).stdout == f"key {key_id} of tenant acme is revoked\n"
+    shown = mooncake("keys", "list", "--api-keys", path).stdout
+    assert f"{key_id}  acme    revoked" in shown and key.split("-")[2] not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("list",), "mooncake: api_keys: not set; name the key file by --api-keys FILE"),
+        (
+            ("list", "--api-keys", "/nowhere/keys.json"),
+            "mooncake: key file /nowhere/keys.json: No such file or directory",
+        ),
+        (
+            ("add", "--api-keys", "{}", "--tenant", "x", "--weight", "0"),
+            "mooncake: weight = 0.0: expected `float` >= 0.001",
+        ),
+        (
+            ("add", "--api-keys", "{}", "--tenant", "x", "--expires", "soon"),
+            "mooncake: --expires 'soon': expected such as 12h, 30d or 2027-01-31",
+        ),
+    ],
+)
+def test_keys_say_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    path = tmp_path / "keys.json"
+    assert fails("keys", *(argument.replace("{}", str(path)) for argument in arguments)) == sentence
+    assert not path.exists()

@@ -18,12 +18,15 @@ KEY_BYTES = 16
 SHARD_BYTES = 8
 OBJECT_KEY_BYTES = KEY_BYTES + SHARD_BYTES
 _VERSION = b"mooncake.block.v1"
+_SCOPED_VERSION = b"mooncake.block.v1.scoped"
 
 
-def root_key(fingerprint: str, *, lora: str = "", salt: str = "", extras: Sequence[str] = ()) -> bytes:
-    """Parent of a sequence's first block. Each part is length-prefixed, so that no two lists of parts collide."""
-    digest = hashlib.blake2b(_VERSION, digest_size=KEY_BYTES)
-    for part in (fingerprint, lora, salt, *extras):
+def root_key(fingerprint: str, *, lora: str = "", salt: str = "", extras: Sequence[str] = (), scope: str = "") -> bytes:
+    """Parent of a sequence's first block. Each part is length-prefixed, so that no two lists of parts collide. scope: who may
+    share it, such as a tenant; whatever the other parts say, two scopes have no key in common, nor has one with none."""
+    digest = hashlib.blake2b(_SCOPED_VERSION if scope else _VERSION, digest_size=KEY_BYTES)
+    scopes = (scope,) if scope else ()
+    for part in (*scopes, fingerprint, lora, salt, *extras):
         data = part.encode()
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)

@@ -57,6 +57,8 @@ class PlaceRequest(Message, frozen=True):
     decode_only: bool = False
     first: bool = True
     num_choices: int = 1
+    weight: float = 1.0
+    """The tenant's share, beside those of the others."""
 
 
 class PrefillDone(Message, frozen=True):
@@ -75,6 +77,8 @@ class AttemptEnded(Message, frozen=True):
     completed: bool = False
     """Whether the request ended by stop or length; then num_output teaches the length distribution."""
     mean_itl_ns: int | None = None
+    tbt_ns: int | None = None
+    """As the frontend saw it: of tokens that came together each had an equal part of the gap."""
 
 
 class BookingSnapshot(Message, frozen=True):
@@ -113,7 +117,8 @@ class Placed(Message, frozen=True):
 
 
 class Rejected(Message, frozen=True):
-    """reason: overloaded_ttft, overloaded_tbt, no_instance, too_long, over_quota. Only `too_long` is the client's fault."""
+    """reason: overloaded_ttft, overloaded_tbt, queue_full, no_instance, too_long, over_quota. Only `too_long` is the client's
+    fault."""
 
     key: AttemptKey
     reason: str
@@ -209,7 +214,8 @@ class KvReady(Message, frozen=True):
 
 class AttemptFailed(Message, frozen=True):
     """The instance gave the attempt up. reason: refused (queue full, draining, or in another role), load_failed, store_full,
-    engine_error, too_long, deadline, unknown. The KV of the job's source may still exist unless load_failed."""
+    engine_error, too_long, grammar (it cannot be followed, here or elsewhere), deadline, unknown. The KV of the job's source
+    may still exist unless load_failed."""
 
     instance: str
     key: AttemptKey

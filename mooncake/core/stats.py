@@ -31,7 +31,12 @@ def gaps(token_times: Sequence[int]) -> list[int]:
 
 def tbt(token_times: Sequence[int]) -> float | None:
     """Mean of the longest tenth of the gaps, at least one; None without gaps."""
-    longest = sorted(gaps(token_times), reverse=True)[: math.ceil(TBT_SHARE * (len(token_times) - 1))]
+    return tbt_of_gaps(gaps(token_times))
+
+
+def tbt_of_gaps(token_gaps: Sequence[int]) -> float | None:
+    """None without any."""
+    longest = sorted(token_gaps, reverse=True)[: math.ceil(TBT_SHARE * len(token_gaps))]
     return sum(longest) / len(longest) if longest else None
 
 

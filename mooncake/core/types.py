@@ -21,6 +21,10 @@ PART_TOKENS = 1024
 """Of a prompt that is not prefilled yet, as many are worth telling of; fewer are loaded in the time that this takes."""
 
 MAX_CHOICES = 16
+WEIGHT_MIN, WEIGHT_MAX = 0.001, 1000.0
+"""Of tenants' shares."""
+TENANT_SHARE_MAX = 7 / 8
+"""Of the places of a frontend or an instance, what one tenant may have: the others can always come in."""
 """Outputs of one request: each is a sequence of its own in a decode batch."""
 
 
@@ -95,6 +99,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     min_tokens: int = 0
     num_logprobs: int | None = None
     """None: no log probabilities; 0: of the drawn token only; k: of the k best too."""
+    grammar: str = ""
+    """What the output must follow, in the words of `mooncake.engine.grammar`; empty: nothing."""
 
     @property
     def greedy(self) -> bool:
@@ -137,6 +143,7 @@ class Job(msgspec.Struct, frozen=True):
     job that was placed before it changed its role, and refuses it.
     num_choices: more than 1 makes it a joint job: it ends with the first tokens of that many choices from key.choice on, all
     drawn from the same logits. Outputs carry the choice that they are of.
+    tenant, weight: whose it is, and its share where several tenants' jobs wait.
     """
 
     key: AttemptKey
@@ -154,6 +161,8 @@ class Job(msgspec.Struct, frozen=True):
     """Whether a decode instance whose source cannot be loaded may compute the tokens itself rather than refuse."""
     num_choices: int = 1
     role: Role | None = None
+    tenant: str = ""
+    weight: float = 1.0
 
     @property
     def joint(self) -> bool:

@@ -85,13 +85,15 @@ class CloseSource(msgspec.Struct, frozen=True):
 
 
 class RunSequence(msgspec.Struct, frozen=True):
-    """Submit to the engine. Its last output for the sequence is `SequenceReleased`."""
+    """Submit to the engine, with its turn among others (`mooncake.engine.fair_queue`). Its last output for the sequence is
+    `SequenceReleased`."""
 
     seq: int
     job: Job
     source_tokens: int
     one_token: bool = False
     store: bool = False
+    turn: int = 0
 
 
 class LoadBlocks(msgspec.Struct, frozen=True):

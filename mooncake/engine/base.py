@@ -83,6 +83,7 @@ class StepResult(msgspec.Struct, frozen=True):
     are its choices' first tokens.
 
     failed: sequences whose load failed while the step waited for it, or whose computation failed; their drawn tokens are void.
+    lost: sequences whose grammar cannot be followed, with the reason; theirs are void too.
     step_ns: duration of the step (mean of the steps if several were run).
 
     num_steps: how many steps were run, at most the plan's horizon. told: of decode sequences that the plan does not list, all
@@ -95,6 +96,12 @@ class StepResult(msgspec.Struct, frozen=True):
     step_ns: int = 0
     num_steps: int = 1
     told: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    lost: tuple[tuple[int, str], ...] = ()
+
+    def faults(self) -> dict[int, tuple[str, str]]:
+        """Of the sequences that have no token to show: reason and detail, as in `AttemptFailed`."""
+        found = dict.fromkeys(self.failed, ("engine_error", "the engine could not compute this sequence"))
+        return found | {seq: ("grammar", detail) for seq, detail in self.lost}
 
 
 class LayerLoad(Protocol):
@@ -184,10 +191,18 @@ class Engine(Protocol):
     threads of the engine; the last word on each submitted sequence is `SequenceReleased`."""
 
     def submit(
-        self, seq: int, job: Job, *, one_token: bool, reader: KvReader | None = None, writer: KvWriter | None = None
+        self,
+        seq: int,
+        job: Job,
+        *,
+        one_token: bool,
+        reader: KvReader | None = None,
+        writer: KvWriter | None = None,
+        turn: int = 0,
     ) -> None:
         """Never blocks. one_token: draw one token and end. reader: where the KV of its leading tokens can be loaded; writer:
-        where the KV of its known tokens goes. Both are used until `SequenceReleased`."""
+        where the KV of its known tokens goes. Both are used until `SequenceReleased`. turn: the lower, the sooner, before any
+        priority."""
         ...
 
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:

@@ -8,6 +8,7 @@ Rules:
 * Every running sequence whose known tokens are all computed but the last is a *decode* item of one token in each step.
 * Up to max_step_tokens prefill tokens come on top, oldest sequence first, in chunks that end on block boundaries, except the
   last of a sequence.
+* The *oldest* is the first by turn, priority and submission (`mooncake.engine.sequence.Order`).
 * Waiting sequences hold no pages and are admitted oldest first. The only one that may be overtaken is one whose next block an
   active sequence is loading just now: it waits for that load, and shares the block's pages.
 * When a decode item finds no page, the youngest sequence loses its pages and waits again with the tokens it has; so the oldest
@@ -124,6 +125,8 @@ EngineOutput = LoadKv | StoreKv | LeftBatch | ServiceOutput
 """Copies and tokens kept back are the engine shell's business; the rest goes on to the service."""
 
 
+_Fault = tuple[str, str]
+"""Reason and detail, see `StepResult.faults`."""
 _NOWHERE = np.empty(0, dtype=np.int64)
 
 
@@ -194,11 +197,12 @@ class EngineCore:
         one_token: bool = False,
         store: bool = False,
         stored_tokens: int = 0,
+        turn: int = 0,
     ) -> None:
         """Queue a sequence under a number of the caller's choice. source_tokens: how many leading tokens can be loaded.
         one_token: draw one token, or one for each choice of a joint job, and end (prefill role). store: pass all KV of the
-        known tokens to the sink, but for the leading stored_tokens, which it has."""
-        order = (-job.priority, self._num_submitted)
+        known tokens to the sink, but for the leading stored_tokens, which it has. turn: as in `Order`."""
+        order = (turn, -job.priority, self._num_submitted)
         self._num_submitted += 1
         source_tokens = min(source_tokens, job.num_tokens - 1)
         state = Sequence(seq, job, order, source_tokens, one_token, store, stored_tokens)
@@ -292,38 +296,39 @@ class EngineCore:
             self._release_if_idle(state)
         self._departed.clear()
         num_listed = plan.num_decode if self._has_memory else 0
+        faults = result.faults()
         for index, item in enumerate(plan.items):
             logprobs = result.logprobs[index] if result.logprobs else ()
             if index < num_listed:
-                self._update_member(item.seq, result.tokens[index], logprobs, failed=item.seq in result.failed)
+                self._update_member(item.seq, result.tokens[index], logprobs, faults.get(item.seq))
             else:
-                self._update_other(item, result.tokens[index], logprobs, failed=item.seq in result.failed)
+                self._update_other(item, result.tokens[index], logprobs, faults.get(item.seq))
         for seq, tokens in result.told:
-            self._update_member(seq, tokens, (), failed=seq in result.failed)
+            self._update_member(seq, tokens, (), faults.get(seq))
 
     def _update_member(
-        self, seq: int, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], *, failed: bool
+        self, seq: int, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], fault: _Fault | None
     ) -> None:
         state = self._batch.members.get(seq)
         if state is None:  # ended during the step
             return
-        if failed:
-            self._fault(state)
+        if fault is not None:
+            self._fault(state, fault)
             return
         state.num_tokens = self._batch.num_tokens(state)
         self._draw(state, tokens, logprobs)
 
     def _update_other(
-        self, item: StepItem, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], *, failed: bool
+        self, item: StepItem, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], fault: _Fault | None
     ) -> None:
         state = self._seqs[item.seq]
         state.in_step = False
         if state.state is State.ENDED:
             self._release_if_idle(state)
-        elif item.num_loading and (failed or not state.source_tokens):
+        elif item.num_loading and (fault is not None or not state.source_tokens):
             self._forget_load(state)
-        elif failed:
-            self._fault(state)
+        elif fault is not None:
+            self._fault(state, fault)
         else:
             if item.num_loading:
                 self._take_load(state)
@@ -658,8 +663,8 @@ class EngineCore:
         state.told_cached = True
         return min(state.cached_tokens, state.job.num_prompt_tokens)
 
-    def _fault(self, state: Sequence) -> None:
-        self._outputs.append(SequenceFailed(state.seq, "engine_error", "the engine could not compute this sequence"))
+    def _fault(self, state: Sequence, fault: _Fault) -> None:
+        self._outputs.append(SequenceFailed(state.seq, *fault))
         state.num_published = len(state.keys)  # what it has is not to be trusted
         self._end(state)
 

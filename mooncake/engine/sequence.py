@@ -19,8 +19,8 @@ import numpy as np
 
 from mooncake.core.types import Job
 
-Order = tuple[int, int]
-"""(-priority, number of submission): who comes first is admitted first and preempted last."""
+Order = tuple[int, int, int]
+"""(turn among tenants, -priority, number of submission): who comes first is admitted first and preempted last."""
 
 
 class State(enum.IntEnum):

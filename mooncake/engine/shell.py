@@ -139,7 +139,9 @@ class InstanceShell:
     def _run_sequence(self, command: RunSequence) -> None:
         reader = self._readers.get(command.seq) if command.source_tokens else None
         writer = self.writers.get(command.seq) if command.store else None
-        self.engine.submit(command.seq, command.job, one_token=command.one_token, reader=reader, writer=writer)
+        self.engine.submit(
+            command.seq, command.job, one_token=command.one_token, reader=reader, writer=writer, turn=command.turn
+        )
 
     def _load_blocks(self, command: LoadBlocks) -> None:
         self.engine.load_ahead(command.seq, command.block_keys, command.start, self._readers[command.seq])

@@ -34,6 +34,7 @@ NUM_TOKENS = 4096
 LAYOUT = KvLayout(num_layers=4, token_bytes=64, dtype="uint64", name="simulated.8")
 MODEL_CONTEXT = 131_072
 DEFAULT_KV_TOKENS = 131_072
+_NO_GRAMMAR = "the simulated engine follows no grammar"
 _WORDS = LAYOUT.token_bytes // 8
 
 
@@ -64,11 +65,12 @@ def scaled(cost: CostModel, speed: float) -> CostModel:
 
 
 class _Sequence:
-    __slots__ = ("choices", "seed", "tokens", "trusted")
+    __slots__ = ("choices", "guided", "seed", "tokens", "trusted")
 
-    def __init__(self, token_ids: Sequence[int], seed: int, choices: range) -> None:
+    def __init__(self, token_ids: Sequence[int], sampling: SamplingParams, choices: range) -> None:
         self.tokens = list(token_ids)
-        self.seed = seed
+        self.seed = sampling.seed
+        self.guided = bool(sampling.grammar)
         self.choices = choices
         self.trusted = 0
         """Tokens whose KV this engine computed or checked, for this sequence in its present pages."""
@@ -96,7 +98,7 @@ class SimulatedEngine:
         choice: int,
         num_choices: int = 1,
     ) -> None:
-        self._sequences[seq] = _Sequence(token_ids, sampling.seed, range(choice, choice + num_choices))
+        self._sequences[seq] = _Sequence(token_ids, sampling, range(choice, choice + num_choices))
 
     def remove_sequence(self, seq: int) -> None:
         del self._sequences[seq]
@@ -117,7 +119,8 @@ class SimulatedEngine:
             if item.seq not in failed and not self._is_right(item):
                 failed[item.seq] = None
         tokens = tuple(self._draw(item) if item.sample and item.seq not in failed else () for item in plan.items)
-        return StepResult(tokens, failed=tuple(failed), step_ns=duration)
+        lost = tuple((item.seq, _NO_GRAMMAR) for item in plan.items if self._sequences[item.seq].guided)
+        return StepResult(tokens, failed=tuple(failed), step_ns=duration, lost=lost)
 
     def read_pages(self, layer: int, pages: np.ndarray, start: int, count: int, out: memoryview) -> None:
         target = np.frombuffer(out, dtype=np.uint64).reshape(count, _WORDS)

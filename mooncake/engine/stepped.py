@@ -70,9 +70,16 @@ class SteppedEngine:
     # ------------------------------------------------------------------ from any thread
 
     def submit(
-        self, seq: int, job: Job, *, one_token: bool, reader: KvReader | None = None, writer: KvWriter | None = None
+        self,
+        seq: int,
+        job: Job,
+        *,
+        one_token: bool,
+        reader: KvReader | None = None,
+        writer: KvWriter | None = None,
+        turn: int = 0,
     ) -> None:
-        self._inbox.put(lambda: self._submit(seq, job, one_token, reader, writer))
+        self._inbox.put(lambda: self._submit(seq, job, one_token, reader, writer, turn))
 
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:
         self._inbox.put(lambda: self._load_ahead(seq, block_keys, start, reader))
@@ -97,7 +104,9 @@ class SteppedEngine:
 
     # ------------------------------------------------------------------ in the engine thread
 
-    def _submit(self, seq: int, job: Job, one_token: bool, reader: KvReader | None, writer: KvWriter | None) -> None:
+    def _submit(
+        self, seq: int, job: Job, one_token: bool, reader: KvReader | None, writer: KvWriter | None, turn: int
+    ) -> None:
         tokens = bytes_to_tokens(job.token_ids)
         self._engine.add_sequence(seq, tokens, job.num_prompt_tokens, job.sampling, job.key.choice, job.num_choices)
         if reader is not None:
@@ -111,6 +120,7 @@ class SteppedEngine:
             one_token=one_token,
             store=writer is not None,
             stored_tokens=0 if writer is None else writer.num_stored * self.core.limits.block_tokens,
+            turn=turn,
         )
 
     def _load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: KvReader) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -13,18 +13,55 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from mooncake.engine.grammar import Grammars
+from mooncake.frontend.answer import FAULT
 from mooncake.frontend.backend import Backend
-from mooncake.frontend.endpoint import FAULT, Endpoint, Kind, Receive, Scope, Send, Settings
+from mooncake.frontend.connection import Receive, Scope, Send, send_error
+from mooncake.frontend.dialect import Dialect
+from mooncake.frontend.endpoint import Endpoint, Kind, Settings
 from mooncake.frontend.errors import ApiError
+from mooncake.frontend.guidance import Guidance
 from mooncake.frontend.instruments import Instruments
+from mooncake.frontend.params import check_model_name
+from mooncake.frontend.parts import PartParser
 from mooncake.frontend.prompts import PromptEncoder
-from mooncake.frontend.render import ChatRenderer, CompletionRenderer
-from mooncake.frontend.schema import parse_chat, parse_completion
+from mooncake.frontend.render import ChatRenderer, CompletionRenderer, Head, Renderer
+from mooncake.frontend.render_parts import PartsRenderer
+from mooncake.frontend.render_responses import ResponsesRenderer
+from mooncake.frontend.responses import ResponsesRequest, parse_responses
+from mooncake.frontend.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion
+from mooncake.frontend.tenants import CALLER, Door, OpenDoor
 from mooncake.frontend.tokenizer import Tokenizer
+from mooncake.frontend.tokens import TokenPages
 from mooncake.metrics import CONTENT_TYPE, Registry
 
-CHAT = Kind("chat", parse_chat, ChatRenderer)
-COMPLETIONS = Kind("completions", parse_completion, CompletionRenderer)
+MakeParser = Callable[[], PartParser] | None
+
+
+def _chat_renderer(
+    head: Head, tokenizer: Tokenizer, request: ChatRequest, num_choices: int, make_parser: MakeParser
+) -> Renderer:
+    shared = (head, tokenizer, request.include_usage, num_choices)
+    return ChatRenderer(*shared) if make_parser is None else PartsRenderer(*shared, make_parser)
+
+
+def _completion_renderer(
+    head: Head, tokenizer: Tokenizer, request: CompletionRequest, num_choices: int, make_parser: MakeParser
+) -> Renderer:
+    return CompletionRenderer(head, tokenizer, request.include_usage, num_choices)
+
+
+def _responses_renderer(
+    head: Head, tokenizer: Tokenizer, request: ResponsesRequest, num_choices: int, make_parser: MakeParser
+) -> Renderer:
+    return ResponsesRenderer(head, request, make_parser)
+
+
+GENERATING = {
+    "/v1/chat/completions": Kind("chat", parse_chat, _chat_renderer),
+    "/v1/completions": Kind("completions", parse_completion, _completion_renderer),
+    "/v1/responses": Kind("responses", parse_responses, _responses_renderer),
+}
 
 
 def create_app(
@@ -34,18 +71,25 @@ def create_app(
     *,
     registry: Registry | None = None,
     rng: random.Random | None = None,
+    door: Door | None = None,
+    grammars: Grammars | None = None,
     more_routes: Sequence[Route] = (),
 ) -> App:
-    """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and request ids. more_routes:
-    the operator's."""
+    """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and ids. door: who may come
+    in; everybody if not given. grammars: None if the engines follow none. more_routes: the operator's."""
     registry = registry or Registry()
     instruments = Instruments(registry, backend.status)
-    prompts = PromptEncoder(tokenizer, backend.model.max_context)
-    shared = (backend, tokenizer, prompts, instruments, settings or Settings(), rng or random.Random())
-    pages = _Pages(backend, registry)
-    generating = {"/v1/chat/completions": Endpoint(CHAT, *shared), "/v1/completions": Endpoint(COMPLETIONS, *shared)}
+    settings, rng = settings or Settings(), rng or random.Random()
+    dialect = Dialect.of(tokenizer, settings.tool_parser, settings.reasoning_parser, rng)
+    prompts = PromptEncoder(tokenizer, dialect, backend.model.max_context)
+    pages, tokens = _Pages(backend, registry), TokenPages(backend.model, tokenizer, prompts, settings)
+    shared = (backend, tokenizer, prompts, dialect, Guidance(grammars), instruments, settings, rng)
+    generating = {path: Endpoint(kind, *shared) for path, kind in GENERATING.items()}
     routes = [
         *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generating.items()),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/v1/embeddings", pages.embeddings, methods=["POST"]),
         Route("/v1/models", pages.models),
         Route("/v1/models/{name:path}", pages.model),
         Route("/health", pages.health),
@@ -54,17 +98,25 @@ def create_app(
         *more_routes,
     ]
     handlers: dict[Any, Any] = {HTTPException: _on_http_error, ApiError: _on_api_error, Exception: _on_fault}
-    return App(generating, Starlette(routes=routes, exception_handlers=handlers))
+    return App(generating, Starlette(routes=routes, exception_handlers=handlers), door or OpenDoor())
 
 
 class App:
-    """Starlette's middleware would wrap every send, so of every token too: the generating endpoints go past it."""
+    """Starlette's middleware would wrap every send, so of every token too: the generating endpoints go past it. Nobody goes
+    past the door."""
 
-    def __init__(self, generating: dict[str, Endpoint], rest: Starlette) -> None:
+    def __init__(self, generating: dict[str, Endpoint], rest: Starlette, door: Door) -> None:
         self._generating = generating
         self._rest = rest
+        self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                scope[CALLER] = self._door.admit(scope["path"], dict(scope["headers"]))
+            except ApiError as error:
+                await send_error(send, error, None)
+                return
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._generating:
             await self._generating[scope["path"]](scope, receive, send)
         else:
@@ -89,11 +141,12 @@ class _Pages:
         return _json(200, {"object": "list", "data": [self._card()]})
 
     async def model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name != self._backend.model.name:
-            message = f"the model {name[:200]!r} does not exist; this server has {self._backend.model.name!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        check_model_name(request.path_params["name"], self._backend.model)
         return _json(200, self._card())
+
+    async def embeddings(self, request: Request) -> Response:
+        message = f"{self._backend.model.name} generates text; this server makes no embeddings"
+        raise ApiError(400, message, param="model", code="unsupported_endpoint")
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._registry.render(), media_type=CONTENT_TYPE)

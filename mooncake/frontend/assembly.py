@@ -32,10 +32,12 @@ class Assembly:
         stop_token_ids: Sequence[int],
         min_tokens: int,
         choice: int = 0,
+        *,
+        keeps_stop: bool = False,
     ) -> None:
         self.choice = choice
         self._detokenizer = detokenizer
-        self._scanner = StopScanner(stops) if stops else None
+        self._scanner = StopScanner(stops, keeps_match=keeps_stop) if stops else None
         self._stop_token_ids = stop_token_ids
         self._min_tokens = min_tokens
         self.num_tokens = 0
@@ -90,10 +92,12 @@ class Assembly:
 
 
 class Assemblies:
-    """The choices of one request. num_tokens: of all. running: those that have not ended."""
+    """The choices of one request, prompt by prompt. per_prompt: how many each has. num_tokens: of all. running: those that have
+    not ended."""
 
-    def __init__(self, assemblies: Sequence[Assembly]) -> None:
+    def __init__(self, assemblies: Sequence[Assembly], per_prompt: int) -> None:
         self.running = list(assemblies)
+        self._per_prompt = per_prompt
         self.num_tokens = 0
         self._all = assemblies
 
@@ -112,8 +116,9 @@ class Assemblies:
 
     @property
     def cached_tokens(self) -> int:
-        """Of the prompt, which all share."""
-        return max(assembly.cached_tokens for assembly in self._all)
+        """Of all prompts; the choices of one share it."""
+        cached = [assembly.cached_tokens for assembly in self._all]
+        return sum([max(cached[at : at + self._per_prompt]) for at in range(0, len(cached), self._per_prompt)])
 
     def _take_apart(self, outputs: Sequence[TokenOutput]) -> list[Delta]:
         by_choice: dict[int, list[TokenOutput]] = {}

@@ -7,6 +7,7 @@ All methods are called from the event loop's thread and never block.
      +- BackendError      a request was not served
          +- Overloaded      not now; come back after retry_after_s          429
          +- PromptTooLong   no instance could ever run it                   400
+         +- GrammarLost     its grammar cannot be followed                  400
          +- Unavailable     nothing to run it on, or shutting down          503
          +- Failed          it was accepted and then failed                 500
 """
@@ -20,6 +21,7 @@ import msgspec
 from mooncake.core.errors import MooncakeError
 from mooncake.core.messages import TokenOutput
 from mooncake.core.types import SamplingParams, Slo
+from mooncake.scheduler.dispatcher import Route
 
 
 class BackendError(MooncakeError):
@@ -36,6 +38,10 @@ class Overloaded(BackendError):
 
 
 class PromptTooLong(BackendError):
+    pass
+
+
+class GrammarLost(BackendError):
     pass
 
 
@@ -57,6 +63,10 @@ class Generate(msgspec.Struct, frozen=True):
     n: int = 1
     tenant: str = ""
     salt: str = ""
+    share_scope: str = ""
+    """Whose KV it may reuse: the caller's tenant or share group; "" is a scope too."""
+    weight: float = 1.0
+    """The tenant's share under load, beside those of the others."""
     priority: int = 0
     slo: Slo = Slo()
     timeout_s: float = 600.0
@@ -85,6 +95,11 @@ class BackendStatus(msgspec.Struct, frozen=True):
 
 class Generation(Protocol):
     """A request under way."""
+
+    @property
+    def route(self) -> Route | None:
+        """Where it runs, known with the first output, if the backend has such a thing."""
+        ...
 
     async def next(self) -> list[TokenOutput]:
         """All outputs that wait, in order; waits if there are none. The last one of each choice carries `finish`. Each

@@ -26,6 +26,7 @@ from mooncake.frontend.backend import (
     BackendStatus,
     Failed,
     Generate,
+    GrammarLost,
     ModelInfo,
     Overloaded,
     PromptTooLong,
@@ -107,7 +108,7 @@ class DispatchBackend:
     def start(self, generate: Generate) -> Mailbox:
         number = next(self._numbers)
         token_ids = tokens_to_bytes(generate.token_ids)
-        root = root_key(self.model.fingerprint, salt=generate.salt)
+        root = root_key(self.model.fingerprint, salt=generate.salt, scope=generate.share_scope)
         spec = RequestSpec(
             number=number,
             num_tokens=len(generate.token_ids),
@@ -118,6 +119,7 @@ class DispatchBackend:
             max_tokens=generate.max_tokens,
             client_max_tokens=generate.max_tokens,
             tenant=generate.tenant,
+            weight=generate.weight,
             priority=generate.priority,
             slo=generate.slo,
             timeout_ns=int(generate.timeout_s * NANOS_PER_S),
@@ -183,6 +185,7 @@ class DispatchBackend:
         self.outcomes.output(command, monotonic())
         mailbox = self._mailboxes.get(command.number)
         if mailbox is not None:
+            mailbox.route = command.route or mailbox.route
             key = AttemptKey(self._name, command.number, command.choice)
             mailbox.put(TokenOutput(key, 0, command.token_ids, command.finish, command.logprobs, command.cached_tokens))
 
@@ -203,6 +206,8 @@ def _error(failure: Failure) -> BackendError:
             return Overloaded(failure.retry_after_ns / NANOS_PER_S, failure.detail)
         case "too_long":
             return PromptTooLong(failure.detail)
+        case "grammar":
+            return GrammarLost(failure.detail)
         case "unavailable":
             return Unavailable(failure.detail)
         case _:

@@ -14,6 +14,7 @@ from mooncake.core.messages import TokenOutput
 from mooncake.core.types import AttemptKey, FinishReason, TokenLogprobs
 from mooncake.frontend.backend import BackendError, BackendStatus, Generate, ModelInfo
 from mooncake.frontend.mailbox import Mailbox
+from mooncake.scheduler.dispatcher import Route
 
 
 class _Speaker:
@@ -46,12 +47,14 @@ class _Speaker:
 
 
 class EchoBackend:
-    """refusal: given to every new request. failure: (number of tokens, error): given in place of later tokens."""
+    """route: said to be that of every request. refusal: given to every new request. failure: (number of tokens, error), given
+    in place of later tokens."""
 
     def __init__(self, model: ModelInfo, *, step_s: float = 0.0, cached_tokens: int = 0) -> None:
         self.model = model
         self.step_s = step_s
         self.cached_tokens = cached_tokens
+        self.route: Route | None = None
         self.refusal: BackendError | None = None
         self.failure: tuple[int, BackendError] | None = None
         self.ready = True
@@ -72,6 +75,7 @@ class EchoBackend:
         self.started.append(generate)
         number = next(self._numbers)
         mailbox = Mailbox(lambda choice: self._cancel(number, choice), generate.n)
+        mailbox.route = self.route
         for choice in range(generate.n):
             key = AttemptKey("echo", number, choice)
             self._running[key] = (_Speaker(key, generate, self.cached_tokens), mailbox)

@@ -6,7 +6,7 @@ import math
 
 import msgspec
 
-from mooncake.frontend.backend import BackendError, Failed, Overloaded, PromptTooLong, Unavailable
+from mooncake.frontend.backend import BackendError, Failed, GrammarLost, Overloaded, PromptTooLong, Unavailable
 
 
 class ApiError(Exception):
@@ -61,6 +61,8 @@ def from_backend(error: BackendError, prompt_field: str | None = None) -> ApiErr
             )
         case PromptTooLong():
             return ApiError(400, str(error), param=prompt_field, code="context_length_exceeded")
+        case GrammarLost():
+            return ApiError(400, f"the output cannot follow what was asked for: {error}", code="grammar_lost")
         case Unavailable():
             return ApiError(503, str(error), kind="server_error", code="unavailable", retry_after_s=1.0)
         case Failed():

@@ -10,15 +10,17 @@ from collections.abc import Callable
 
 from mooncake.core.messages import TokenOutput
 from mooncake.frontend.backend import BackendError
+from mooncake.scheduler.dispatcher import Route
 
 
 class Mailbox:
     """on_cancel is called with a choice, or None for all that are left: at most once for each, and not after its last output
     or an error was put in."""
 
-    __slots__ = ("_error", "_on_cancel", "_outputs", "_running", "_waiter")
+    __slots__ = ("_error", "_on_cancel", "_outputs", "_running", "_waiter", "route")
 
     def __init__(self, on_cancel: Callable[[int | None], None], num_choices: int) -> None:
+        self.route: Route | None = None
         self._on_cancel = on_cancel
         self._outputs: list[TokenOutput] = []
         self._error: BackendError | None = None

@@ -71,55 +71,66 @@ def _priority(headers: Mapping[bytes, bytes]) -> int:
     raise bad_field("x-mooncake-priority", message)
 
 
-def check_model(request: Request, model: ModelInfo) -> None:
-    if request.model != model.name:
-        message = f"the model {request.model[:200]!r} does not exist; this server has {model.name!r}"
+def check_model_name(name: str, model: ModelInfo) -> None:
+    """Raises ApiError 404."""
+    if name != model.name:
+        message = f"the model {name[:200]!r} does not exist; this server has {model.name!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def build_generate(
+def build_generates(
     request: Request,
     directives: Directives,
-    token_ids: list[int],
+    prompts: list[list[int]],
     model: ModelInfo,
     eos_ids: tuple[int, ...],
     timeout_s: float,
     rng: random.Random,
-) -> Generate:
-    """Raises ApiError for what does not fit the model."""
-    _check_token_ids(request, token_ids, model.vocab_size)
+    grammar: str = "",
+) -> list[Generate]:
+    """One for each prompt, all with the same sampling. Raises ApiError for what does not fit the model."""
+    for token in request.stop_token_ids or ():
+        if token >= model.vocab_size:
+            raise bad_field("stop_token_ids", f"token ids must be from 0 to {model.vocab_size - 1}, got {token}")
+    sampling = _sampling(request, eos_ids, model.vocab_size, rng, grammar)
+    field = request.prompt_field
+    fields = [field] if len(prompts) == 1 else [f"{field}[{at}]" for at in range(len(prompts))]
+    return [
+        Generate(
+            request_id=directives.request_id,
+            token_ids=token_ids,
+            sampling=sampling,
+            max_tokens=_max_tokens(request, name, token_ids, model),
+            n=request.num_choices,
+            salt=request.cache_salt or "",
+            priority=directives.priority,
+            slo=directives.slo,
+            timeout_s=timeout_s,
+            traceparent=directives.traceparent,
+        )
+        for name, token_ids in zip(fields, prompts, strict=True)
+    ]
+
+
+def _max_tokens(request: Request, field: str, token_ids: list[int], model: ModelInfo) -> int:
+    """field: the prompt's. Raises ApiError."""
+    if not token_ids:
+        raise bad_field(field, "must not be empty")
+    if min(token_ids) < 0 or max(token_ids) >= model.vocab_size:
+        wrong = next(token for token in token_ids if not 0 <= token < model.vocab_size)
+        raise bad_field(field, f"token ids must be from 0 to {model.vocab_size - 1}, got {wrong}")
     room = model.max_context - len(token_ids)
     max_tokens = room if request.max_output is None else request.max_output
     if room < 1 or max_tokens > room:
-        raise too_long(request.prompt_field, str(len(token_ids)), max(1, max_tokens), model.max_context)
+        raise too_long(field, str(len(token_ids)), max(1, max_tokens), model.max_context)
     if (request.min_tokens or 0) > max_tokens:
         raise bad_field("min_tokens", f"must not exceed the output limit of {max_tokens}, got {request.min_tokens}")
-    return Generate(
-        request_id=directives.request_id,
-        token_ids=token_ids,
-        sampling=_sampling(request, eos_ids, model.vocab_size, rng),
-        max_tokens=max_tokens,
-        n=request.n or 1,
-        salt=request.cache_salt or "",
-        priority=directives.priority,
-        slo=directives.slo,
-        timeout_s=timeout_s,
-        traceparent=directives.traceparent,
-    )
+    return max_tokens
 
 
-def _check_token_ids(request: Request, token_ids: list[int], vocab_size: int) -> None:
-    if not token_ids:
-        raise bad_field(request.prompt_field, "must not be empty")
-    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-        wrong = next(token for token in token_ids if not 0 <= token < vocab_size)
-        raise bad_field(request.prompt_field, f"token ids must be from 0 to {vocab_size - 1}, got {wrong}")
-    for token in request.stop_token_ids or ():
-        if token >= vocab_size:
-            raise bad_field("stop_token_ids", f"token ids must be from 0 to {vocab_size - 1}, got {token}")
-
-
-def _sampling(request: Request, eos_ids: tuple[int, ...], vocab_size: int, rng: random.Random) -> SamplingParams:
+def _sampling(
+    request: Request, eos_ids: tuple[int, ...], vocab_size: int, rng: random.Random, grammar: str
+) -> SamplingParams:
     own_stops = tuple(request.stop_token_ids or ())
     seed = rng.getrandbits(_SEED_BITS) if request.seed is None else request.seed % 2**_SEED_BITS
     return SamplingParams(
@@ -135,6 +146,7 @@ def _sampling(request: Request, eos_ids: tuple[int, ...], vocab_size: int, rng: 
         stop_token_ids=own_stops if request.ignore_eos else tuple(dict.fromkeys(own_stops + eos_ids)),
         min_tokens=request.min_tokens or 0,
         num_logprobs=request.num_logprobs,
+        grammar=grammar,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+from mooncake.frontend.dialect import Dialect
 from mooncake.frontend.errors import ApiError, bad_field, too_long
 from mooncake.frontend.schema import ChatRequest, Request
 from mooncake.frontend.tokenizer import TemplateFailed, Tokenizer
@@ -21,21 +22,28 @@ _HEAD_SLACK = 64
 
 
 class PromptEncoder:
-    def __init__(self, tokenizer: Tokenizer, max_context: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, dialect: Dialect, max_context: int) -> None:
         self._tokenizer = tokenizer
+        self._dialect = dialect
         self._max_context = max_context
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
         self._num_waiting = 0
 
-    async def encode(self, request: Request) -> list[int]:
-        """Raises ApiError if the template refuses the messages or the prompt is certain not to fit."""
+    async def encode(self, request: Request) -> list[list[int]]:
+        """The request's prompts. Raises ApiError if the template refuses the messages or a prompt is certain not to fit."""
         if isinstance(request, ChatRequest):
-            text, add_special_tokens = self._chat_text(request), False
-        else:
-            prompt = request.one_prompt
-            if isinstance(prompt, list):
-                return prompt
-            text, add_special_tokens = prompt, True
+            return [await self.encode_text("messages", self._chat_text(request), add_special_tokens=False)]
+        prompts = request.prompts
+        field = "prompt" if len(prompts) == 1 else "prompt[{}]"
+        return [
+            await self.encode_text(field.format(at), prompt, add_special_tokens=True)
+            if isinstance(prompt, str)
+            else prompt
+            for at, prompt in enumerate(prompts)
+        ]
+
+    async def encode_text(self, field: str, text: str, *, add_special_tokens: bool) -> list[int]:
+        """field: where it came from. Raises ApiError."""
         if len(text) <= INLINE_CHARS:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if self._num_waiting >= MAX_WAITING:
@@ -44,14 +52,13 @@ class PromptEncoder:
         self._num_waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            work = (request.prompt_field, text, add_special_tokens)
-            return await loop.run_in_executor(self._threads, self._encode_long, *work)
+            return await loop.run_in_executor(self._threads, self._encode_long, field, text, add_special_tokens)
         finally:
             self._num_waiting -= 1
 
     def _chat_text(self, request: ChatRequest) -> str:
         try:
-            return self._tokenizer.render_chat([message.as_template_input() for message in request.messages])
+            return self._dialect.prompt(request)
         except TemplateFailed as error:
             raise bad_field("messages", str(error)) from None
 

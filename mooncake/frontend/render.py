@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Protocol
 
 import msgspec
 
-from mooncake.core.types import FinishReason
 from mooncake.frontend.assembly import Delta
 from mooncake.frontend.errors import ApiError
 from mooncake.frontend.tokenizer import Tokenizer
@@ -53,7 +52,7 @@ class Renderer(Protocol):
 
     def delta(self, delta: Delta) -> bytes: ...
 
-    def finish(self, choice: int, reason: FinishReason) -> bytes:
+    def finish(self, choice: int, reason: str) -> bytes:
         """The event after a choice's last text."""
         ...
 
@@ -61,14 +60,13 @@ class Renderer(Protocol):
         """Events after the end of all choices, the end mark included."""
         ...
 
-    def whole(self, choices: Sequence[tuple[Delta, FinishReason]], usage: Usage) -> bytes:
-        """The body of an answer that is not streamed."""
+    def failed(self, error: ApiError) -> bytes:
+        """How a stream tells of a failure after its status was sent, and ends."""
         ...
 
-
-def error_event(error: ApiError) -> bytes:
-    """How a stream tells of a failure after its status was sent."""
-    return b"data: " + error.body() + b"\n\n" + DONE
+    def whole(self, choices: Sequence[tuple[Delta, str]], usage: Usage) -> bytes:
+        """The body of an answer that is not streamed."""
+        ...
 
 
 class _Renderer:
@@ -107,7 +105,7 @@ class _Renderer:
         logprobs = b'%b,"logprobs":%b,"finish_reason":null' % (self.text_close, _encode(self._logprobs(delta)))
         return self._before[delta.choice] + _encode(delta.text) + logprobs + self._close
 
-    def finish(self, choice: int, reason: FinishReason) -> bytes:
+    def finish(self, choice: int, reason: str) -> bytes:
         end = b'%b,"logprobs":null,"finish_reason":%b' % (self.no_text, _encode(reason))
         return self._open[choice] + end + self._close
 
@@ -116,11 +114,14 @@ class _Renderer:
             return DONE
         return b"data: %b\n\n" % _encode(self._fields | {"choices": [], "usage": usage.as_dict()}) + DONE
 
-    def whole(self, choices: Sequence[tuple[Delta, FinishReason]], usage: Usage) -> bytes:
+    def failed(self, error: ApiError) -> bytes:
+        return b"data: " + error.body() + b"\n\n" + DONE
+
+    def whole(self, choices: Sequence[tuple[Delta, str]], usage: Usage) -> bytes:
         rendered = [
             {
                 "index": delta.choice,
-                **self._answer(delta.text),
+                **self._answer(delta),
                 "logprobs": self._logprobs(delta) if delta.logprobs else None,
                 "finish_reason": reason,
             }
@@ -128,7 +129,7 @@ class _Renderer:
         ]
         return _encode(self._fields | {"object": self.kind, "choices": rendered, "usage": usage.as_dict()})
 
-    def _answer(self, text: str) -> dict[str, Any]:
+    def _answer(self, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError
 
     def _logprobs(self, delta: Delta) -> dict[str, Any]:
@@ -145,8 +146,8 @@ class ChatRenderer(_Renderer):
         delta = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         return b"".join([opened + delta + self._close for opened in self._open])
 
-    def _answer(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _answer(self, delta: Delta) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": delta.text, "refusal": None}}
 
     def _logprobs(self, delta: Delta) -> dict[str, Any]:
         content = [
@@ -169,8 +170,8 @@ class CompletionRenderer(_Renderer):
         super().__init__(head, tokenizer, include_usage, num_choices)
         self._offsets = [0] * num_choices
 
-    def _answer(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def _answer(self, delta: Delta) -> dict[str, Any]:
+        return {"text": delta.text}
 
     def _logprobs(self, delta: Delta) -> dict[str, Any]:
         """Offsets count from the start of the choice, in characters of the tokens by themselves."""

@@ -16,11 +16,24 @@ from msgspec import Meta
 
 from mooncake.core.types import MAX_CHOICES
 from mooncake.frontend.errors import ApiError, bad_field
+from mooncake.frontend.structured import (
+    Choices,
+    Form,
+    GrammarText,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    Text,
+    form_of,
+)
+from mooncake.frontend.tools import MAX_TOOLS, ToolCall, ToolChoice, Tools, ToolUse, check_tools, tool_use
 
 MAX_STOPS = 4
 """OpenAI's limit."""
 MAX_STOP_CHARS = 512
 """Bounds the text that a stream holds back."""
+MAX_PROMPTS = 64
+"""Of one request; each is placed by itself."""
 MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 20
@@ -40,10 +53,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "modalities": (["text"],),
-    "response_format": ({"type": "text"},),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
-    "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
@@ -52,28 +63,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (0,),
     "reasoning_effort": ("none",),
 }
-"""Refused fields, with the values that ask for nothing and pass. The rest of `_Refused` passes only as null."""
+"""Refused fields, with the values that ask for nothing and pass. The rest passes only as null."""
 
 
 class _Refused(msgspec.Struct, kw_only=True):
     """Parameters of OpenAI's and of other servers' API that are not served."""
 
     best_of: Any = None
-    tools: Any = None
-    tool_choice: Any = None
     functions: Any = None
     function_call: Any = None
     echo: Any = None
     suffix: Any = None
     modalities: Any = None
-    response_format: Any = None
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
     reasoning_effort: Any = None
     use_beam_search: Any = None
     length_penalty: Any = None
-    include_stop_str_in_output: Any = None
     skip_special_tokens: Any = None
     add_generation_prompt: Any = None
     continue_final_message: Any = None
@@ -85,11 +92,6 @@ class _Refused(msgspec.Struct, kw_only=True):
     allowed_token_ids: Any = None
     bad_words: Any = None
     logits_processors: Any = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     chat_template: Any = None
     chat_template_kwargs: Any = None
     documents: Any = None
@@ -105,6 +107,7 @@ class StreamOptions(msgspec.Struct):
 class _Common(_Refused, kw_only=True):
     """What both endpoints take. None: not given."""
 
+    refused: ClassVar[tuple[str, ...]]
     model: str
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Count | None = None
@@ -126,15 +129,31 @@ class _Common(_Refused, kw_only=True):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    include_stop_str_in_output: bool | None = None
     cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: GrammarText | None = None
+
+    def form(self) -> Form | None:
+        """What the text must look like. Raises ApiError naming the field."""
+        return form_of(self)
 
     @property
     def stops(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def num_choices(self) -> int:
+        """Of each prompt, that are generated."""
+        return self.n or 1
 
     @property
     def include_usage(self) -> bool:
@@ -150,23 +169,36 @@ class ChatMessage(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: Any = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: str | None = None
+    """Of a tool's message: the call that it answers."""
+    reasoning_content: str | None = None
     function_call: Any = None
 
     def as_template_input(self) -> dict[str, Any]:
+        """All but the calls, which the model's dialect writes."""
         content = self.content
         if isinstance(content, list):
             content = "\n".join(part.text for part in content)
-        message = {"role": self.role, "content": content or ""}
-        return message if self.name is None else message | {"name": self.name}
+        optional = {name: getattr(self, name) for name in ("name", "tool_call_id", "reasoning_content")}
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {"role": self.role, "content": content or "", **given}
 
 
 class ChatRequest(_Common, kw_only=True):
     prompt_field: ClassVar[str] = "messages"
+    refused: ClassVar[tuple[str, ...]] = _REFUSED_NAMES
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    def tool_use(self) -> ToolUse:
+        """Raises ApiError naming the field."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def max_output(self) -> int | None:
@@ -179,29 +211,48 @@ class ChatRequest(_Common, kw_only=True):
 
 class CompletionRequest(_Common, kw_only=True):
     prompt_field: ClassVar[str] = "prompt"
+    refused: ClassVar[tuple[str, ...]] = (
+        *[name for name in _REFUSED_NAMES if name not in ("best_of", "echo")],
+        "tools",
+        "tool_choice",
+    )
     prompt: str | list[int | str | list[Any]]
     logprobs: NumLogprobs | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    tools: Any = None
+    tool_choice: Any = None
 
     @property
     def max_output(self) -> int | None:
         return self.max_tokens
 
     @property
-    def num_logprobs(self) -> int | None:
-        return self.logprobs
+    def num_choices(self) -> int:
+        return max(self.n or 1, self.best_of or 1)
 
     @property
-    def one_prompt(self) -> str | list[int]:
-        """The text or the token ids; several prompts in one request are refused."""
+    def num_logprobs(self) -> int | None:
+        """Those of the tokens tell which of several are the best."""
+        return 0 if self.logprobs is None and self.num_choices > (self.n or 1) else self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Texts and token ids."""
         prompt = self.prompt
-        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-            prompt = prompt[0]
         if isinstance(prompt, str):
-            return prompt
-        token_ids = [token for token in prompt if isinstance(token, int) and not isinstance(token, bool)]
-        if len(token_ids) != len(prompt):
-            raise bad_field("prompt", "must be one text or one list of token ids; several prompts are not supported")
-        return token_ids
+            return [prompt]
+        if not prompt or all(isinstance(token, int) for token in prompt):
+            return [_token_ids("prompt", prompt)]
+        if len(prompt) > MAX_PROMPTS:
+            raise bad_field("prompt", f"a request has up to {MAX_PROMPTS} prompts, got {len(prompt)}")
+        return [part if isinstance(part, str) else _token_ids(f"prompt[{at}]", part) for at, part in enumerate(prompt)]
+
+
+def _token_ids(field: str, prompt: Any) -> list[int]:
+    if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        return prompt
+    raise bad_field(field, "must be a text or a list of token ids")
 
 
 Request = ChatRequest | CompletionRequest
@@ -214,33 +265,59 @@ _decode_completion = msgspec.json.Decoder(CompletionRequest).decode
 
 def parse_chat(body: bytes) -> ChatRequest:
     request = _parse(body, _decode_chat)
-    if request.top_logprobs is not None and not request.logprobs:
-        raise bad_field("top_logprobs", "needs logprobs to be true")
-    for index, message in enumerate(request.messages):
-        for name in ("tool_calls", "function_call"):
-            if getattr(message, name):
-                raise bad_field(f"messages[{index}].{name}", "is not supported by this server", "unsupported_parameter")
+    check_chat(request)
     return request
 
 
+def check_chat(request: ChatRequest) -> None:
+    """What no single field can say. Raises ApiError."""
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_field("top_logprobs", "needs logprobs to be true")
+    for index, message in enumerate(request.messages):
+        if message.function_call:
+            field = f"messages[{index}].function_call"
+            raise bad_field(field, "is not supported by this server; use tool_calls", "unsupported_parameter")
+    check_tools(request.tools or ())
+
+
 def parse_completion(body: bytes) -> CompletionRequest:
-    return _parse(body, _decode_completion)
+    request = _parse(body, _decode_completion)
+    if request.best_of is not None and request.best_of < (request.n or 1):
+        raise bad_field("best_of", f"must not be less than n, got {request.best_of} and n = {request.n}")
+    if request.stream and request.num_choices > (request.n or 1):
+        raise bad_field("best_of", "cannot be streamed: which choices are the best is known at the end")
+    if request.echo and request.logprobs is not None:
+        message = "cannot be combined with logprobs: those of prompts are not computed"
+        raise bad_field("echo", message, "unsupported_parameter")
+    return request
 
 
-def _parse(body: bytes, decode: Callable[[bytes], _Kind]) -> _Kind:
+_Any = TypeVar("_Any")
+
+
+def parse_as(body: bytes, kind: type[_Any]) -> _Any:
     """Raises ApiError naming the field and its value."""
+    return _decode(body, msgspec.json.Decoder(kind).decode)
+
+
+def _decode(body: bytes, decode: Callable[[bytes], _Any]) -> _Any:
     try:
-        request = decode(body)
+        return decode(body)
     except msgspec.ValidationError as error:
         raise _explain(error, body) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # malformed JSON and malformed UTF-8 alike
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
-    for name in _REFUSED_NAMES:
+
+
+def _parse(body: bytes, decode: Callable[[bytes], _Kind]) -> _Kind:
+    """Raises ApiError naming the field and its value."""
+    request = _decode(body, decode)
+    for name in request.refused:
         value = getattr(request, name)
         if value is not None and not any(type(value) is type(v) and value == v for v in NEUTRAL.get(name, ())):
-            message = f"is not supported by this server; the value is {_show(value)}"
+            message = f"is not supported by this server; the value is {show(value)}"
             raise bad_field(name, message, "unsupported_parameter")
     if request.stream_options is not None and not request.stream:
         raise bad_field("stream_options", "needs stream to be true")
@@ -263,7 +340,7 @@ def _explain(error: msgspec.ValidationError, body: bytes) -> ApiError:
         return ApiError(400, f"the body is not a JSON object of a request: {expected}", code="invalid_json")
     message = f"{expected[:1].lower()}{expected[1:]}"
     with contextlib.suppress(ValueError, RecursionError):  # what follows the bad field may not even be JSON
-        message += f"; the value is {_show(_look_up(msgspec.json.decode(body), path))}"
+        message += f"; the value is {show(_look_up(msgspec.json.decode(body), path))}"
     return bad_field(path, message, "invalid_value")
 
 
@@ -276,6 +353,6 @@ def _look_up(value: Any, path: str) -> Any:
     return value
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= 80 else text[:77] + "..."

@@ -11,7 +11,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from mooncake.config import TlsConfig
 from mooncake.core.errors import ConfigError
-from mooncake.frontend.endpoint import ABORT_EXTENSION
+from mooncake.frontend.connection import ABORT_EXTENSION
 from mooncake.frontend.errors import ApiError
 from mooncake.rpc.http import BACKLOG, QuietServer, bind
 

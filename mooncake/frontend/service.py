@@ -11,6 +11,7 @@ from mooncake.config import Config, RoleConfig
 from mooncake.core.messages import CONDUCTOR
 from mooncake.core.types import NANOS_PER_S, InstanceInfo, Slo
 from mooncake.engine.build import model_fingerprint
+from mooncake.engine.grammar import Grammars
 from mooncake.engine.models import model_config, resolve_model
 from mooncake.frontend.admin import Admin
 from mooncake.frontend.app import create_app
@@ -19,9 +20,11 @@ from mooncake.frontend.dashboard import dashboard_routes
 from mooncake.frontend.dispatch import DispatchBackend
 from mooncake.frontend.endpoint import Settings
 from mooncake.frontend.guard import Guard
+from mooncake.frontend.keyring import Keyring
 from mooncake.frontend.outcomes import Outcomes
 from mooncake.frontend.server import HttpServer
 from mooncake.frontend.spans import make_spans
+from mooncake.frontend.tenants import Door, KeyedDoor, OpenDoor
 from mooncake.frontend.tokenizer import Tokenizer
 from mooncake.metrics import Registry
 from mooncake.rpc.driver import CoreDriver, open_event_log
@@ -42,9 +45,19 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
     spans = make_spans(config.otlp_endpoint, role.name, config.cluster, model.name)
     backend = _make_backend(config, role, model, Outcomes(settings.default_slo, spans.add))
     backend.dialer = dialer = InstanceDialer(config, role, backend)
-    admin = Admin(config.cluster, role.name, backend, Guard(config.token))
-    more_routes = [*admin.routes(), *dashboard_routes()]
-    app = create_app(backend, tokenizer, settings, registry=registry, rng=random.Random(), more_routes=more_routes)
+    grammars = None if config.engine == "simulated" else Grammars.load(resolved.path)
+    door, guard = _door_and_guard(config)
+    admin = Admin(config.cluster, role.name, backend, guard)
+    app = create_app(
+        backend,
+        tokenizer,
+        settings,
+        registry=registry,
+        rng=random.Random(),
+        door=door,
+        grammars=grammars,
+        more_routes=[*admin.routes(), *dashboard_routes()],
+    )
     server = HttpServer(app, config.host, config.port, tls=config.tls, grace_s=config.timeouts.drain_s)
     dialer.dial(CONDUCTOR, role.conductor)
     serving = asyncio.create_task(server.run())
@@ -99,8 +112,23 @@ def _settings(config: Config) -> Settings:
         max_body_bytes=config.limits.body,
         max_running=config.limits.requests,
         request_timeout_s=config.timeouts.request_s,
+        tool_parser=config.tool_parser,
+        reasoning_parser=config.reasoning_parser,
         default_slo=Slo(nanoseconds(config.slo.ttft_s), nanoseconds(config.slo.tbt_s)),
     )
+
+
+def _door_and_guard(config: Config) -> tuple[Door, Guard]:
+    """Of users, and of operators."""
+    if config.api_keys is None:
+        return OpenDoor(), Guard(config.token)
+    keyring = Keyring(Path(config.api_keys))
+
+    def is_admin_key(text: str) -> bool:
+        key = keyring.find(text, time.time())
+        return key is not None and key.admin
+
+    return KeyedDoor(keyring, config.limits.requests), Guard(config.token, is_admin_key)
 
 
 class InstanceDialer:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -24,8 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders
 
 from mooncake.core.errors import ModelError, MooncakeError
-
-_HEX_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+from mooncake.engine.vocabulary import Vocabulary, eos_ids, read_json, special_tokens
 
 
 class TemplateFailed(MooncakeError):
@@ -45,22 +43,13 @@ class Detokenizer(Protocol):
 class _TokenBytes(dict[int, bytes]):
     """Bytes of each token of a byte-level vocabulary, filled as tokens are met. Unknown and special ones have none."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, special: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
-        self._special = special
-        self._byte_of = {char: byte for byte, char in enumerate(_byte_alphabet())}
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
 
     def __missing__(self, token_id: int) -> bytes:
-        data = b"" if token_id in self._special else self.raw(token_id)
+        data = b"" if token_id in self._vocabulary.special else self._vocabulary.text_bytes(token_id)
         self[token_id] = data
         return data
-
-    def raw(self, token_id: int) -> bytes:
-        token = self._tokenizer.id_to_token(token_id) or ""
-        try:
-            return bytes(self._byte_of[char] for char in token)
-        except KeyError:  # an added token with characters outside the byte alphabet stands for itself
-            return token.encode()
 
 
 class _ByteDetokenizer:
@@ -94,6 +83,26 @@ class _StreamDetokenizer:
         return self._tokenizer.decode(self._token_ids, skip_special_tokens=True)[self._num_chars :]
 
 
+class _ShowingDetokenizer:
+    """Around each special token that is shown, a text of its own."""
+
+    def __init__(self, make: Callable[[], Detokenizer], shown: Mapping[int, str]) -> None:
+        self._make = make
+        self._shown = shown
+        self._inner = make()
+
+    def push(self, token_id: int) -> str:
+        mark = self._shown.get(token_id)
+        if mark is None:
+            return self._inner.push(token_id)
+        text = self._inner.flush() + mark
+        self._inner = self._make()
+        return text
+
+    def flush(self) -> str:
+        return self._inner.flush()
+
+
 class Tokenizer:
     """A model's tokenizer. Not changed after construction; `encode` may be called from several threads."""
 
@@ -108,58 +117,53 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._special_tokens = special_tokens or {}
         self._template = None if chat_template is None else _compile(chat_template)
+        self.chat_template = chat_template or ""
         self.eos_ids = tuple(eos_ids)
-        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-        self._added = frozenset(tokenizer.get_added_tokens_decoder())
-        byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        self._table = _TokenBytes(tokenizer, special) if byte_level else None
+        self.vocabulary = Vocabulary(tokenizer)
+        self.vocab_size = self.vocabulary.size
+        self._table = _TokenBytes(self.vocabulary) if self.vocabulary.byte_level else None
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Raises ModelError naming the file that is missing or unreadable."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ModelError(f"the model folder {folder} has no tokenizer.json")
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"cannot read {path}: {error}") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        special_tokens = _special_tokens(config)
-        eos_ids = _eos_ids(folder)
-        if not eos_ids and "eos_token" in special_tokens:
-            eos_id = tokenizer.token_to_id(special_tokens["eos_token"])
-            eos_ids = () if eos_id is None else (eos_id,)
-        template = _chat_template(folder, config)
-        return cls(tokenizer, chat_template=template, special_tokens=special_tokens, eos_ids=eos_ids)
+        vocabulary = Vocabulary.load(folder)
+        return cls(
+            vocabulary.library,
+            chat_template=_chat_template(folder),
+            special_tokens=special_tokens(folder),
+            eos_ids=eos_ids(folder, vocabulary),
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Unlike the library's `encode` this releases the GIL, and it is twice as fast, as it computes no offsets."""
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self) -> Detokenizer:
+    def detokenizer(self, shown: Mapping[int, str] | None = None) -> Detokenizer:
+        """shown: special tokens that are part of the text here, with what they look like."""
+        if shown:
+            return _ShowingDetokenizer(self.detokenizer, shown)
         return _StreamDetokenizer(self._tokenizer) if self._table is None else _ByteDetokenizer(self._table)
 
     def token_bytes(self, token_id: int) -> bytes:
         """A token by itself, special ones included, as log probabilities show it."""
-        token = self._tokenizer.id_to_token(token_id) or ""
-        if token_id in self._added:
-            return token.encode()
-        if self._table is not None:
-            return self._table.raw(token_id)
-        match = _HEX_TOKEN.fullmatch(token)
-        return bytes([int(match[1], 16)]) if match else token.replace("\u2581", " ").encode()
+        return self.vocabulary.token_bytes(token_id)
 
-    def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The prompt of a conversation, ready for the assistant's turn. Raises TemplateFailed."""
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token."""
+        token_id: int | None = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self.vocabulary.special else None
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
+        """The prompt of a conversation, ready for the assistant's turn. variables: others that the template may use.
+        Raises TemplateFailed."""
         if self._template is None:
             raise TemplateFailed("the model has no chat template; use /v1/completions")
+        words = self._special_tokens | variables
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens)
+            return self._template.render(messages=list(messages), add_generation_prompt=True, **words)
         except Exception as error:  # a template is a program of the model's author: whatever it raises
             raise TemplateFailed(f"the model's chat template refuses the messages: {error}") from error
 
@@ -201,60 +205,13 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """An absent file is an empty one: most of them are optional."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"cannot read {path}: not a JSON object")
-    return value
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """bos_token and its like, written as text or as an object with its text in `content`."""
-    tokens = {}
-    for name, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            tokens[name] = text
-    return tokens
-
-
-def _eos_ids(folder: Path) -> tuple[int, ...]:
-    for name in ("generation_config.json", "config.json"):
-        config = _read_json(folder / name)
-        eos = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-        if isinstance(eos, int):
-            return (eos,)
-        if isinstance(eos, list):
-            return tuple(eos)
-    return ()
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+def _chat_template(folder: Path) -> str | None:
     """A file of its own wins over the configuration, where it is one template or a list of named ones."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
     return template if isinstance(template, str) else None
-
-
-def _byte_alphabet() -> list[str]:
-    """The printable character that byte-level vocabularies write for each byte (GPT-2's table)."""
-    plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    alphabet, next_char = [], 0x100
-    for byte in range(256):
-        if byte in plain:
-            alphabet.append(chr(byte))
-        else:
-            alphabet.append(chr(next_char))
-            next_char += 1
-    return alphabet

@@ -58,6 +58,8 @@ from mooncake.core.messages import (
 )
 from mooncake.core.types import (
     MAX_CHOICES,
+    WEIGHT_MAX,
+    WEIGHT_MIN,
     AttemptKey,
     CostModel,
     FinishReason,
@@ -160,6 +162,15 @@ def _num_choices(count: int) -> int:
     return max(1, count)
 
 
+def _weight(weight: float) -> float:
+    """Older peers, which have no such field, have equal tenants."""
+    if weight == 0.0:
+        return 1.0
+    if not WEIGHT_MIN <= weight <= WEIGHT_MAX:
+        raise ValueError(f"weight {weight}; it must be from {WEIGHT_MIN:g} to {WEIGHT_MAX:g}")
+    return weight
+
+
 def _source(source: KvSource, out: pb.KvSource) -> None:
     out.node = source.node
     out.num_tokens = source.num_tokens
@@ -189,6 +200,7 @@ def _sampling(sampling: SamplingParams, out: pb.Sampling) -> None:
     out.min_tokens = sampling.min_tokens
     if sampling.num_logprobs is not None:
         out.num_logprobs = sampling.num_logprobs
+    out.grammar = sampling.grammar
 
 
 def _to_sampling(sampling: pb.Sampling) -> SamplingParams:
@@ -205,6 +217,7 @@ def _to_sampling(sampling: pb.Sampling) -> SamplingParams:
         stop_token_ids=tuple(sampling.stop_token_ids),
         min_tokens=sampling.min_tokens,
         num_logprobs=_optional(sampling, "num_logprobs"),
+        grammar=sampling.grammar,
     )
 
 
@@ -288,6 +301,7 @@ def _place_request(message: PlaceRequest, item: pb.Item) -> None:
     out.decode_only = message.decode_only
     out.first = message.first
     out.num_choices = message.num_choices
+    out.weight = message.weight
 
 
 def _to_place_request(message: pb.PlaceRequest) -> PlaceRequest:
@@ -304,6 +318,7 @@ def _to_place_request(message: pb.PlaceRequest) -> PlaceRequest:
         decode_only=message.decode_only,
         first=message.first,
         num_choices=_num_choices(message.num_choices),
+        weight=_weight(message.weight),
     )
 
 
@@ -320,6 +335,8 @@ def _attempt_ended(message: AttemptEnded, item: pb.Item) -> None:
     out.completed = message.completed
     if message.mean_itl_ns is not None:
         out.mean_itl_ns = message.mean_itl_ns
+    if message.tbt_ns is not None:
+        out.tbt_ns = message.tbt_ns
 
 
 def _booking_snapshot(message: BookingSnapshot, item: pb.Item) -> None:
@@ -403,6 +420,8 @@ def _submit(message: Submit, item: pb.Item) -> None:
     out.num_choices = job.num_choices
     if job.role is not None:
         out.role = job.role
+    out.tenant = job.tenant
+    out.weight = job.weight
 
 
 def _to_submit(job: pb.Job) -> Submit:
@@ -424,6 +443,8 @@ def _to_submit(job: pb.Job) -> Submit:
             allow_in_place=job.allow_in_place,
             num_choices=_num_choices(job.num_choices),
             role=Role(job.role) if job.role else None,
+            tenant=job.tenant,
+            weight=_weight(job.weight),
         )
     )
 
@@ -704,7 +725,9 @@ _TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], A
         AttemptEnded,
         "attempt_ended",
         _attempt_ended,
-        lambda m: AttemptEnded(_to_key(m.key), m.num_output, m.completed, _optional(m, "mean_itl_ns")),
+        lambda m: AttemptEnded(
+            _to_key(m.key), m.num_output, m.completed, _optional(m, "mean_itl_ns"), _optional(m, "tbt_ns")
+        ),
     ),
     (BookingSnapshot, "booking_snapshot", _booking_snapshot, _to_booking_snapshot),
     (Placed, "placed", _placed, _to_placed),

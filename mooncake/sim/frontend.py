@@ -59,6 +59,7 @@ class SimRequest(msgspec.Struct, frozen=True):
     timeout_ns: int = 600_000_000_000
     cancel_after_ns: int | None = None
     num_choices: int = 1
+    weight: float = 1.0
 
 
 class ChoiceRecord:
@@ -244,6 +245,7 @@ class SimFrontend:
             slo=request.slo,
             timeout_ns=request.timeout_ns,
             num_choices=request.num_choices,
+            weight=request.weight,
         )
         self.runner.handle(Start(spec))
         if request.cancel_after_ns is not None:

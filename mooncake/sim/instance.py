@@ -232,6 +232,7 @@ class SimInstance:
             one_token=command.one_token,
             store=command.store,
             stored_tokens=self._targets[command.seq].num_stored * limits.block_tokens if command.store else 0,
+            turn=command.turn,
         )
 
     # ------------------------------------------------------------------ the engine's copies

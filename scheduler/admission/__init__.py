@@ -10,14 +10,14 @@ from mooncake.scheduler.admission.base import Question, Rule, Verdict
 from mooncake.scheduler.admission.baseline import Baseline
 from mooncake.scheduler.admission.early import Early
 from mooncake.scheduler.admission.early_predicted import EarlyPredicted
-from mooncake.scheduler.admission.gate import RETRY_NS_MIN, Gate
+from mooncake.scheduler.admission.gate import RETRY_NS_MAX, RETRY_NS_MIN, Gate
 from mooncake.scheduler.admission.placed import Placement
 from mooncake.scheduler.admission.shares import Shares
 from mooncake.scheduler.config import ConductorConfig
 from mooncake.scheduler.starts import NoStarts, Starts
 from mooncake.scheduler.view import View
 
-__all__ = ["RETRY_NS_MIN", "Accuracy", "Gate", "Question", "Verdict", "make_gate", "make_starts"]
+__all__ = ["RETRY_NS_MAX", "RETRY_NS_MIN", "Accuracy", "Gate", "Question", "Verdict", "make_gate", "make_starts"]
 
 
 def make_starts(config: ConductorConfig) -> Starts | NoStarts:
@@ -28,7 +28,7 @@ def make_gate(config: ConductorConfig, view: View, starts: Starts | NoStarts, ac
     rule: Rule
     match config.admission_rule:
         case "placement":
-            rule = Placement()
+            rule = Placement(view.lengths)
         case "baseline":
             rule = Baseline()
         case "early":

@@ -30,6 +30,8 @@ class Rule(Protocol):
     name: str
     checks_decode: bool
     """Whether decode is judged when the prefill is done, so that a placement must be asked for again then."""
+    keeps_margin: bool
+    """Whether room is kept for times that turn out longer than predicted; the paper's rules know none."""
 
     def times(self, question: Question) -> Times: ...
 
@@ -42,6 +44,8 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
     detail: str = ""
     enforced: bool = False
     retry_after_ns: int = 0
+    tbt_ns: int | None = None
+    """What was compared with the TBT objective, margin not included; None: nothing was."""
 
 
 def sequences_ns(question: Question) -> float:

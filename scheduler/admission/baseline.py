@@ -10,6 +10,7 @@ from mooncake.scheduler.admission.base import Question, Times
 class Baseline:
     name = "baseline"
     checks_decode = True
+    keeps_margin = False
 
     def times(self, question: Question) -> Times:
         prediction = question.decision.prediction

@@ -11,6 +11,7 @@ from mooncake.scheduler.view import View
 class Early:
     name = "early"
     checks_decode = False
+    keeps_margin = False
 
     def __init__(self, view: View) -> None:
         self._view = view

@@ -13,6 +13,7 @@ from mooncake.scheduler.view import View
 class EarlyPredicted:
     name = "early_predicted"
     checks_decode = False
+    keeps_margin = False
 
     def __init__(self, view: View, starts: Starts) -> None:
         self._view = view

@@ -30,13 +30,13 @@ class Shares:
         self._began_at = 0
         self._last = ""
         """The tenant of the last use, which is booked with those that follow it: tokens, until when."""
-        self._last_tokens = 0
+        self._last_tokens = 0.0
         self._last_until = 0
 
     def __len__(self) -> int:
         return len(self._uses)
 
-    def spend(self, tenant: str, num_tokens: int, now: int) -> None:
+    def spend(self, tenant: str, num_tokens: float, now: int) -> None:
         if tenant == self._last and now < self._last_until:
             self._last_tokens += num_tokens
             return
@@ -47,9 +47,9 @@ class Shares:
     def _book_last(self, now: int) -> None:
         if self._last_tokens:
             self._book(self._last, self._last_tokens, now)
-            self._last_tokens = 0
+            self._last_tokens = 0.0
 
-    def _book(self, tenant: str, num_tokens: int, now: int) -> None:
+    def _book(self, tenant: str, num_tokens: float, now: int) -> None:
         weight = self._weight(now)
         use, uses = num_tokens * weight, self._uses
         self._total += use
@@ -65,7 +65,7 @@ class Shares:
             self._total = max(0.0, self._total - uses.pop(oldest))
 
     def ratio(self, tenant: str, now: int) -> float:
-        """The tenant's use by its fair share; 1 if it is alone."""
+        """The tenant's use by its fair share; 1 if it is alone. Tokens that were divided by weights give shares by weight."""
         self._book_last(now)
         if len(self._uses) <= 1:
             return 0.0 if self._uses and tenant not in self._uses else 1.0

@@ -97,3 +97,12 @@ def test_keys_of_many_objects_are_those_of_each() -> None:
     assert object_keys(blocks, shard) == tuple(object_key(block, shard) for block in blocks)
     assert block_keys_of(object_keys(blocks, shard)) == blocks
     assert object_keys((), shard) == block_keys_of(()) == ()
+
+
+def test_a_scope_shares_no_key_with_another_or_with_none() -> None:
+    """Whatever clients send as a salt: names and salts can not be shifted into each other."""
+    parts = ["", "a", "b", "tenant/a", "a\0b", "1"]
+    roots = {root_key("f", salt=salt, scope=scope) for salt in parts for scope in parts}
+    assert len(roots) == len(parts) ** 2
+    assert root_key("f", salt="s", scope="") == root_key("f", salt="s")
+    assert root_key("f", salt="f", scope="x") != root_key("x", lora="f", salt="", extras=("f",))

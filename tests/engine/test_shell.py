@@ -50,7 +50,9 @@ class FakeEngine:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def submit(self, seq: int, job: Any, *, one_token: bool, reader: Any = None, writer: Any = None) -> None:
+    def submit(
+        self, seq: int, job: Any, *, one_token: bool, reader: Any = None, writer: Any = None, turn: int = 0
+    ) -> None:
         self.calls.append((seq, one_token, reader and reader.num_tokens, writer and writer.num_tokens))
 
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int, reader: Any) -> None:

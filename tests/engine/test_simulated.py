@@ -41,6 +41,13 @@ def prefill(target: SimulatedEngine, seq: int, at: np.ndarray, tokens: list[int]
     return token
 
 
+def test_a_grammar_is_refused() -> None:
+    target, at = engine(), pages(0, 1, 2)
+    target.add_sequence(1, PROMPT, len(PROMPT), SamplingParams(grammar='start: "a"'), 0)
+    result = target.run(StepPlan((StepItem(1, 0, len(PROMPT), at, sample=True),)), None, {})
+    assert result.faults() == {1: ("grammar", "the simulated engine follows no grammar")}
+
+
 def move(
     source: SimulatedEngine, from_pages: np.ndarray, target: SimulatedEngine, to_pages: np.ndarray, count: int
 ) -> None:

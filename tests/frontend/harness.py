@@ -14,11 +14,13 @@ from typing import Any
 import httpx
 import msgspec
 
+from mooncake.engine.grammar import Grammars
 from mooncake.frontend.app import create_app
 from mooncake.frontend.backend import ModelInfo
 from mooncake.frontend.echo import EchoBackend
 from mooncake.frontend.endpoint import Settings
 from mooncake.frontend.server import HttpServer
+from mooncake.frontend.tenants import Door
 from mooncake.frontend.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -69,11 +71,18 @@ class Site:
 
 @asynccontextmanager
 async def site(
-    tokenizer: Tokenizer, *, max_context: int = 4096, step_s: float = 0.0, **settings: Any
+    tokenizer: Tokenizer,
+    *,
+    max_context: int = 4096,
+    step_s: float = 0.0,
+    grammars: Grammars | None = None,
+    door: Door | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Site]:
     model = ModelInfo("tiny", max_context, tokenizer.vocab_size, "fp_tiny", 1_700_000_000)
     backend = EchoBackend(model, step_s=step_s)
-    app = create_app(backend, tokenizer, msgspec.structs.replace(Settings(), **settings), rng=random.Random(1))
+    settings_here = msgspec.structs.replace(Settings(), **settings)
+    app = create_app(backend, tokenizer, settings_here, rng=random.Random(1), grammars=grammars, door=door)
     server = HttpServer(app, "127.0.0.1", 0, grace_s=0.1)
     task = asyncio.create_task(server.run())
     async with httpx.AsyncClient(base_url=server.url, timeout=10) as client:

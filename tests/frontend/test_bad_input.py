@@ -26,7 +26,7 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "warm"}, "temperature"),
     ({"temperature": 10**400}, "temperature"),
@@ -64,7 +64,7 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"n": 0}, "n"),
     ({"n": 17}, "n"),
     ({"n": True}, "n"),
-    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"user": 5}, "user"),
 ]
@@ -73,9 +73,13 @@ COMPLETION_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ""}, "prompt"),
     ({"prompt": []}, "prompt"),
     ({"prompt": None}, "prompt"),
-    ({"prompt": ["a", "b"]}, "prompt"),
-    ({"prompt": [[1], [2]]}, "prompt"),
-    ({"prompt": [1, "a"]}, "prompt"),
+    ({"prompt": ["a", ""]}, "prompt[1]"),
+    ({"prompt": [[1], [2, -1]]}, "prompt[1]"),
+    ({"prompt": [[1], [2, "a"]]}, "prompt[1]"),
+    ({"prompt": [[1], []]}, "prompt[1]"),
+    ({"prompt": ["a"] * 65}, "prompt"),
+    ({"prompt": ["a", "b " * 5000]}, "prompt[1]"),
+    ({"prompt": [1, "a"]}, "prompt[0]"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": [True]}, "prompt[0]"),
     ({"prompt": [1.5]}, "prompt[0]"),
@@ -84,8 +88,10 @@ COMPLETION_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "hello " * 10_000}, "prompt"),
     ({"prompt": "hello " * 200_000}, "prompt"),
     ({"logprobs": 50}, "logprobs"),
-    ({"echo": True}, "echo"),
-    ({"best_of": 2}, "best_of"),
+    ({"echo": True, "logprobs": 1}, "echo"),
+    ({"best_of": 17}, "best_of"),
+    ({"best_of": 2, "n": 3}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
     ({"suffix": "x"}, "suffix"),
     ({"messages": 1, "model": None}, "model"),
 ]
@@ -128,7 +134,7 @@ def test_fields(tokenizer: Tokenizer) -> None:
     run(test)
 
 
-@pytest.mark.parametrize(("fields", "code"), [({"max_tokens": 5000}, TOO_LONG), ({"tools": [1]}, REFUSED)])
+@pytest.mark.parametrize(("fields", "code"), [({"max_tokens": 5000}, TOO_LONG), ({"functions": [1]}, REFUSED)])
 def test_codes(tokenizer: Tokenizer, fields: dict[str, Any], code: str) -> None:
     async def test() -> None:
         async with site(tokenizer) as s:

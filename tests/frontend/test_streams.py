@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mooncake.core.errors import ConfigError
-from mooncake.frontend.backend import BackendError, Failed, Overloaded, PromptTooLong, Unavailable
+from mooncake.frontend.backend import BackendError, Failed, GrammarLost, Overloaded, PromptTooLong, Unavailable
 from mooncake.frontend.errors import from_backend
 from mooncake.frontend.server import HttpServer
 from mooncake.frontend.tokenizer import Tokenizer
@@ -94,6 +94,7 @@ async def read_all(reader: asyncio.StreamReader) -> bytes:
 REFUSALS: list[tuple[BackendError, int, str]] = [
     (Overloaded(2.3, "TTFT would be 40 s", "overloaded_ttft"), 429, "overloaded_ttft"),
     (PromptTooLong("9,000 tokens do not fit"), 400, "context_length_exceeded"),
+    (GrammarLost("too many items"), 400, "grammar_lost"),
     (Unavailable("no instance"), 503, "unavailable"),
     (Failed("all attempts failed"), 500, "failed"),
 ]
@@ -111,7 +112,7 @@ def test_errors_before_the_first_token_have_a_status(
                     answer = await s.chat(stream=stream)
                     assert answer.status_code == status
                     assert answer.json()["error"]["code"] == code
-                    assert answer.json()["error"]["message"] == str(error)
+                    assert answer.json()["error"]["message"].endswith(str(error))
                     assert answer.headers.get("retry-after") == {429: "3", 503: "1"}.get(status)
 
     run(test)

@@ -11,8 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from mooncake.core.errors import ModelError
 from mooncake.frontend.tokenizer import TemplateFailed, Tokenizer
-
-from .conftest import byte_level
+from tests.tiny_tokenizer import byte_level
 
 SMOLLM = Path.home() / ".cache/mooncake/models/smollm2-135m-instruct"
 

@@ -202,11 +202,12 @@ class Completion(msgspec.Struct):
 
 
 class Client:
-    """Requests to one cluster, from one event loop."""
+    """Requests to one cluster, from one event loop, with that API key if any."""
 
-    def __init__(self, cluster: Cluster, timeout_s: float = 60.0) -> None:
+    def __init__(self, cluster: Cluster, timeout_s: float = 60.0, *, key: str = "") -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
-        self._http = httpx.AsyncClient(base_url=cluster.url, timeout=timeout_s, limits=limits)
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.AsyncClient(base_url=cluster.url, timeout=timeout_s, limits=limits, headers=headers)
         self.model = cluster.config["model_name"]
 
     async def __aenter__(self) -> Self:

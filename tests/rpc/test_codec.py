@@ -21,6 +21,7 @@ LIMIT = 64 << 20
 INT32, INT64 = st.integers(-(2**31), 2**31 - 1), st.integers(-(2**63), 2**63 - 1)
 COUNT = st.integers(0, 2**31 - 1)
 CHOICES = st.integers(1, 16)
+WEIGHT = st.floats(t.WEIGHT_MIN, t.WEIGHT_MAX)
 TOKEN = st.integers(0, 2**31 - 1)
 TEXT = st.text(max_size=8)
 TEXTS = st.lists(TEXT, max_size=3).map(tuple)
@@ -46,6 +47,7 @@ SAMPLING = st.builds(
     stop_token_ids=st.lists(TOKEN, max_size=3).map(tuple),
     min_tokens=COUNT,
     num_logprobs=st.none() | COUNT,
+    grammar=st.text(max_size=20),
 )
 INFO = st.builds(
     t.InstanceInfo,
@@ -86,6 +88,8 @@ def jobs(draw: st.DrawFn) -> t.Job:
         deadline_ns=draw(INT64),
         allow_in_place=draw(st.booleans()),
         num_choices=draw(CHOICES),
+        tenant=draw(TEXT),
+        weight=draw(WEIGHT),
         role=draw(st.none() | st.sampled_from(t.Role)),
     )
 
@@ -126,9 +130,10 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
         decode_only=st.booleans(),
         first=st.booleans(),
         num_choices=CHOICES,
+        weight=WEIGHT,
     ),
     m.PrefillDone: st.builds(m.PrefillDone, KEY, OPTIONAL),
-    m.AttemptEnded: st.builds(m.AttemptEnded, KEY, INT64, st.booleans(), OPTIONAL),
+    m.AttemptEnded: st.builds(m.AttemptEnded, KEY, INT64, st.booleans(), OPTIONAL, OPTIONAL),
     m.BookingSnapshot: st.builds(
         m.BookingSnapshot, TEXT, st.lists(st.tuples(KEY, TEXT, TEXT, INT64), max_size=3).map(tuple)
     ),
@@ -274,6 +279,7 @@ def wrong_step(**columns: Any) -> pb.Item:
         (pb.Item(state_change=pb.StateChange(state="ready")), "not enough values"),
         (pb.Item(submit=pb.Job(num_tokens=2, token_ids=b"1234")), "4 bytes of token ids for 2 tokens"),
         (pb.Item(place_request=pb.PlaceRequest(num_choices=17)), "17 choices; at most 16 are allowed"),
+        (pb.Item(place_request=pb.PlaceRequest(weight=-1.0)), "weight -1.0; it must be from 0.001 to 1000"),
         (wrong_step(positions=[]), "shorter"),
         (wrong_step(finishes=[9]), "out of range"),
         (wrong_step(counts=[2]), "1 token ids for counts that add up to 2"),

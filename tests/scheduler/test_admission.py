@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from mooncake.core.messages import AttemptEnded, LoadReport, PrefillDone, Rejected
@@ -138,6 +140,108 @@ def test_predictions_must_prove_themselves() -> None:
     assert accuracy.error("p", "ttft") == (0.1 * 3 + 4) / 4 and not accuracy.calibrated("p", "ttft")
     accuracy.forget("p")
     assert accuracy.error("p", "ttft") is None
+
+
+def test_the_margin_finds_what_few_outcomes_exceed() -> None:
+    """Lateness from -50 to 49 ms, one of each hundred outcomes above 48."""
+    accuracy = Accuracy(Calibration())
+    lateness = list(range(-50, 50)) * 40
+    random.Random(1).shuffle(lateness)
+    for ms in lateness:
+        accuracy.observe_lateness("p", "ttft", 1000 * MS, (1000 + ms) * MS)
+    margin_ms = accuracy.margin_ns("p", "ttft") / MS
+    assert 35 <= margin_ms <= 70 and accuracy.margin_ns("p", "tbt") == 0.0
+    for _ in range(1000):
+        accuracy.observe_lateness("p", "ttft", 1000 * MS, 900 * MS)
+    assert accuracy.margin_ns("p", "ttft") == 0.0
+    accuracy.observe_lateness("p", "ttft", 1000 * MS, 2000 * MS)
+    accuracy.forget("p")
+    assert accuracy.margin_ns("p", "ttft") == 0.0
+
+
+def test_a_margin_is_kept_for_what_comes_late() -> None:
+    cluster = busy("placement")
+    slo = Slo(ttft_ns=20 * MS)
+    cluster.place(1, slo=slo)  # 2 ms are predicted
+    cluster.receive("f", PrefillDone(AttemptKey("f", 1), 60 * MS))
+    # 0.99 * 0.02 of 60 ms.
+    assert refusal(cluster, 2, 180, slo=slo) == (
+        "overloaded_ttft",
+        "predicted TTFT 19.00 ms + margin 1.19 ms > objective 20.00 ms",
+    )
+    assert refusal(cluster, 3, 170, slo=slo) == ("", "")
+    for request in range(4, 40):
+        cluster.place(request)
+        cluster.receive("f", PrefillDone(AttemptKey("f", request), 60 * MS))
+        cluster.end(request)
+    cluster.receive("f", PrefillDone(AttemptKey("f", 3), 18 * MS))
+    assert refusal(cluster, 40, 140, slo=slo)[0] == "", "a quarter of the objective is the most that is kept"
+    assert refusal(cluster, 41, 145, slo=slo)[0] == "overloaded_ttft"
+
+
+@pytest.mark.parametrize("rule", ["baseline", "early", "early_predicted"])
+def test_the_papers_rules_know_no_margin(rule: AdmissionRule) -> None:
+    cluster = busy(rule)
+    cluster.place(1)
+    cluster.receive("f", PrefillDone(AttemptKey("f", 1), 60 * MS))
+    assert refusal(cluster, 2, 190, slo=Slo(ttft_ns=20 * MS)) == ("", "")
+
+
+def test_the_margin_of_tbt_is_from_what_frontends_saw() -> None:
+    cluster = busy("placement")
+    slo = Slo(tbt_ns=21 * MS)
+    cluster.place(1, slo=slo)  # 20 ms are predicted
+    cluster.receive("f", PrefillDone(AttemptKey("f", 1), 2 * MS))
+    cluster.end(1, num_output=10, completed=True, mean_itl_ns=20 * MS, tbt_ns=100 * MS)
+    assert cluster.place(2, slo=slo).decode == "d1"
+    assert refusal(cluster, 3, slo=slo) == (
+        "overloaded_tbt",
+        "predicted TBT 20.00 ms + margin 1.98 ms > objective 21.00 ms",
+    )
+
+
+def test_the_wait_for_a_place_is_a_gap() -> None:
+    """Eight places, ten sequences there: three eighths of the batch must end first, and a mean output takes 100 tokens of
+    110 ms. Of ten tokens that gap is the longest tenth."""
+    cluster = busy("placement", 10)
+    cluster.core.view.lengths.mean = 100.0
+    answer = cluster.answer(1, slo=Slo(tbt_ns=S))
+    assert isinstance(answer, Rejected)
+    wait_ms = (11 / 8 - 1) * 100 * 110
+    assert answer.detail == f"predicted TBT {wait_ms - 2:.2f} ms > objective 1000.00 ms"
+    assert refusal(busy("placement", 7), 2, slo=Slo(tbt_ns=S)) == ("", "")
+
+
+def test_a_full_queue_is_told_at_once() -> None:
+    cluster = Cluster(admission="off", num_queued_max=3)
+    cluster.prefill("p", num_pages=100_000)
+    cluster.decode("d", num_pages=100_000)
+    for request in range(3):
+        cluster.place(request, 10_000)
+    answer = cluster.answer(3, 10)
+    assert isinstance(answer, Rejected)
+    assert (answer.reason, answer.detail) == (
+        "queue_full",
+        "the least loaded instance has as many requests as it takes: 3",
+    )
+    assert answer.retry_after_ns == 3 * (1001 * MS + 2 * MS)  # three steps of 4,096 tokens each
+    cluster.place(4, 10, first=False)
+    cluster.end(0)
+    cluster.end(1)
+    cluster.place(5, 10)
+
+
+def test_one_tenant_never_has_all_places_of_a_queue() -> None:
+    cluster = Cluster(admission="off", num_queued_max=8)
+    cluster.prefill("p", num_pages=100_000)
+    cluster.decode("d", num_pages=100_000)
+    answers = [cluster.answer(request, 10, tenant="flood") for request in range(9)]
+    assert [isinstance(answer, Rejected) for answer in answers] == [False] * 7 + [True] * 2
+    cluster.place(9, 10, tenant="light")
+    assert isinstance(cluster.answer(10, 10, tenant="light"), Rejected)
+    for request in range(3):
+        cluster.end(request)
+    cluster.place(11, 10, tenant="light")
 
 
 def test_retry_after_is_the_predicted_excess_within_bounds() -> None:

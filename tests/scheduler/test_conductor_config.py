@@ -7,7 +7,7 @@ from mooncake.scheduler.service import conductor_config
 
 
 def test_copies_and_changes_of_roles_are_off_unless_asked_for() -> None:
-    assert conductor_config(Config()) == ConductorConfig()
+    assert conductor_config(Config()) == ConductorConfig(num_queued_max=Config().limits.queue)
     settings = conductor_config(Config(replicate="on", switch_roles="on"))
     assert (settings.replicate, settings.switch_roles) == (True, True)
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from mooncake.core.messages import (
     CONDUCTOR,
     Abort,
@@ -47,6 +49,7 @@ from mooncake.scheduler.dispatcher import (
     PeerOpened,
     Received,
     RequestSpec,
+    Route,
     Start,
     Tick,
 )
@@ -136,7 +139,10 @@ def test_a_request_from_start_to_end() -> None:
     assert (to, submit.job.hand_over, submit.job.num_generated, submit.job.max_tokens) == ("p0", True, 0, 10)
     drive.now = 30
     commands = drive.tokens("p0", 20, 5, cached_tokens=8, compute_ns=15)
-    assert commands == [Send(CONDUCTOR, PrefillDone(key(), 20)), Output(1, (5,), None, (), 8)]
+    assert commands == [
+        Send(CONDUCTOR, PrefillDone(key(), 20)),
+        Output(1, (5,), None, (), 8, route=Route("p0", "d0", 5)),
+    ]
     drive.now = 40
     [(to, submit)] = sends(drive.hear(KvReady("p0", key(), SOURCE), "p0"), Submit)
     assert (to, submit.job.source, submit.job.num_tokens, submit.job.num_prompt_tokens) == ("d0", SOURCE, 21, 20)
@@ -147,7 +153,7 @@ def test_a_request_from_start_to_end() -> None:
     commands = drive.tokens("d0", 22, 7, finish=FinishReason.STOP)
     ended = only(commands, Ended)
     assert ended.timeline == (0, 10, 15, 30, 40, 46, 60) and (ended.prefill, ended.decode) == ("p0", "d0")
-    assert commands[:2] == [Output(1, (7,), FinishReason.STOP), Send(CONDUCTOR, AttemptEnded(key(), 3, True, 15))]
+    assert commands[:2] == [Output(1, (7,), FinishReason.STOP), Send(CONDUCTOR, AttemptEnded(key(), 3, True, 15, 20))]
     assert drive.core.num_running == 0
 
 
@@ -402,7 +408,7 @@ def test_choices_share_placement_and_prefill_and_part_at_the_hand_over() -> None
     commands = drive.choices("d0", 22, {1: 4}, finish=FinishReason.STOP)
     assert commands == [
         Output(1, (4,), FinishReason.STOP, choice=1),
-        Send(CONDUCTOR, AttemptEnded(key(0, 1), 3, True, 4)),
+        Send(CONDUCTOR, AttemptEnded(key(0, 1), 3, True, 4, 8)),
     ]
     commands = drive.choices("d0", 22, {0: 4, 2: 4}, finish=FinishReason.LENGTH)
     assert ended_keys(commands) == [(0, 0), (2, 0)]
@@ -496,11 +502,13 @@ def test_one_choice_can_be_cancelled_alone() -> None:
     assert sends(drive(Cancel(1)), Abort) == [("p0", Abort((key(),)))], "the joint attempt is aborted once"
 
 
-def test_a_request_of_several_choices_fails_as_a_whole() -> None:
+@pytest.mark.parametrize("reason", ["too_long", "grammar"])
+def test_a_request_of_several_choices_fails_as_a_whole(reason: str) -> None:
+    """Without another attempt: it would fail everywhere."""
     drive = Driver()
     drive.three_decoding()
-    commands = drive.hear(AttemptFailed("d0", key(0, 1), "too_long", "why"), "d0")
-    assert only(commands, Failure).reason == "too_long" and only(commands, Ended)
+    commands = drive.hear(AttemptFailed("d0", key(0, 1), reason, "why"), "d0")
+    assert only(commands, Failure) == Failure(1, reason, "why") and only(commands, Ended)
     assert [m.keys for _, m in sends(commands, Abort)] == [(key(0, choice),) for choice in range(3)]
     assert ended_keys(commands) == [(0, 0), (1, 0), (2, 0)] and drive.core.num_running == 0
 
@@ -557,7 +565,7 @@ def test_decode_is_asked_for_when_the_prefill_is_done_and_draws_the_first_token_
     [(instance, submitted)] = sends(drive.placed("", "d1", attempt=1), Submit)
     assert (instance, submitted.job.num_tokens, submitted.job.source) == ("d1", 20, SOURCE)
     commands = drive.tokens("d1", 20, 5, attempt=1, cached_tokens=20, compute_ns=1)
-    assert [c for c in commands if isinstance(c, Output)] == [Output(1, (5,), None, (), 8)]
+    assert [c for c in commands if isinstance(c, Output)] == [Output(1, (5,), None, (), 8, route=Route("p0", "d1", 5))]
     assert sends(commands, HandoverDone) == [("p0", HandoverDone((key(),)))]
     [ended] = [c for c in drive.tokens("d1", 21, 6, attempt=1, finish=FinishReason.STOP) if isinstance(c, Ended)]
     assert (ended.prefill, ended.decode, ended.num_attempts) == ("p0", "d1", 1)

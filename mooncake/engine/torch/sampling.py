@@ -15,6 +15,7 @@ import torch
 
 from mooncake.core.noise import noise, uniforms
 from mooncake.core.types import SamplingParams, TokenLogprobs
+from mooncake.engine.grammar import Matcher
 
 _NUCLEUS_GUESS = 1024
 """A nucleus of no more tokens, which is the rule, is found without sorting the vocabulary."""
@@ -22,17 +23,37 @@ _NUCLEUS_GUESS = 1024
 
 class SequenceState:
     """Tokens of one sequence and how to draw more; what penalties need is rebuilt from the tokens. A draw gives a token for
-    each choice; only a joint sequence, which draws once, has several."""
+    each choice; only a joint sequence, which draws once, has several. matcher: at the beginning of its grammar; None: free."""
 
-    __slots__ = ("choices", "num_prompt", "params", "token_ids")
+    __slots__ = ("_matcher", "choices", "num_prompt", "params", "token_ids")
 
     def __init__(
-        self, token_ids: Sequence[int], num_prompt: int, params: SamplingParams, choice: int, num_choices: int = 1
+        self,
+        token_ids: Sequence[int],
+        num_prompt: int,
+        params: SamplingParams,
+        choice: int,
+        num_choices: int = 1,
+        matcher: Matcher | None = None,
     ) -> None:
         self.token_ids = list(token_ids)
         self.num_prompt = num_prompt
         self.params = params
         self.choices = range(choice, choice + num_choices)
+        self._matcher = matcher
+        if matcher is not None:
+            for token in self.token_ids[num_prompt:]:
+                matcher.advance(token)
+
+    @property
+    def fault(self) -> str:
+        """Why its grammar cannot be followed, or nothing."""
+        return "" if self._matcher is None else self._matcher.fault
+
+    def append(self, token: int) -> None:
+        self.token_ids.append(token)
+        if self._matcher is not None:
+            self._matcher.advance(token)
 
     @property
     def is_plain(self) -> bool:
@@ -40,6 +61,7 @@ class SequenceState:
         p = self.params
         return (
             p.greedy
+            and self._matcher is None
             and not p.logit_bias
             and not self._penalised
             and len(self.token_ids) - self.num_prompt >= p.min_tokens
@@ -62,6 +84,8 @@ class SequenceState:
             self._penalise(logits)
         if num_output < p.min_tokens and p.stop_token_ids:
             logits[list(p.stop_token_ids)] = -np.inf
+        if self._matcher is not None:
+            self._matcher.forbid(logits)
         if p.greedy:
             return self.repeat(int(np.argmax(logits)))
         weights = _weights(logits, p)

@@ -12,6 +12,7 @@ import torch
 from mooncake.core.costs import fit_decode, fit_prefill
 from mooncake.core.types import CostModel, SamplingParams
 from mooncake.engine.base import EngineLimits, KvLayout, LayerHook, LayerLoad, StepItem, StepPlan, StepResult
+from mooncake.engine.grammar import Grammars, Matcher
 from mooncake.engine.torch.attention import RunningStep
 from mooncake.engine.torch.batch import HeadsBatch, LatentBatch, LayerWriter
 from mooncake.engine.torch.model import Dimensions
@@ -27,9 +28,11 @@ _MEASURED_BATCHES = ((1, 1 / 8), (1, 1), (4, 1 / 2), (8, 1 / 8))
 
 
 class TorchStepEngine:
-    """model: loaded by `load_model`. See `StepEngine`."""
+    """model: loaded by `load_model`. grammars: None if its tokens are not known. See `StepEngine`."""
 
-    def __init__(self, model: Any, dims: Dimensions, limits: EngineLimits, device: str) -> None:
+    def __init__(
+        self, model: Any, dims: Dimensions, limits: EngineLimits, device: str, grammars: Grammars | None = None
+    ) -> None:
         self.limits = limits
         self.vocab_size = dims.vocab_size
         self.gathered_bytes = 0
@@ -47,6 +50,7 @@ class TorchStepEngine:
         self._model = model
         self._running = RunningStep(model)
         self._device = device
+        self._grammars = grammars
         self._sequences: dict[int, SequenceState] = {}
 
     def add_sequence(
@@ -58,7 +62,8 @@ class TorchStepEngine:
         choice: int,
         num_choices: int = 1,
     ) -> None:
-        self._sequences[seq] = SequenceState(token_ids, num_prompt_tokens, sampling, choice, num_choices)
+        matcher = self._matcher(sampling.grammar) if sampling.grammar else None
+        self._sequences[seq] = SequenceState(token_ids, num_prompt_tokens, sampling, choice, num_choices, matcher)
 
     def remove_sequence(self, seq: int) -> None:
         self._sequences.pop(seq, None)
@@ -83,12 +88,13 @@ class TorchStepEngine:
             for item, choices, logprob in zip(sampled, tokens, found, strict=True):
                 drawn[item.seq], logprobs[item.seq] = choices, logprob
                 if item.seq not in failed:
-                    self._sequences[item.seq].token_ids.append(choices[0])  # a joint sequence never computes it
+                    self._sequences[item.seq].append(choices[0])  # a joint sequence never computes it
         return StepResult(
             tokens=tuple(drawn.get(item.seq, ()) for item in plan.items),
             logprobs=tuple(logprobs.get(item.seq, ()) for item in plan.items),
             failed=failed,
             step_ns=time.monotonic_ns() - began,
+            lost=tuple((item.seq, fault) for item in plan.items if (fault := self._sequences[item.seq].fault)),
         )
 
     def forward(self, items: Sequence[StepItem], writer: LayerWriter, *, together: bool = True) -> torch.Tensor:
@@ -132,6 +138,11 @@ class TorchStepEngine:
 
     def close(self) -> None:
         self._sequences.clear()
+
+    def _matcher(self, grammar: str) -> Matcher:
+        if self._grammars is None:
+            return Matcher(None, self.vocab_size, "the model folder has no tokenizer, which a grammar needs")
+        return self._grammars.matcher(grammar)
 
     def _fits(self, num_seqs: int, num_tokens: int) -> bool:
         pages = -(-num_tokens // self.limits.page_tokens)

@@ -143,7 +143,7 @@ class KvSource(_message.Message):
     def __init__(self, node: _Optional[str] = ..., num_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., partial_key: _Optional[bytes] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_ids", "bias_values", "stop_token_ids", "min_tokens", "num_logprobs")
+    __slots__ = ("seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "bias_ids", "bias_values", "stop_token_ids", "min_tokens", "num_logprobs", "grammar")
     SEED_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +157,7 @@ class Sampling(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     seed: int
     temperature: float
     top_p: float
@@ -170,10 +171,11 @@ class Sampling(_message.Message):
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     min_tokens: int
     num_logprobs: int
-    def __init__(self, seed: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias_values: _Optional[_Iterable[float]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., num_logprobs: _Optional[int] = ...) -> None: ...
+    grammar: str
+    def __init__(self, seed: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., bias_ids: _Optional[_Iterable[int]] = ..., bias_values: _Optional[_Iterable[float]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., min_tokens: _Optional[int] = ..., num_logprobs: _Optional[int] = ..., grammar: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("key", "num_tokens", "num_prompt_tokens", "max_tokens", "block_keys", "token_ids", "sampling", "source", "hand_over", "priority", "deadline_ns", "allow_in_place", "num_choices", "role")
+    __slots__ = ("key", "num_tokens", "num_prompt_tokens", "max_tokens", "block_keys", "token_ids", "sampling", "source", "hand_over", "priority", "deadline_ns", "allow_in_place", "num_choices", "role", "tenant", "weight")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +190,8 @@ class Job(_message.Message):
     ALLOW_IN_PLACE_FIELD_NUMBER: _ClassVar[int]
     NUM_CHOICES_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     key: Key
     num_tokens: int
     num_prompt_tokens: int
@@ -202,10 +206,12 @@ class Job(_message.Message):
     allow_in_place: bool
     num_choices: int
     role: str
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., hand_over: bool = ..., priority: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., allow_in_place: bool = ..., num_choices: _Optional[int] = ..., role: _Optional[str] = ...) -> None: ...
+    tenant: str
+    weight: float
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., hand_over: bool = ..., priority: _Optional[int] = ..., deadline_ns: _Optional[int] = ..., allow_in_place: bool = ..., num_choices: _Optional[int] = ..., role: _Optional[str] = ..., tenant: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class PlaceRequest(_message.Message):
-    __slots__ = ("key", "num_tokens", "block_keys", "max_tokens", "num_generated", "tenant", "priority", "slo", "exclude", "decode_only", "first", "num_choices")
+    __slots__ = ("key", "num_tokens", "block_keys", "max_tokens", "num_generated", "tenant", "priority", "slo", "exclude", "decode_only", "first", "num_choices", "weight")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
@@ -218,6 +224,7 @@ class PlaceRequest(_message.Message):
     DECODE_ONLY_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     NUM_CHOICES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     key: Key
     num_tokens: int
     block_keys: bytes
@@ -230,7 +237,8 @@ class PlaceRequest(_message.Message):
     decode_only: bool
     first: bool
     num_choices: int
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., num_generated: _Optional[int] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., exclude: _Optional[_Iterable[str]] = ..., decode_only: bool = ..., first: bool = ..., num_choices: _Optional[int] = ...) -> None: ...
+    weight: float
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_keys: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., num_generated: _Optional[int] = ..., tenant: _Optional[str] = ..., priority: _Optional[int] = ..., slo: _Optional[_Union[Slo, _Mapping]] = ..., exclude: _Optional[_Iterable[str]] = ..., decode_only: bool = ..., first: bool = ..., num_choices: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class PrefillDone(_message.Message):
     __slots__ = ("key", "ttft_ns")
@@ -241,16 +249,18 @@ class PrefillDone(_message.Message):
     def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., ttft_ns: _Optional[int] = ...) -> None: ...
 
 class AttemptEnded(_message.Message):
-    __slots__ = ("key", "num_output", "completed", "mean_itl_ns")
+    __slots__ = ("key", "num_output", "completed", "mean_itl_ns", "tbt_ns")
     KEY_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUT_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_FIELD_NUMBER: _ClassVar[int]
     MEAN_ITL_NS_FIELD_NUMBER: _ClassVar[int]
+    TBT_NS_FIELD_NUMBER: _ClassVar[int]
     key: Key
     num_output: int
     completed: bool
     mean_itl_ns: int
-    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_output: _Optional[int] = ..., completed: bool = ..., mean_itl_ns: _Optional[int] = ...) -> None: ...
+    tbt_ns: int
+    def __init__(self, key: _Optional[_Union[Key, _Mapping]] = ..., num_output: _Optional[int] = ..., completed: bool = ..., mean_itl_ns: _Optional[int] = ..., tbt_ns: _Optional[int] = ...) -> None: ...
 
 class Booking(_message.Message):
     __slots__ = ("key", "prefill", "decode", "num_tokens")

@@ -1,0 +1,116 @@
+"""What a request says of tools: which there are, which must be called, and what was called before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from mooncake.frontend.errors import bad_field
+
+MAX_TOOLS = 128
+"""OpenAI's limit."""
+MAX_SCHEMA_BYTES = 64 * 1024
+"""Of one JSON schema."""
+Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+
+
+class Function(msgspec.Struct, omit_defaults=True):
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema; none: it has no parameters."""
+    strict: bool | None = None
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Arguments that are not named are none, unless the schema speaks of them."""
+        return {"type": "object", "properties": {}, "additionalProperties": False} | (self.parameters or {})
+
+
+class Tool(msgspec.Struct):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(msgspec.Struct):
+    name: str
+
+
+class NamedTool(msgspec.Struct):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+Tools = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+class CalledFunction(msgspec.Struct):
+    name: Name
+    arguments: str
+    """A JSON object as text."""
+
+
+class ToolCall(msgspec.Struct):
+    """A call that the assistant made earlier in the conversation."""
+
+    id: Annotated[str, Meta(max_length=256)]
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
+class ToolUse(msgspec.Struct, frozen=True):
+    """tools: those that may be called. forced: those of which one must be; empty: the model may answer with text. parallel:
+    whether there may be several calls."""
+
+    tools: tuple[Function, ...] = ()
+    forced: tuple[Function, ...] = ()
+    parallel: bool = True
+
+
+NO_TOOLS = ToolUse()
+
+
+def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
+    """Raises ApiError naming the field."""
+    functions = tuple(tool.function for tool in tools or ())
+    if choice == "none" or (not functions and choice in (None, "auto")):
+        return NO_TOOLS
+    if not functions:
+        raise bad_field("tool_choice", "needs tools, and there are none")
+    if choice in (None, "auto"):
+        return ToolUse(functions, (), parallel is not False)
+    if choice == "required":
+        return ToolUse(functions, functions, parallel is not False)
+    assert isinstance(choice, NamedTool)
+    forced = tuple(function for function in functions if function.name == choice.function.name)
+    if not forced:
+        raise bad_field("tool_choice.function.name", f"{choice.function.name[:80]!r} is none of the tools")
+    return ToolUse(functions, forced, False)
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
+    seen: dict[str, int] = {}
+    for index, function in enumerate(tool.function for tool in tools):
+        first = seen.setdefault(function.name, index)
+        if first != index:
+            raise bad_field(f"tools[{index}].function.name", f"{function.name!r} is the name of tools[{first}] too")
+        check_schema(f"tools[{index}].function.parameters", function.schema)
+
+
+def check_schema(field: str, schema: dict[str, Any]) -> None:
+    num_bytes = len(msgspec.json.encode(schema))
+    if num_bytes > MAX_SCHEMA_BYTES:
+        raise bad_field(field, f"is a schema of {num_bytes} bytes; at most {MAX_SCHEMA_BYTES} are supported")
+
+
+def arguments_of(field: str, call: ToolCall) -> dict[str, Any]:
+    """Chat templates want the arguments as an object. Raises ApiError."""
+    try:
+        return msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
+    except (ValueError, RecursionError) as error:
+        message = f"is not the text of a JSON object: {error}"
+        raise bad_field(f"{field}.function.arguments", message, "invalid_value") from None
