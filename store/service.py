@@ -148,7 +148,7 @@ class _Reporter:
 
 
 def node_load(node: StoreNode) -> NodeLoad:
-    now = node.core.metrics()
+    now = node.metrics()
     prefixes = {Tier.DRAM: "", Tier.SSD: "ssd_"} if len(node.core.tiers) > 1 else {Tier.DRAM: ""}
     tiers = [
         TierLoad(tier, now[prefix + "capacity_bytes"], now[prefix + "used_bytes"], now[prefix + "objects"])

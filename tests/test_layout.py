@@ -19,6 +19,7 @@ OUTSIDE = {
     "google.protobuf": ("mooncake/rpc/",),
     "starlette": ("mooncake/frontend/", "mooncake/rpc/http.py"),
     "uvicorn": ("mooncake/frontend/", "mooncake/rpc/http.py"),
+    "opentelemetry": ("mooncake/frontend/spans.py",),
     "tokenizers": ("mooncake/frontend/", "mooncake/engine/"),
     "jinja2": ("mooncake/frontend/",),
     "prometheus_client": ("mooncake/metrics.py",),

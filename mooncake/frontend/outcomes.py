@@ -22,7 +22,7 @@ WINDOW_NS = 300 * NANOS_PER_S
 """What ended longer ago is no news."""
 RATE_NS = 10 * NANOS_PER_S
 """Requests per second are those of so long."""
-NUM_FINISHED_MAX = 4096
+NUM_FINISHED_MAX = 2048
 NUM_IDS_MAX = 8192
 """Request ids whose number is known; of more, the oldest are forgotten."""
 _REFUSALS = frozenset(("overloaded", "too_long"))
@@ -209,7 +209,7 @@ def _objective(default_ns: int | None, outcomes: Iterable[tuple[int | None, floa
     """outcomes: each with its objective."""
     known = [(objective, value) for objective, value in outcomes if value is not None]
     judged = [value <= objective for objective, value in known if objective is not None]
-    values = [value for _, value in known if value != float("inf")]
+    values = sorted(value for _, value in known if value != float("inf"))
     p50, p90, p99 = (percentile(values, share) for share in (0.5, 0.9, 0.99))
     met = sum(judged) / len(judged) if judged else None
     return Objective(_ms(default_ns), len(judged), met, _ms(p50), _ms(p90), _ms(p99))

@@ -67,9 +67,10 @@ class Spans:
         self._frontend = frontend
         self._model = model
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._exporter = OTLPSpanExporter(endpoint, timeout=EXPORT_S)
         self._provider.add_span_processor(
             BatchSpanProcessor(
-                OTLPSpanExporter(endpoint, timeout=EXPORT_S),
+                self._exporter,
                 max_queue_size=NUM_WAITING_MAX,
                 schedule_delay_millis=BATCH_MS,
                 max_export_batch_size=NUM_BATCH_MAX,
@@ -104,12 +105,15 @@ class Spans:
         whole.end((timeline[Stage.END] or finished.ended_at) + to_unix)
 
     async def close(self) -> None:
-        """A thread of its own ends the exporter, as nothing may wait for a collector that does not answer."""
+        """A thread of its own sends the last ones, as nothing may wait for a collector that does not answer. What it has not
+        sent in time is given up."""
         thread = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
         thread.start()
         deadline = time.monotonic() + CLOSE_S
         while thread.is_alive() and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        if thread.is_alive():
+            self._exporter.shutdown()
 
 
 class NoSpans:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
@@ -16,11 +18,20 @@ from mooncake.core.messages import Prediction
 from mooncake.core.types import Slo
 from mooncake.frontend.outcomes import Finished
 from mooncake.frontend.params import read_headers, read_request_id
-from mooncake.frontend.spans import CLOSE_S, NUM_WAITING_MAX, NoSpans, Spans, make_spans
+from mooncake.frontend.spans import CLOSE_S, EXPORT_S, NUM_WAITING_MAX, NoSpans, Spans, make_spans
 from tests.frontend.collector import Collector, attributes
 
 MS = 1_000_000
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + EXPORT_S + 5
+    while any(thread.name.startswith(("OtelBatch", "last-spans")) for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "the exporter goes on after its end"
+        time.sleep(0.02)
 
 
 def finished(*offsets_ms: float | None, failure: str = "", traceparent: str = "", number: int = 7) -> Finished:

@@ -250,6 +250,14 @@ def test_messages_of_a_newer_peer_are_left_out() -> None:
     assert decode_envelope(encode(m.Drain("a")) + unknown + encode(m.Drain("b"))) == [m.Drain("a"), m.Drain("b")]
 
 
+def test_what_an_older_peer_does_not_say_is_nothing() -> None:
+    info = pb.InstanceInfo(name="a", role="decode", state="ready", cost=pb.CostModel(prefill=[0] * 3, decode=[0] * 3))
+    old = pb.Envelope(items=[pb.Item(register=info), pb.Item(load_report=pb.InstanceLoad(name="a", num_running=3))])
+    register, report = decode_envelope(old.SerializeToString())
+    assert isinstance(register, m.Register) and register.info.held is False
+    assert isinstance(report, m.LoadReport) and (report.load.num_running, report.load.num_attempts) == (3, 0)
+
+
 def wrong_step(**columns: Any) -> pb.Item:
     right = {
         "requests": [1],
