@@ -19,6 +19,7 @@ from mooncake.core.types import NANOS_PER_MS, Stage
 from mooncake.frontend.outcomes import Finished
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span, Tracer
     from opentelemetry.util.types import AttributeValue
 
@@ -67,7 +68,7 @@ class Spans:
         self._frontend = frontend
         self._model = model
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._exporter = OTLPSpanExporter(endpoint, timeout=EXPORT_S)
+        self._exporter: SpanExporter = OTLPSpanExporter(endpoint, timeout=EXPORT_S)
         self._provider.add_span_processor(
             BatchSpanProcessor(
                 self._exporter,
