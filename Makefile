@@ -1,6 +1,6 @@
 # setup  make .venv and install everything into it; quick when nothing changed
 # serve  run a cluster on this machine: make serve ARGS="--prefill 2 --decode 2"
-# test   lint, then all tests
+# test   lint, then all tests; those with real processes one at a time. make test ARGS=tests/store: only these
 # lint   ruff, mypy, import-linter
 # bench  all benchmarks, one after the other
 
@@ -20,7 +20,12 @@ serve: $(STAMP)
 	@exec $(PY) -m mooncake serve $(ARGS)
 
 test: lint
+ifneq ($(strip $(ARGS)),)
 	@$(PY) -m pytest -q $(ARGS)
+else
+	@$(PY) -m pytest -q -n 2 --dist loadfile --ignore tests/live tests
+	@$(PY) -m pytest -q tests/live
+endif
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
