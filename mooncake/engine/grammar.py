@@ -31,11 +31,11 @@ _LIMITS = llguidance.LLParserLimits(
     step_lexer_fuel=100_000,
     step_max_items=20_000,
     max_items_in_row=1000,
-    max_lexer_states=20_000,
+    max_lexer_states=10_000,
     verbose_errors=False,
 )
-"""Of work and memory for one grammar and one step: some ten milliseconds, some ten megabytes. What needs more is refused."""
-_COMPILED_MAX = 64
+"""Of work and memory for one grammar and one step: some ten milliseconds, twenty megabytes. What needs more is refused."""
+_COMPILED_MAX = 32
 """Grammars kept, as clients ask for the same ones again."""
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": True}
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
@@ -147,7 +147,7 @@ def regex_grammar(pattern: str) -> str:
 
 
 def choice_grammar(texts: Sequence[str]) -> str:
-    return f"start: /(?:{'|'.join(map(_escape, texts))})/"
+    return f"start: /(?:{'|'.join(map(escape, texts))})/"
 
 
 def json_value(schema: dict[str, Any], *, strict: bool) -> str:
@@ -159,7 +159,7 @@ def json_value(schema: dict[str, Any], *, strict: bool) -> str:
 
 def literal(text: str) -> str:
     """A text as a term of a rule."""
-    return f"/{_escape(text)}/"
+    return f"/{escape(text)}/"
 
 
 def nested(grammar: str) -> str:
@@ -167,7 +167,7 @@ def nested(grammar: str) -> str:
     return f"%lark {{\n{grammar}\n}}"
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """For a regular expression between slashes, whatever is in the text."""
     return "".join(char if char.isascii() and char.isalnum() else f"\\x{{{ord(char):x}}}" for char in text)
 

@@ -22,6 +22,7 @@ from mooncake.frontend.endpoint import Endpoint, Kind, Settings
 from mooncake.frontend.errors import ApiError
 from mooncake.frontend.guidance import Guidance
 from mooncake.frontend.instruments import Instruments
+from mooncake.frontend.openapi import document
 from mooncake.frontend.params import check_model_name
 from mooncake.frontend.parts import PartParser
 from mooncake.frontend.prompts import PromptEncoder
@@ -90,6 +91,7 @@ def create_app(
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),
         Route("/v1/embeddings", pages.embeddings, methods=["POST"]),
+        Route("/openapi.json", pages.openapi),
         Route("/v1/models", pages.models),
         Route("/v1/models/{name:path}", pages.model),
         Route("/health", pages.health),
@@ -143,6 +145,9 @@ class _Pages:
     async def model(self, request: Request) -> Response:
         check_model_name(request.path_params["name"], self._backend.model)
         return _json(200, self._card())
+
+    async def openapi(self, request: Request) -> Response:
+        return _json(200, document())
 
     async def embeddings(self, request: Request) -> Response:
         message = f"{self._backend.model.name} generates text; this server makes no embeddings"

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from mooncake.engine.grammar import json_grammar, literal, nested
+from mooncake.engine.grammar import escape, json_grammar, literal, nested
 from mooncake.frontend.parts import PartParser, TextParser
 from mooncake.frontend.reasoning import CLOSE, OPEN, ReasoningParser
 from mooncake.frontend.schema import ChatMessage, ChatRequest, Request
@@ -115,27 +115,22 @@ class Dialect:
 
     def _form(self, form: Form | None, use: ToolUse, opened: bool) -> Form | None:
         """The whole output's: reasoning, then a call or what the client wants of the text."""
-        sources = tuple(
-            (f"tools[{index}].function.parameters", json_grammar(function.schema, strict=bool(function.strict)))
-            for index, function in enumerate(use.tools)
-        )
         if use.forced:
             calls = self._format.grammar(use.forced, use.parallel, self._marks)
-            form = Form("tool_choice", calls, sources)
+            form = Form("tool_choice", calls, _sources(use))
         elif form is not None and use.tools:
             calls = self._format.grammar(use.tools, use.parallel, self._marks)
             either = f"start: answer | calls\nanswer: {nested(form.grammar)}\ncalls: {nested(calls)}"
-            form = Form(form.field, either, ((form.field, form.grammar), *sources))
+            form = Form(form.field, either, ((form.field, form.grammar), *_sources(use)))
         if form is None or not self._reasoning:
             return form
-        return Form(
-            form.field, self._after_reasoning(form.grammar, opened), form.sources or ((form.field, form.grammar),)
-        )
+        sources = form.sources or ((form.field, form.grammar),)
+        return Form(form.field, self._after_reasoning(form.grammar, opened), sources)
 
     def _after_reasoning(self, grammar: str, opened: bool) -> str:
         marks = self._reasoning_marks
         close = f"<[{marks[CLOSE]}]>" if CLOSE in marks else ""
-        text = r"thinking: /(.|\n)*/" if close else rf"thinking[lazy]: /(.|\n)*{literal(CLOSE)[1:-1]}/"
+        text = r"thinking: /(.|\n)*/" if close else rf"thinking[lazy]: /(.|\n)*{escape(CLOSE)}/"
         begin = f"<[{marks[OPEN]}]>" if OPEN in marks else literal(OPEN)
         reasoned = f"thinking {close} gap?" if opened else f"({begin} thinking {close} gap?)?"
         return f"start: {reasoned} answer\n{text}\ngap: /\\n{{1,2}}/\nanswer: {nested(grammar)}"
@@ -151,6 +146,14 @@ class Dialect:
     def _special(self, marks: Sequence[str]) -> dict[str, int]:
         found = {mark: self._tokenizer.special_id(mark) for mark in marks}
         return {mark: token_id for mark, token_id in found.items() if token_id is not None}
+
+
+def _sources(use: ToolUse) -> tuple[tuple[str, str], ...]:
+    """The grammar of each tool's arguments, by the field that it comes from."""
+    return tuple(
+        (f"tools[{index}].function.parameters", json_grammar(function.schema, strict=bool(function.strict)))
+        for index, function in enumerate(use.tools)
+    )
 
 
 def _with_system(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:

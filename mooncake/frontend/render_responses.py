@@ -139,7 +139,10 @@ class ResponsesRenderer:
 
     def _response(self, status: str, usage: Usage | None) -> dict[str, Any]:
         asked = self._asked
-        return {
+        known: dict[str, Any] = {} if asked.user is None else {"user": asked.user}
+        if usage is not None:
+            known["usage"] = _usage(usage)
+        return known | {
             "id": f"resp_{self._head.request_id}",
             "object": "response",
             "created_at": self._head.created,
@@ -161,8 +164,6 @@ class ResponsesRenderer:
             "tools": [_shown_tool(tool) for tool in asked.tools or ()],
             "top_p": 1.0 if asked.top_p is None else asked.top_p,
             "truncation": "disabled",
-            "usage": None if usage is None else _usage(usage),
-            "user": asked.user,
             "metadata": asked.metadata or {},
         }
 

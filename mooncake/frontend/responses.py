@@ -90,8 +90,8 @@ class SchemaFormat(msgspec.Struct, tag="json_schema"):
 
 class TextOptions(msgspec.Struct):
     format: PlainFormat | ObjectFormat | SchemaFormat | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
-    """Taken and not heeded, as by models that do not know it."""
+    verbosity: Literal["medium"] | None = None
+    """Models here know no other."""
 
 
 class FunctionTool(msgspec.Struct):
@@ -129,7 +129,7 @@ class ResponsesBody(_Refused, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    service_tier: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
 
@@ -141,10 +141,14 @@ class ResponsesRequest(ChatRequest, kw_only=True):
     asked: ResponsesBody
 
 
+def refused_names() -> tuple[str, ...]:
+    return _Refused.__struct_fields__
+
+
 def parse_responses(body: bytes) -> ResponsesRequest:
     """Raises ApiError naming the field."""
     asked = parse_as(body, ResponsesBody)
-    for name in _Refused.__struct_fields__:
+    for name in refused_names():
         value = getattr(asked, name)
         if value is not None and value not in NEUTRAL.get(name, ()):
             raise bad_field(

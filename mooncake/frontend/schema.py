@@ -62,6 +62,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "prompt_logprobs": (0,),
     "reasoning_effort": ("none",),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
 }
 """Refused fields, with the values that ask for nothing and pass. The rest passes only as null."""
 
@@ -95,6 +98,9 @@ class _Refused(msgspec.Struct, kw_only=True):
     chat_template: Any = None
     chat_template_kwargs: Any = None
     documents: Any = None
+    store: Any = None
+    service_tier: Any = None
+    verbosity: Any = None
 
 
 _REFUSED_NAMES = _Refused.__struct_fields__
@@ -132,6 +138,10 @@ class _Common(_Refused, kw_only=True):
     include_stop_str_in_output: bool | None = None
     cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    """Hints, like `user`: what is reused is decided by what prompts have in common."""
     metadata: dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

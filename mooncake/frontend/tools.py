@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -14,6 +14,10 @@ MAX_TOOLS = 128
 """OpenAI's limit."""
 MAX_SCHEMA_BYTES = 64 * 1024
 """Of one JSON schema."""
+MAX_TOOLS_BYTES = 512 * 1024
+"""Of the schemas of all tools: the chat template writes them into the prompt."""
+MAX_DEPTH = 64
+"""Of objects and lists in schemas and arguments."""
 Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -93,24 +97,48 @@ def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: 
 
 
 def check_tools(tools: Sequence[Tool]) -> None:
+    """Raises ApiError naming the field."""
     seen: dict[str, int] = {}
+    num_bytes = 0
     for index, function in enumerate(tool.function for tool in tools):
         first = seen.setdefault(function.name, index)
         if first != index:
             raise bad_field(f"tools[{index}].function.name", f"{function.name!r} is the name of tools[{first}] too")
-        check_schema(f"tools[{index}].function.parameters", function.schema)
+        num_bytes += check_schema(f"tools[{index}].function.parameters", function.schema)
+    if num_bytes > MAX_TOOLS_BYTES:
+        raise bad_field("tools", f"have schemas of {num_bytes} bytes; at most {MAX_TOOLS_BYTES} are supported")
 
 
-def check_schema(field: str, schema: dict[str, Any]) -> None:
+def check_schema(field: str, schema: dict[str, Any]) -> int:
+    """Gives its size in bytes. Raises ApiError."""
+    _check_depth(field, schema)
     num_bytes = len(msgspec.json.encode(schema))
     if num_bytes > MAX_SCHEMA_BYTES:
         raise bad_field(field, f"is a schema of {num_bytes} bytes; at most {MAX_SCHEMA_BYTES} are supported")
+    return num_bytes
+
+
+def _check_depth(field: str, value: dict[str, Any]) -> None:
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [child for each in level for child in _children(each)]
+        if not level:
+            return
+    raise bad_field(field, f"is nested more than {MAX_DEPTH} levels deep")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def arguments_of(field: str, call: ToolCall) -> dict[str, Any]:
     """Chat templates want the arguments as an object. Raises ApiError."""
+    field = f"{field}.function.arguments"
     try:
-        return msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
+        arguments = msgspec.json.decode(call.function.arguments or "{}", type=dict[str, Any])
     except (ValueError, RecursionError) as error:
-        message = f"is not the text of a JSON object: {error}"
-        raise bad_field(f"{field}.function.arguments", message, "invalid_value") from None
+        raise bad_field(field, f"is not the text of a JSON object: {error}", "invalid_value") from None
+    _check_depth(field, arguments)
+    return arguments

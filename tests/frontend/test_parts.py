@@ -153,7 +153,7 @@ def test_calls_after_reasoning() -> None:
     check(lambda: ReasoningParser(make(), False), text, ("", call(), [("g", '{"x": 1}')]))
 
 
-@pytest.mark.parametrize("form", FORMATS.values(), ids=str)
+@pytest.mark.parametrize("form", FORMATS.values(), ids=list(FORMATS))
 def test_what_a_format_writes_is_what_its_parser_finds(form: ToolFormat) -> None:
     calls = [("f", {"x": 'a\n"}é</tool_call>]', "y": [1.5, None]}), ("get_weather", {})]
     text = form.write(calls)

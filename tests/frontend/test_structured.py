@@ -77,6 +77,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     (schema(BROKEN), "response_format.json_schema.schema"),
     (schema(ODD, strict=True), "response_format.json_schema.schema"),
     (schema({"enum": ["x" * 70_000]}), "response_format.json_schema.schema"),
+    (schema(json.loads('{"items": ' * 900 + "{}" + "}" * 900)), "response_format.json_schema.schema"),
     (schema({"type": "integer", "multipleOf": 1000003}), "response_format.json_schema.schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}}, "response_format.json_schema.name"),
     ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
@@ -93,11 +94,15 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [tool()] * 129}, "tools"),
     ({"tools": [tool(parameters={"enum": ["x" * 70_000]})]}, "tools[0].function.parameters"),
     ({"tools": [tool("g"), tool(parameters=BROKEN)], "tool_choice": "required"}, "tools[1].function.parameters"),
+    ({"tools": [tool(f"f{at}", {"enum": ["x" * 60_000]}) for at in range(9)]}, "tools"),
     ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [tool()], "tool_choice": "always"}, "tool_choice"),
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice.function.name"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]}]},
+     "messages[0].tool_calls[0].function.arguments"),
+    ({"messages": [{"role": "assistant", "tool_calls": [
+        {"id": "1", "function": {"name": "f", "arguments": '{"x": ' * 900 + "1" + "}" * 900}}]}]},
      "messages[0].tool_calls[0].function.arguments"),
 ]  # fmt: skip
 
