@@ -388,14 +388,20 @@ def _status(arguments: argparse.Namespace) -> int:
     from mooncake.cluster.status_text import status_text
 
     frontend = find_frontend(arguments.url, arguments.run_dir)
-    while True:
+    clear = _CLEAR_SCREEN if arguments.watch and not arguments.json and sys.stdout.isatty() else ""
+
+    def show() -> None:
         status = frontend.status()
-        text = msgspec.json.encode(status).decode() if arguments.json else status_text(status)
-        clear = _CLEAR_SCREEN if arguments.watch and not arguments.json and sys.stdout.isatty() else ""
-        print(f"{clear}{text}", flush=True)
-        if not arguments.watch:
-            return 0
+        print(clear + (msgspec.json.encode(status).decode() if arguments.json else status_text(status)), flush=True)
+
+    show()
+    while arguments.watch:
         time.sleep(_WATCH_S)
+        try:
+            show()
+        except MooncakeError as error:  # it may come back
+            print(f"mooncake: {error}", file=sys.stderr, flush=True)
+    return 0
 
 
 def _drain(arguments: argparse.Namespace) -> int:

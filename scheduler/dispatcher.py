@@ -160,7 +160,8 @@ class Failure(msgspec.Struct, frozen=True):
 
 class Ended(msgspec.Struct, frozen=True):
     """Last word on a request, after its last Output or Failure or its Cancel. timeline[stage]: time of each stage, or None;
-    of several choices it is that of the first one to come there, and END that of the last."""
+    of several choices it is that of the first one to come there, and END that of the last. tbt_ns: the longest of any choice;
+    None without gaps."""
 
     number: int
     timeline: tuple[int | None, ...]
@@ -169,6 +170,7 @@ class Ended(msgspec.Struct, frozen=True):
     num_output: int
     num_attempts: int
     prediction: Prediction
+    tbt_ns: int | None = None
 
 
 class Connect(msgspec.Struct, frozen=True):
@@ -227,11 +229,11 @@ class _State(enum.IntEnum):
 
 
 class _Request:
-    """num_output: tokens of all choices."""
+    """num_output: tokens of all choices. tbt_ns: the longest of those that ended."""
 
     __slots__ = (
         "cached_tokens", "cached_told", "choices", "deadline", "decode", "num_attempts", "num_output", "prediction",
-        "prefill", "spec", "timeline",
+        "prefill", "spec", "tbt_ns", "timeline",
     )  # fmt: skip
 
     def __init__(self, spec: RequestSpec, now: int) -> None:
@@ -239,6 +241,7 @@ class _Request:
         self.choices: tuple[_Choice, ...] = tuple(_Choice(self, index) for index in range(spec.num_choices))
         self.num_output = 0
         self.num_attempts = 1
+        self.tbt_ns: int | None = None
         self.prefill = self.decode = ""
         """The last placement of any attempt."""
         self.prediction = Prediction()
@@ -457,7 +460,10 @@ class Dispatcher:
         attempt.choices.remove(choice)
         if not attempt.choices:
             self._drop_handover(attempt)
-        self._end_booking(attempt, choice, now, completed=completed)
+        tbt = tbt_of_gaps(choice.gaps)
+        if tbt is not None:
+            request.tbt_ns = max(request.tbt_ns or 0, int(tbt))
+        self._end_booking(attempt, choice, now, completed=completed, tbt=tbt)
         if all(other.ended for other in request.choices):
             self._end(request, now)
 
@@ -475,17 +481,19 @@ class Dispatcher:
                 request.num_output,
                 request.num_attempts,
                 request.prediction,
+                request.tbt_ns,
             )
         )
 
-    def _end_booking(self, attempt: _Attempt, choice: _Choice, now: int, *, completed: bool) -> None:
+    def _end_booking(
+        self, attempt: _Attempt, choice: _Choice, now: int, *, completed: bool, tbt: float | None = None
+    ) -> None:
         num_output = len(choice.token_ids)
         first = choice.request.timeline[Stage.FIRST_TOKEN]
         itl = None
         if completed and first is not None and num_output > 1:
             itl = (now - first) // (num_output - 1)
-        tbt = tbt_of_gaps(choice.gaps) if completed else None
-        key, tbt_ns = attempt.key.of_choice(choice.index), int(tbt) if tbt is not None else None
+        key, tbt_ns = attempt.key.of_choice(choice.index), int(tbt) if completed and tbt is not None else None
         ended = AttemptEnded(key, num_output, completed, itl, tbt_ns)
         self._out.append(Send(CONDUCTOR, ended))
 

@@ -1,6 +1,6 @@
 """The operator's side of a frontend's /admin endpoints: where the frontend is, and what it is asked.
 
---url       as given; on this machine no key is needed, elsewhere the cluster's token (MOONCAKE_TOKEN)
+--url       as given; on this machine no key is needed, elsewhere MOONCAKE_TOKEN: the cluster's token, or an admin key
 --run-dir   of a `mooncake serve` that runs here: its address and token are in config.json
 neither     the run folder of the cluster named by MOONCAKE_CLUSTER, or http://127.0.0.1:8000
 """
@@ -36,6 +36,13 @@ class NoAnswer(ConfigError):
     """Nobody is there, or it is not a frontend."""
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The token goes to whom the operator named, and to nobody else."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class Frontend:
     """One frontend. The token is sent to it, so its address comes from the same place, or from the user."""
 
@@ -47,7 +54,7 @@ class Frontend:
         context = ssl.create_default_context(cafile=ca) if self.url.startswith("https://") else None
         # No proxy of the environment stands between an operator and the cluster.
         self._opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+            urllib.request.ProxyHandler({}), _NoRedirect(), urllib.request.HTTPSHandler(context=context)
         )
 
     def status(self) -> Overview:

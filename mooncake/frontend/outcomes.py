@@ -1,19 +1,14 @@
-"""What became of this frontend's last requests: times, objectives met, reuse. Sans-IO; it remembers so many, and no more.
-
-Of a request that runs it keeps the time of each token, as its TBT is of the longest tenth of all gaps.
-"""
+"""What became of this frontend's last requests: times, objectives met, reuse. Sans-IO; it remembers so many, and no more."""
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 
 import msgspec
-import numpy as np
 
 from mooncake.core.messages import Prediction
-from mooncake.core.stats import TBT_SHARE, percentile
+from mooncake.core.stats import percentile
 from mooncake.core.throughput import Throughput
 from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S, Slo, Stage
 from mooncake.scheduler.dispatcher import Ended, Failure, Output
@@ -79,7 +74,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 
 class _Running:
-    __slots__ = ("failure", "num_cached", "num_prompt", "request_id", "slo", "times", "traceparent")
+    __slots__ = ("failure", "num_cached", "num_prompt", "request_id", "slo", "traceparent")
 
     def __init__(self, request_id: str, num_prompt: int, slo: Slo, traceparent: str) -> None:
         self.request_id = request_id
@@ -88,8 +83,6 @@ class _Running:
         self.traceparent = traceparent
         self.num_cached = 0
         self.failure = ""
-        self.times: dict[int, array[int]] = {}
-        """By choice, of each token."""
 
 
 class Outcomes:
@@ -121,14 +114,9 @@ class Outcomes:
         running = self._running.get(output.number)
         if running is None:
             return
-        num_tokens = len(output.token_ids)
-        times = running.times.get(output.choice)
-        if times is None:
-            times = running.times[output.choice] = array("q")
-        times.extend([now] * num_tokens)
         if output.cached_tokens is not None:
             running.num_cached = output.cached_tokens
-        self._num_tokens += num_tokens
+        self._num_tokens += len(output.token_ids)
         self._tokens.note(self._num_tokens, now)
 
     def failed(self, failure: Failure) -> None:
@@ -148,7 +136,7 @@ class Outcomes:
             timeline=ended.timeline,
             ended_at=now,
             ttft_ns=first - received if first is not None and received is not None else None,
-            tbt_ns=max(filter(None, map(_tbt_ns, running.times.values())), default=None),
+            tbt_ns=ended.tbt_ns,
             num_prompt=running.num_prompt,
             num_cached=running.num_cached,
             num_output=ended.num_output,
@@ -213,15 +201,6 @@ def _objective(default_ns: int | None, outcomes: Iterable[tuple[int | None, floa
     p50, p90, p99 = (percentile(values, share) for share in (0.5, 0.9, 0.99))
     met = sum(judged) / len(judged) if judged else None
     return Objective(_ms(default_ns), len(judged), met, _ms(p50), _ms(p90), _ms(p99))
-
-
-def _tbt_ns(times: array[int]) -> int | None:
-    """As `core.stats.tbt`, for many tokens."""
-    gaps = np.diff(np.frombuffer(times, dtype=np.int64))
-    if not len(gaps):
-        return None
-    count = int(np.ceil(TBT_SHARE * len(gaps)))
-    return int(np.partition(gaps, len(gaps) - count)[-count:].mean())
 
 
 def _ms(ns: float | None) -> float | None:

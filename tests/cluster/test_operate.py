@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Awaitable, Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -54,6 +58,52 @@ def test_the_status_is_a_table_or_json(tokenizer: Tokenizer, capsys: pytest.Capt
         assert json.loads(capsys.readouterr().out)["cluster"]["counts"] == {"placed": 1}
 
     against(tokenizer, check)
+
+
+def test_it_is_watched_until_ctrl_c_even_while_nobody_answers(tokenizer: Tokenizer) -> None:
+    async def check() -> None:
+        async with site(tokenizer) as opened:
+            argv = ("status", "--watch", "--json", "--url", opened.server.url)
+            pipe = asyncio.subprocess.PIPE
+            watching = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "mooncake", *argv, stdout=pipe, stderr=pipe
+            )
+            assert watching.stdout is not None and watching.stderr is not None
+            for _ in range(2):
+                line = await asyncio.wait_for(watching.stdout.readline(), 30)
+                assert json.loads(line)["name"] == "test"
+        try:
+            sentence = await asyncio.wait_for(watching.stderr.readline(), 30)
+            assert sentence.startswith(b"mooncake: no frontend answers at ")
+        finally:
+            watching.send_signal(signal.SIGINT)
+            assert await asyncio.wait_for(watching.wait(), 30) == 130
+
+    asyncio.run(check())
+
+
+def test_a_redirect_is_not_followed_as_the_token_would_go_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[str | None] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(302)
+            self.send_header("location", "/other")
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_request(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert main(["status", "--url", url]) == 2
+        thread.join()
+    assert capsys.readouterr().err == f"mooncake: {url} is no Mooncake frontend: it answered with HTTP status 302\n"
+    assert asked == ["/admin/status"]
 
 
 def test_why_there_is_no_table_of_instances_is_said(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,6 +153,7 @@ def test_a_request_from_start_to_end() -> None:
     commands = drive.tokens("d0", 22, 7, finish=FinishReason.STOP)
     ended = only(commands, Ended)
     assert ended.timeline == (0, 10, 15, 30, 40, 46, 60) and (ended.prefill, ended.decode) == ("p0", "d0")
+    assert ended.tbt_ns == 20
     assert commands[:2] == [Output(1, (7,), FinishReason.STOP), Send(CONDUCTOR, AttemptEnded(key(), 3, True, 15, 20))]
     assert drive.core.num_running == 0
 
@@ -413,7 +414,18 @@ def test_choices_share_placement_and_prefill_and_part_at_the_hand_over() -> None
     commands = drive.choices("d0", 22, {0: 4, 2: 4}, finish=FinishReason.LENGTH)
     assert ended_keys(commands) == [(0, 0), (2, 0)]
     ended = only(commands, Ended)
-    assert (ended.num_output, ended.num_attempts, ended.timeline[Stage.END]) == (9, 1, 8)
+    assert (ended.num_output, ended.num_attempts, ended.timeline[Stage.END], ended.tbt_ns) == (9, 1, 8, 8)
+
+
+def test_the_tbt_of_a_request_is_the_longest_of_its_choices_those_included_that_the_client_ended() -> None:
+    drive = Driver()
+    drive.three_decoding()
+    drive.now = 100
+    drive.choices("d0", 21, {1: 9})
+    drive(Cancel(1, 1))
+    drive.now = 107
+    drive.choices("d0", 21, {0: 9}, finish=FinishReason.STOP)
+    assert only(drive(Cancel(1)), Ended).tbt_ns == 107, "choice 2 has no gap"
 
 
 def test_a_joint_attempt_that_fails_before_its_first_tokens_is_tried_jointly_again() -> None:
