@@ -1,4 +1,4 @@
-"""What every client asks. A request has a name, a kind (what of the API), a body, whether it is streamed, and what makes it wrong."""
+"""What every client asks: requests with a name, a kind (what of the API), a body, streamed or not, and what is wrong in it."""
 
 from __future__ import annotations
 

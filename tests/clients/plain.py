@@ -1,4 +1,4 @@
-"""What the server says, read from plain HTTP without any client, in the shape of `common/shared.py`: what every client has to show."""
+"""What the server says, read from plain HTTP without any client, in the words of `common/shared.py`: what clients must show."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.clients import plain
-from tests.clients.cases import CITIES, NUM_CHOICES, NUM_SEEDED, NUM_TOP, Request, content, faults
+from tests.clients.cases import NUM_CHOICES, NUM_SEEDED, NUM_TOP, Request, content, faults
 from tests.clients.environments import node_with, python_with
 from tests.live.harness import MODEL, Cluster, clean_environment
 from tests.live.test_exact import FLOAT32

@@ -8,7 +8,7 @@ from typing import Any
 from shared import Facts, Gathered, classes_of, gather, main
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "true"  # else it asks the network for prices when it is imported
-import litellm  # noqa: E402
+import litellm
 
 
 def chat(base_url: str, key: str, body: dict[str, Any], stream: bool) -> Facts:
