@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from benchmarks.environments import CannotBeHad, node_with, python_with
 from tests.clients import plain
-from tests.clients.cases import NUM_CHOICES, NUM_SEEDED, NUM_TOP, Request, content, faults
-from tests.clients.environments import node_with, python_with
+from tests.clients.cases import CITIES, NUM_CHOICES, NUM_SEEDED, NUM_TOP, Request, content, faults
 from tests.live.harness import MODEL, Cluster, clean_environment
 from tests.live.test_exact import FLOAT32
+from tests.live.test_tenants import keys
 
 SCRIPTS = Path(plain.__file__).parent
 CLIENT_S = 120.0
@@ -59,10 +60,13 @@ class Client(NamedTuple):
 
     def _command(self) -> list[str]:
         script, packages = SCRIPTS / self.script, SCRIPTS / self.packages
-        if packages.suffix != ".json":
-            return [str(python_with(packages)), str(script)]
-        folder = node_with(packages)
-        return [str(folder / "node_modules/.bin/node"), str(shutil.copy(script, folder))]
+        try:
+            if packages.suffix != ".json":
+                return [str(python_with(packages)), str(script)]
+            folder = node_with(packages)  # modules are looked for beside the script
+            return [str(folder / "node_modules/.bin/node"), str(shutil.copy(script, folder))]
+        except CannotBeHad as error:
+            pytest.skip(f"the client's packages cannot be had: {error}")
 
 
 ALL_KINDS = ("chat", "text", "responses", "embeddings", "models")
@@ -120,11 +124,13 @@ def talking() -> Iterator[Site]:
 
 
 @pytest.fixture(scope="module")
-def refusing() -> Iterator[Site]:
-    """Answers with errors: no request can be served as soon as is wanted."""
-    in_no_time = ("--admission", "hard", "--slo-ttft-s", "0.000001")
-    with Cluster("--engine", "simulated", "--max-context", str(MAX_CONTEXT), *in_no_time) as cluster:
-        yield site(cluster, faults(MAX_CONTEXT))
+def refusing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Answers with errors: it wants keys, and no request can be served as soon as is wanted."""
+    file = tmp_path_factory.mktemp("keys") / "keys.json"
+    key = keys(file, "add", "--tenant", "me")
+    options = ("--api-keys", str(file), "--admission", "hard", "--slo-ttft-s", "0.000001")
+    with Cluster("--engine", "simulated", "--max-context", str(MAX_CONTEXT), *options) as cluster:
+        yield site(cluster, faults(MAX_CONTEXT), key)
 
 
 def text_of(facts: Facts) -> str:
@@ -197,3 +203,30 @@ def test_choices(talking: Site, name: str) -> None:
     facts = talking.expected[name]
     assert len({choice["text"] for choice in facts["choices"]}) == NUM_CHOICES
     assert facts["usage"][1] == NUM_CHOICES * NUM_SEEDED
+
+
+def test_errors_are_what_was_wrong(refusing: Site) -> None:
+    wrong = {
+        "bad value": (400, "logit_bias", None),
+        "not served": (400, "suffix", "unsupported_parameter"),
+        "too long": (400, "messages", "context_length_exceeded"),
+        "unknown model": (404, "model", "model_not_found"),
+        "wrong key": (401, None, "invalid_api_key"),
+        "overloaded": (429, None, "overloaded"),
+        "text overloaded": (429, None, "overloaded"),
+    }
+    seen = {name: refusing.expected[name]["error"] for name in wrong}
+    assert {name: (error["status"], error["param"], error["code"]) for name, error in seen.items()} == wrong
+    assert all((error["retry_after"] is not None) == (error["status"] == 429) for error in seen.values())
+
+
+@pytest.mark.parametrize("name", ["tools", "structured"])
+def test_grammars(talking: Site, name: str) -> None:
+    [choice] = talking.expected[name]["choices"]
+    if name == "structured":
+        answer = json.loads(choice["text"])
+        assert answer["city"] in CITIES and isinstance(answer["big"], bool) and len(answer) == 2
+        return
+    assert choice["finish"] == "tool_calls" and choice["tools"]
+    for called, arguments in choice["tools"]:
+        assert called == "weather" and arguments["city"] in CITIES and arguments["hours"] in range(1, 10)

@@ -1,6 +1,6 @@
-"""An environment of its own for each client, under `.client-envs`: their packages conflict with each other and with ours.
+"""Environments for programs of others, under `.client-envs`: their packages conflict with each other and with ours.
 
-Made once for each list of packages; a stamp in it says that it is whole. Nothing is installed elsewhere.
+Each is made once for each list of packages; a stamp in it says that it is whole. Nothing is installed elsewhere.
 """
 
 from __future__ import annotations
@@ -12,32 +12,37 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parent.parent.parent
-FOLDER = ROOT / ".client-envs"
-_INSTALL_S = 300.0
+FOLDER = Path(__file__).resolve().parent.parent / ".client-envs"
+_INSTALL_S = 600.0
 
 
-def python_with(requirements: Path) -> Path:
-    """An interpreter that has these packages. Skips the test if they cannot be had."""
+class CannotBeHad(Exception):
+    """The packages, and why."""
+
+
+def python_with(requirements: Path, rather: str | None = None) -> Path:
+    """An interpreter that has the packages of this file. rather: one that is installed first, alone, if it can be had. Raises
+    CannotBeHad."""
     folder = FOLDER / f"{requirements.parent.name}-{requirements.stem}"
     python = folder / "bin" / "python"
     if not _is_made(folder, requirements):
         _run([sys.executable, "-m", "venv", "--without-pip", str(folder)])
         pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check", "--no-input"]
-        _run([*pip, "install", "--quiet", "--no-compile", "--requirement", str(requirements)])
+        install = [*pip, "install", "--quiet", "--no-compile"]
+        if rather is not None:
+            subprocess.run([*install, "--no-deps", rather], capture_output=True, timeout=_INSTALL_S, check=False)
+        _run([*install, "--requirement", str(requirements)])
         _stamp(folder, requirements).touch()
     return python
 
 
 def node_with(package_json: Path) -> Path:
-    """A folder with these packages, `node` among them, in `node_modules`. Skips the test if they cannot be had."""
+    """A folder with the packages of this file, `node` among them, in `node_modules`. Raises CannotBeHad."""
     folder = FOLDER / package_json.parent.name
     if not _is_made(folder, package_json):
         npm = shutil.which("npm")
         if npm is None:
-            pytest.skip("npm is not on PATH (Debian: apt install npm)")
+            raise CannotBeHad("npm is not on PATH (Debian: apt install npm)")
         folder.mkdir(parents=True)
         shutil.copy(package_json, folder)
         _run([npm, "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--loglevel=error"])
@@ -61,6 +66,6 @@ def _run(command: Sequence[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALL_S, check=False)
     except subprocess.TimeoutExpired:
-        pytest.skip(f"the client's packages did not come within {_INSTALL_S:g} s: {' '.join(command[-3:])}")
+        raise CannotBeHad(f"{command[-1]}: not installed within {_INSTALL_S:g} s") from None
     if done.returncode:
-        pytest.skip(f"the client's packages cannot be had: {(done.stderr or done.stdout).strip()[-400:]}")
+        raise CannotBeHad(f"{command[-1]}: {(done.stderr or done.stdout).strip()[-400:]}")
