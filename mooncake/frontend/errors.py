@@ -45,9 +45,10 @@ def bad_field(param: str, message: str, code: str | None = None) -> ApiError:
 
 
 def too_long(param: str, num_prompt: str, max_tokens: int, max_context: int) -> ApiError:
+    """litellm knows this error by the words before the number, langchain by its last ones."""
     message = (
-        f"this model's context is {max_context} tokens, but the request asks for {num_prompt} tokens of prompt "
-        f"and at least {max_tokens} of output"
+        f"this model's maximum context length is {max_context} tokens, but the request asks for {num_prompt} tokens of prompt "
+        f"and at least {max_tokens} of output: the prompt is too long for that"
     )
     return bad_field(param, message, "context_length_exceeded")
 
