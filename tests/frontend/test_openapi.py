@@ -113,13 +113,15 @@ def test_the_document_has_what_is_served(tokenizer: Tokenizer) -> None:
     run(test)
 
 
-def test_schemathesis_finds_no_fault_and_no_undocumented_status(tokenizer: Tokenizer) -> None:
+def test_schemathesis_finds_no_fault_and_no_undocumented_status(tokenizer: Tokenizer, tmp_path: Path) -> None:
     async def test() -> None:
         async with site(tokenizer) as s:
             argv = [sys.executable, "-m", "schemathesis.cli", "run", f"{s.server.url}/openapi.json", "--checks", CHECKS]
             argv += ["--max-examples", str(NUM_EXAMPLES), "--seed", "1", "--phases", "examples,coverage,fuzzing"]
             argv += ["--generation-deterministic", "--warnings", "off", "--no-color"]
-            process = await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            process = await asyncio.create_subprocess_exec(
+                *argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path
+            )
             try:
                 out, _ = await asyncio.wait_for(process.communicate(), 240)
             finally:
