@@ -71,7 +71,11 @@ def content(stop: str) -> list[Request]:
         *both("text", "text", prompt | {"temperature": 0}),
         *both("text logprobs", "text", prompt | {"temperature": 0, "logprobs": NUM_TOP}),
         *both("text n", "text", prompt | SEEDED | {"n": NUM_CHOICES}),
-        *both("responses", "responses", {"input": "Name a city.", "max_output_tokens": 16, "temperature": 0}),
+        *both(
+            "responses",
+            "responses",
+            {"input": "What is the capital of France?", "max_output_tokens": 24, "temperature": 0},
+        ),
         {"name": "embeddings", "kind": "embeddings", "stream": False, "body": {"input": "a city"}},
         {"name": "models", "kind": "models", "stream": False, "body": {}},
     ]
