@@ -1,0 +1,90 @@
+"""What a request of vLLM is in our words: the keys of its prompt's KV, and what is to be done with it.
+
+By default both follow from the prompt and the engine's `kv_role`. `kv_transfer_params` of a request change them:
+
+    do_remote_decode     the KV will be fetched: save the tail, too
+    do_remote_prefill    the KV is on its way: wait for it, for a while
+    mooncake             our services say which keys to use (`HandOver`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from mooncake.core.keys import block_keys, root_key, tail_key
+
+PARAMS = "mooncake"
+
+
+class HandOver(msgspec.Struct, frozen=True):
+    """What our services say of a request. keys: of the prompt's full blocks; tail_key: of what comes after them, or empty."""
+
+    keys: tuple[bytes, ...] = ()
+    tail_key: bytes = b""
+    save: bool = False
+    load: bool = False
+
+
+class RequestKeys(msgspec.Struct, frozen=True):
+    """num_tokens: of the prompt. blocks: keys of its full blocks. tail: key of the tokens after them; empty if there are none.
+    wait: it was told that its KV is on its way."""
+
+    num_tokens: int
+    blocks: tuple[bytes, ...]
+    tail: bytes
+    load: bool
+    save: bool
+    save_tail: bool
+    wait: bool
+
+
+class KeyMaker:
+    """loads, saves: what the engine's role is. saves_tails: whether all its prompts are handed over."""
+
+    def __init__(self, fingerprint: str, block_tokens: int, *, loads: bool, saves: bool, saves_tails: bool) -> None:
+        self._fingerprint = fingerprint
+        self._block_tokens = block_tokens
+        self._loads = loads
+        self._saves = saves
+        self._saves_tails = saves_tails
+
+    def keys(
+        self,
+        token_ids: Sequence[int],
+        params: Mapping[str, Any] | None = None,
+        *,
+        lora: str = "",
+        salt: str = "",
+        extras: Sequence[str] = (),
+    ) -> RequestKeys:
+        """Raises msgspec.ValidationError if `params` has a malformed part of ours. extras: what the tokens do not tell, such as
+        images and where they are."""
+        params = params or {}
+        if PARAMS in params:
+            return _told(len(token_ids), msgspec.convert(params[PARAMS], HandOver))
+        root = root_key(self._fingerprint, lora=lora, salt=salt, extras=extras)
+        blocks = block_keys(root, token_ids, self._block_tokens)
+        rest = token_ids[len(blocks) * self._block_tokens :]
+        return RequestKeys(
+            len(token_ids),
+            blocks,
+            tail_key(blocks[-1] if blocks else root, rest) if rest else b"",
+            load=self._loads,
+            save=self._saves,
+            save_tail=self._saves and (self._saves_tails or bool(params.get("do_remote_decode"))),
+            wait=self._loads and bool(params.get("do_remote_prefill")),
+        )
+
+
+def _told(num_tokens: int, told: HandOver) -> RequestKeys:
+    return RequestKeys(num_tokens, told.keys, told.tail_key, told.load, told.save, save_tail=told.save, wait=False)
+
+
+def response_params(keys: RequestKeys, layout: str) -> dict[str, Any] | None:
+    """What the answer of a request tells whoever passes its KV on, in the spelling that routers of P/D pairs know."""
+    if not keys.save_tail:
+        return None
+    return {"do_remote_prefill": True, "do_remote_decode": False, "num_tokens": keys.num_tokens, "layout": layout}
