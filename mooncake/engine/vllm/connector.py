@@ -7,6 +7,7 @@ the only one that knows vLLM's connector interface, which differs between releas
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,14 +28,15 @@ from mooncake.core.errors import ConfigError, ModelError, StoreError
 from mooncake.core.keys import object_key
 from mooncake.engine.models import adapter_fingerprint, fingerprint, resolve_model
 from mooncake.engine.vllm.layout import KvShape, geometry
-from mooncake.engine.vllm.options import read_options, resolve
+from mooncake.engine.vllm.options import announce_layout, read_options, resolve
 from mooncake.engine.vllm.pages import KvPages
 from mooncake.engine.vllm.plans import StepPlans
 from mooncake.engine.vllm.requests import KeyMaker, RequestKeys, response_params
 from mooncake.engine.vllm.scheduler_side import Found, Scheduled, SchedulerSide
 from mooncake.engine.vllm.versions import check_version
 from mooncake.engine.vllm.worker_side import Finished, WorkerSide
-from mooncake.store.api import PutResult, Store, named_key
+from mooncake.status import die_with
+from mooncake.store.api import Store
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +60,10 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
         self._finished = Finished()
         if role is KVConnectorRole.SCHEDULER:
             store = self._place.connect("vllm-scheduler")
+            if options.die_with_parent:
+                die_with(os.getppid())
             model = fingerprint(resolve_model(vllm_config.model_config.model).path, _dtype_name(vllm_config))
-            _announce_layout(store, model, self._shape.name, replace=options.replace_layout)
+            announce_layout(store, model, self._shape, replace=options.replace_layout)
             maker = KeyMaker(
                 model,
                 block_tokens,
@@ -262,6 +266,8 @@ def _kv_shape(vllm_config: VllmConfig, kv_cache_config: Any, block_tokens: int) 
         head_elements=head_bytes // spec.dtype.itemsize,
         page_tokens=spec.block_size,
         block_tokens=block_tokens,
+        layers=vllm_config.model_config.get_total_num_hidden_layers(),
+        token_bytes=spec.page_size_bytes // spec.block_size * parallel.tensor_parallel_size,
         tp=parallel.tensor_parallel_size,
         pp=parallel.pipeline_parallel_size,
     )
@@ -269,22 +275,6 @@ def _kv_shape(vllm_config: VllmConfig, kv_cache_config: Any, block_tokens: int) 
 
 def _dtype_name(vllm_config: VllmConfig) -> str:
     return str(vllm_config.model_config.dtype).removeprefix("torch.")
-
-
-def _announce_layout(store: Store, model: str, layout: str, *, replace: bool) -> None:
-    """Engines of one model and store share KV only in one layout. The first one leaves its own there, and others are refused:
-    otherwise they would never find anything, and nobody would know why. Raises ConfigError."""
-    key = named_key(f"vllm layout of {model}")
-    if replace:
-        store.remove(key)
-    if store.put(key, layout.encode(), strict=True) is PutResult.CONFLICT:
-        there = store.get(key)
-        shown = there.decode(errors="replace") if isinstance(there, bytes) else "another one"
-        raise ConfigError(
-            f"layout of KV: {layout} here, {shown} in the store; use the same, another store, or, if no engine of the "
-            'other kind runs any more, "replace_layout": true in kv_connector_extra_config'
-        )
-    store.pin(key)
 
 
 __all__ = ["MooncakeKvConnector", "StepMetadata"]

@@ -49,6 +49,10 @@ class KvShape(msgspec.Struct, frozen=True):
     """Of one token and head: K and V together, 2 * head_dim."""
     page_tokens: int
     block_tokens: int
+    layers: int
+    """Of the whole model."""
+    token_bytes: int
+    """Of one token and layer, in all workers together."""
     tp: int = 1
     pp: int = 1
 

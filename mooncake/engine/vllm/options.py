@@ -10,7 +10,8 @@ from msgspec import Meta
 
 from mooncake.config import load_config, socket_address
 from mooncake.core.errors import ConfigError
-from mooncake.store.api import Store
+from mooncake.engine.vllm.layout import KvShape
+from mooncake.store.api import Absent, PutResult, Store, named_key
 
 _Seconds = Annotated[float, Meta(gt=0, le=600)]
 
@@ -21,7 +22,7 @@ class ConnectorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: data ports of this machine's store node. directory, cluster: a store of many nodes.
     block_tokens: tokens of a block; by default that of the configuration. hand_over_s: how long a request that is to find a
     hand-over waits for it. deadline_s: of each call of the store. replace_layout: take over a store whose KV of this model was
-    written by engines of another layout, which are gone."""
+    written by engines of another layout, which are gone. die_with_parent: the engine's process ends with its parent."""
 
     config: str = ""
     store: tuple[str, ...] = ()
@@ -31,6 +32,7 @@ class ConnectorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hand_over_s: _Seconds = 5.0
     deadline_s: _Seconds = 2.0
     replace_layout: bool = False
+    die_with_parent: bool = False
 
 
 class StorePlace(msgspec.Struct, frozen=True):
@@ -52,6 +54,32 @@ class StorePlace(msgspec.Struct, frozen=True):
             name=name,
             deadline_s=self.deadline_s,
         )
+
+
+def announce_layout(store: Store, fingerprint: str, shape: KvShape, *, replace: bool) -> None:
+    """Engines of one model and store share KV only in one layout. The first one leaves its own there, and others are refused:
+    otherwise they would never find anything, and nobody would know why. Raises ConfigError or StoreError."""
+    key = _layout_key(fingerprint)
+    if replace:
+        store.remove(key)
+    if store.put(key, msgspec.json.encode(shape), strict=True) is PutResult.CONFLICT:
+        raise ConfigError(
+            f"layout of KV: {shape.name} here, {read_layout(store, fingerprint).name} in the store; use the same, another "
+            'store, or, if no engine of the other kind runs any more, "replace_layout": true in kv_connector_extra_config'
+        )
+    store.pin(key)
+
+
+def read_layout(store: Store, fingerprint: str) -> KvShape:
+    """Of a model that an engine has announced. Raises StoreError or ConfigError."""
+    data = store.get(_layout_key(fingerprint))
+    if isinstance(data, Absent):
+        raise ConfigError("layout of KV: the store has none, so vLLM's connector has not reached it")
+    return msgspec.json.decode(data, type=KvShape)
+
+
+def _layout_key(fingerprint: str) -> bytes:
+    return named_key(f"vllm layout of {fingerprint}")
 
 
 def read_options(extra: Mapping[str, Any]) -> ConnectorOptions:

@@ -20,8 +20,10 @@ PARAMS = "mooncake"
 
 
 class HandOver(msgspec.Struct, frozen=True):
-    """What our services say of a request. keys: of the prompt's full blocks; tail_key: of what comes after them, or empty."""
+    """What our services say of a request. num_tokens: of the prompt, whose KV is or will be in these objects. keys: of full
+    blocks; tail_key: of what comes after them, or empty."""
 
+    num_tokens: int = 0
     keys: tuple[bytes, ...] = ()
     tail_key: bytes = b""
     save: bool = False
@@ -29,8 +31,8 @@ class HandOver(msgspec.Struct, frozen=True):
 
 
 class RequestKeys(msgspec.Struct, frozen=True):
-    """num_tokens: of the prompt. blocks: keys of its full blocks. tail: key of the tokens after them; empty if there are none.
-    wait: it was told that its KV is on its way."""
+    """num_tokens: those of the prompt that the objects hold. blocks: keys of the full blocks. tail: key of the tokens after
+    them; empty if there are none. wait: it was told that its KV is on its way."""
 
     num_tokens: int
     blocks: tuple[bytes, ...]
@@ -64,7 +66,7 @@ class KeyMaker:
         images and where they are."""
         params = params or {}
         if PARAMS in params:
-            return _told(len(token_ids), msgspec.convert(params[PARAMS], HandOver))
+            return _told(msgspec.convert(params[PARAMS], HandOver))
         root = root_key(self._fingerprint, lora=lora, salt=salt, extras=extras)
         blocks = block_keys(root, token_ids, self._block_tokens)
         rest = token_ids[len(blocks) * self._block_tokens :]
@@ -79,8 +81,8 @@ class KeyMaker:
         )
 
 
-def _told(num_tokens: int, told: HandOver) -> RequestKeys:
-    return RequestKeys(num_tokens, told.keys, told.tail_key, told.load, told.save, save_tail=told.save, wait=False)
+def _told(told: HandOver) -> RequestKeys:
+    return RequestKeys(told.num_tokens, told.keys, told.tail_key, told.load, told.save, save_tail=told.save, wait=False)
 
 
 def response_params(keys: RequestKeys, layout: str) -> dict[str, Any] | None:
