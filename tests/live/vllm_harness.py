@@ -22,7 +22,7 @@ from tests.live.harness import ROOT, clean_environment
 from tests.live.stores import TOKEN, Stores
 
 PYTHON = ROOT / ".venv-vllm/bin/python"
-READY_S = 150.0
+READY_S = 180.0
 PAGE_TOKENS = 128
 """vLLM's own default on processors, and our block."""
 _SHOWN_LOG_CHARS = 4000
