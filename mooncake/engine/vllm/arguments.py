@@ -104,7 +104,7 @@ def sampling_params(job: Job | None, max_tokens: int, transfer: dict[str, Any]) 
     wanted = SamplingParams(temperature=0.0) if job is None else job.sampling
     num_generated = 0 if job is None else job.num_generated
     return vllm.SamplingParams(
-        n=1 if job is None else job.num_choices,
+        n=1 if job is None or wanted.greedy else job.num_choices,
         temperature=wanted.temperature,
         top_p=wanted.top_p,
         top_k=wanted.top_k,

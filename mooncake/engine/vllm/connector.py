@@ -127,9 +127,12 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         if self._worker is not None:
-            plans = _plans(kv_connector_metadata)
-            self._worker.give_up(plans.preempted)
-            self._worker.begin_step(plans)
+            self._worker.give_up(_plans(kv_connector_metadata).preempted)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.begin_step(_plans(connector_metadata))
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:

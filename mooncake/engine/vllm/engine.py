@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 _WATCH_S = 0.5
 """How often to look whether vLLM's engine process lives, while nothing is asked of it."""
 _MEASURE_S = 120.0
+_SHUTDOWN_S = 2.0
+"""For vLLM's engine process to end by itself."""
 _CLOSE_S = 10.0
 
 
@@ -204,28 +206,32 @@ class VllmEngine:
 
     async def _run(self, seq: int, job: Job, told: HandOver, stored: KvStored | None) -> None:
         """One sequence, to its end."""
-        salt = salt_of(job.block_keys[0]) if job.block_keys else f"alone.{seq}"
-        prompt = {"prompt_token_ids": bytes_to_tokens(job.token_ids), "cache_salt": salt}
-        params = sampling_params(
-            job, self._books.max_tokens(seq), {PARAMS: msgspec.to_builtins(told, builtin_types=(bytes,))}
-        )
         try:
-            async for output in self._llm.generate(prompt, params, f"{seq}", priority=-job.priority):
+            async for output in self._generate(seq, job, told):
+                num_cached = output.num_cached_tokens or 0
                 for each in output.outputs:
-                    tokens = Tokens(each.index, tuple(each.token_ids), _logprobs(each, job.sampling.num_logprobs))
-                    self._tell(self._books.drawn(seq, tokens, output.num_cached_tokens or 0))
+                    for tokens in _tokens(each, job):
+                        self._tell(self._books.drawn(seq, tokens, num_cached))
             if stored is not None:
                 self._flush()  # the tokens go first
                 self._on_progress(stored)
         except asyncio.CancelledError:
             log.debug("sequence %d is aborted", seq)
-        except Exception as error:  # vLLM's errors are of many families; a dead engine is seen by _watch
+        except Exception as error:  # vLLM's errors are of many families
             if self._llm.errored:
                 self._break(error)
-                return
-            log.warning("sequence %d failed", seq, exc_info=True)
-            self._tell(self._books.failed(seq, f"{type(error).__name__}: {error}"))
+            else:
+                log.warning("sequence %d failed", seq, exc_info=True)
+                self._tell(self._books.failed(seq, f"{type(error).__name__}: {error}"))
         self._tell(self._books.ended(seq))
+
+    def _generate(self, seq: int, job: Job, told: HandOver) -> AsyncIterator[Any]:
+        salt = salt_of(job.block_keys[0]) if job.block_keys else f"alone.{seq}"
+        prompt = {"prompt_token_ids": bytes_to_tokens(job.token_ids), "cache_salt": salt}
+        transfer = {PARAMS: msgspec.to_builtins(told, builtin_types=(bytes,))}
+        params = sampling_params(job, self._books.max_tokens(seq), transfer)
+        found: AsyncIterator[Any] = self._llm.generate(prompt, params, f"{seq}", priority=-job.priority)
+        return found
 
     def _tell(self, outputs: Sequence[ServiceOutput]) -> None:
         """With all that comes in this round of the loop: the tokens of one step are one message."""
@@ -274,12 +280,19 @@ def _hand_over(job: Job, target: KvSource | None, *, load: bool) -> HandOver:
     return HandOver(objects.num_tokens, objects.block_keys, objects.partial_key, target is not None, load)
 
 
+def _tokens(output: Any, job: Job) -> list[Tokens]:
+    """New tokens of a choice, or of all of a joint job: vLLM draws greedy ones once."""
+    indices = range(job.num_choices) if job.joint and job.sampling.greedy else (output.index,)
+    logprobs = _logprobs(output, job.sampling.num_logprobs)
+    return [Tokens(index, tuple(output.token_ids), logprobs) for index in indices]
+
+
 def _logprobs(output: Any, num_wanted: int | None) -> tuple[TokenLogprobs, ...]:
     if num_wanted is None or not output.logprobs:
         return ()
     found = []
     for token, position in zip(output.token_ids, output.logprobs, strict=True):
-        best = sorted(((each.rank, index, each.logprob) for index, each in position.items()))[:num_wanted]
+        best = sorted((each.rank, index, each.logprob) for index, each in position.items())[:num_wanted]
         found.append(TokenLogprobs(position[token].logprob, tuple((index, value) for _, index, value in best)))
     return tuple(found)
 
@@ -319,7 +332,7 @@ class _LoopThread:
                         task.cancel()
                 await asyncio.sleep(0)
                 if llm is not None:
-                    llm.shutdown(timeout=_CLOSE_S / 2)
+                    llm.shutdown(timeout=_SHUTDOWN_S)
             finally:
                 self._loop.stop()
 

@@ -13,7 +13,7 @@ from mooncake.engine.base import EngineLimits
 Generate = Callable[[Sequence[int], int, str], AsyncIterator[int]]
 """Token ids of a prompt, number of tokens to draw, salt of its cached pages: gives how many tokens have been drawn."""
 
-_PROMPT_TOKENS_MAX = 2048
+_PROMPT_TOKENS_MAX = 1024
 _PROMPTS = ((0.125, 0.0), (0.5, 0.0), (1.0, 0.0), (0.25, 0.5), (0.125, 0.75))
 """(new, prefix) as shares of the longest prompt that is measured."""
 _BATCHES = ((1, 0.125), (1, 0.5), (4, 0.125), (4, 0.5), (8, 0.25))

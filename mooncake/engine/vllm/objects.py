@@ -70,54 +70,37 @@ class ObjectReader:
 
 
 class ObjectWriter:
-    """All objects of a request. They are reserved when their first bytes come, and committed one by one when they are whole."""
+    """The objects [first, first + len(keys)) of a request. They are reserved when their first bytes come."""
 
     num_stored = 0
 
-    def __init__(self, store: Store, keys: Sequence[bytes], sizes: Sequence[int], num_tokens: int) -> None:
+    def __init__(self, store: Store, keys: Sequence[bytes], first: int, sizes: Sequence[int], num_tokens: int) -> None:
         self.num_tokens = num_tokens
-        self.num_committed = 0
         self._store = store
         self._keys = keys
+        self._first = first
         self._sizes = sizes
-        self._batches: list[tuple[int, WriteBatch]] = []
-        """With the index of its first object, in order; each is the next range of objects."""
-        self._end = 0
-        self._expected = 0
-
-    def expect(self, first: int, end: int) -> None:
-        """Bytes of objects [first, end) come soon: they are reserved together."""
-        if not self._batches:
-            self._end = max(self._end, first)
-        self._expected = max(self._expected, end)
+        self._batch: WriteBatch | None = None
 
     def wants(self, index: int) -> bool:
         """Raises StoreError."""
-        if index >= self._end:
-            last = max(self._expected, index + 1)
-            batch = self._store.write_batch(self._keys[self._end : last], self._sizes[self._end : last])
-            self._batches.append((self._end, batch))
-            self._end = last
-        batch, at = self._find(index)
-        return batch.results[at] is None
+        return self._reserved().results[index - self._first] is None
 
     def fill(self, index: int, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
-        batch, at = self._find(index)
-        batch.fill(at, offset, size, fill)
+        self._reserved().fill(index - self._first, offset, size, fill)
 
-    def commit(self, end: int) -> None:
-        """The objects before index `end` are whole. Raises StoreError."""
-        for first, batch in self._batches:
-            whole = [at for at, result in enumerate(batch.results) if result is None and first + at < end]
-            batch.commit(whole)
-            self.num_committed += len(whole)
+    def commit(self) -> None:
+        """All of them are whole. Raises StoreError."""
+        batch = self._reserved()
+        batch.commit([at for at, result in enumerate(batch.results) if result is None])
 
     def close(self) -> None:
         """Give up what is not committed."""
-        for _, batch in self._batches:
+        if self._batch is not None:
             with contextlib.suppress(StoreError):
-                batch.close()
+                self._batch.close()
 
-    def _find(self, index: int) -> tuple[WriteBatch, int]:
-        first, batch = next((first, batch) for first, batch in reversed(self._batches) if first <= index)
-        return batch, index - first
+    def _reserved(self) -> WriteBatch:
+        if self._batch is None:
+            self._batch = self._store.write_batch(self._keys, self._sizes)
+        return self._batch

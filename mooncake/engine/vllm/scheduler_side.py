@@ -7,8 +7,9 @@
 Rules:
 * Of what the store has, all is loaded that vLLM's own cache lacks, but for the prompt's last token: its logits give the next.
 * A load that failed is not tried again: the request computes what is missing.
-* All that the store did not have when the request was matched is saved, as whole pages, as soon as a step has computed them;
-  the tail, with the last page, at the end of the prompt. What a request generates is not saved.
+* All that the store did not have when the request was matched is saved, block by block, as steps compute them, and the tail at
+  the end of the prompt. An object is written in one step, in the order of its layers: so it has a checksum.
+* What a request generates is not saved.
 * Pages of a request that has saved anything belong to the workers until they say that they are done.
 
 No clock is read, no store is asked: the caller passes the time, and what was found.
@@ -152,11 +153,9 @@ class SchedulerSide:
         )
 
     def _savable(self, keys: RequestKeys, num_computed: int) -> int:
-        """Of so many computed tokens, how many make whole pages, or the end of what is to be saved."""
+        """Of so many computed tokens, how many make whole objects."""
         most = self._saved_tokens(keys)
-        if num_computed >= most:
-            return most
-        return num_computed // self._shape.page_tokens * self._shape.page_tokens
+        return most if num_computed >= most else self._shape.full_blocks(num_computed) * self._shape.block_tokens
 
     def _saved_tokens(self, keys: RequestKeys) -> int:
         return keys.num_tokens if keys.save_tail else len(keys.blocks) * self._shape.block_tokens

@@ -48,12 +48,10 @@ class _Load:
 
 
 class _Saves:
-    """Of one request. tasks: those under way."""
+    """Of one request. tasks: those under way, with their writers."""
 
-    def __init__(self, writer: ObjectWriter) -> None:
-        self.writer = writer
+    def __init__(self) -> None:
         self.tasks: dict[int, StoreTask] = {}
-        self.ok = True
         self.ended = False
 
 
@@ -72,7 +70,7 @@ class WorkerSide:
         self._next = 0
         self._loads: dict[int, _Load] = {}
         self._saves: dict[str, _Saves] = {}
-        self._saving: dict[int, _Saves] = {}
+        self._saving: dict[int, tuple[_Saves, ObjectWriter]] = {}
         """By the number of each task under way."""
         self._step: list[StoreTask] = []
         self._step_layers = 0
@@ -111,10 +109,8 @@ class WorkerSide:
         with self._lock:
             for request in requests:
                 saves = self._saves.get(request)
-                if saves is not None:
-                    saves.ok = saves.ok and not saves.tasks
-                    for task in saves.tasks.values():
-                        task.ok = False
+                for task in () if saves is None else saves.tasks.values():
+                    task.ok = False
 
     def take_finished(self, ended: Iterable[str]) -> Finished:
         """What is done since the last call. ended: requests that vLLM is done with."""
@@ -125,17 +121,14 @@ class WorkerSide:
                 if request in self._saves:
                     self._saves[request].ended = True
             saved = [request for request, saves in self._saves.items() if saves.ended and not saves.tasks]
-            closed = [self._saves.pop(request) for request in saved]
+            for request in saved:
+                del self._saves[request]
             loaded, self._loaded = self._loaded, {}
             failed, self._failed_pages = self._failed_pages, {}
-        for saves in closed:
-            saves.writer.close()
         return Finished(frozenset(saved), frozenset(loaded), frozenset(failed))
 
     def close(self) -> None:
         self._mover.close()
-        for saves in self._saves.values():
-            saves.writer.close()
         self._store.close()
 
     # ------------------------------------------------------------------ inside
@@ -149,10 +142,13 @@ class WorkerSide:
             sizes[-1] = self._pages.layout.object_bytes(self._shape.whole_pages(rest))
         return sizes
 
+    def _objects(self, start: int, end: int) -> tuple[int, int, int]:
+        """The end of the pages of tokens [start, end), and the range of objects that they are in."""
+        end = self._shape.whole_pages(end)
+        return end, start // self._shape.block_tokens, -(-end // self._shape.block_tokens)
+
     def _start_load(self, plan: LoadPlan) -> None:
-        block_tokens = self._shape.block_tokens
-        end = self._shape.whole_pages(plan.end)
-        first, last = plan.start // block_tokens, -(-end // block_tokens)
+        end, first, last = self._objects(plan.start, plan.end)
         sizes = self._sizes(plan.num_tokens, len(plan.keys))[first:last]
         whole = self._shape.whole_pages(plan.num_tokens)
         reader = ObjectReader(self._store, object_keys(plan.keys, self._shard)[first:last], first, sizes, whole)
@@ -165,24 +161,17 @@ class WorkerSide:
         self._mover.load(LoadTask(self._next, start, end, load.pages, load.reader))
 
     def _begin_save(self, plan: SavePlan) -> StoreTask:
-        block_tokens = self._shape.block_tokens
-        with self._lock:
-            saves = self._saves.get(plan.request)
-            if saves is None:
-                saves = self._saves[plan.request] = _Saves(self._writer(plan))
-            end = self._shape.whole_pages(plan.end)
-            self._next += 1
-            task = StoreTask(self._next, plan.start, end, np.array(plan.pages, dtype=np.int64), saves.writer)
-            task.ok = saves.ok
-            saves.tasks[task.seq] = task
-            self._saving[task.seq] = saves
-        saves.writer.expect(plan.start // block_tokens, -(-end // block_tokens))
-        return task
-
-    def _writer(self, plan: SavePlan) -> ObjectWriter:
-        keys = object_keys(plan.keys, self._shard)
+        end, first, last = self._objects(plan.start, plan.end)
+        sizes = self._sizes(plan.num_tokens, len(plan.keys))[first:last]
         whole = self._shape.whole_pages(plan.num_tokens)
-        return ObjectWriter(self._store, keys, self._sizes(plan.num_tokens, len(keys)), whole)
+        writer = ObjectWriter(self._store, object_keys(plan.keys, self._shard)[first:last], first, sizes, whole)
+        with self._lock:
+            self._next += 1
+            task = StoreTask(self._next, plan.start, end, np.array(plan.pages, dtype=np.int64), writer)
+            saves = self._saves.setdefault(plan.request, _Saves())
+            saves.tasks[task.seq] = task
+            self._saving[task.seq] = saves, writer
+        return task
 
     # ------------------------------------------------------------------ from the copying threads
 
@@ -203,27 +192,17 @@ class WorkerSide:
             self._failed_pages.update(dict.fromkeys(plan.pages[came // self._shape.page_tokens :]))
 
     def _save_ended(self, task: StoreTask) -> None:
-        """Commit before anybody hears of it."""
+        """Commit before anybody hears of it. What is not committed is a miss for whoever wants it."""
         with self._lock:
-            saves = self._saving.pop(task.seq)
-            ok = saves.ok = saves.ok and task.ok
-        if ok:
-            ok = self._commit(saves.writer, task.end)
-        with self._lock:
-            saves.ok = saves.ok and ok
-            del saves.tasks[task.seq]
-
-    def _commit(self, writer: ObjectWriter, end: int) -> bool:
-        """What is whole now that everything up to token `end` is written."""
-        num_objects = end // self._shape.block_tokens
-        if end >= writer.num_tokens:
-            num_objects = -(-end // self._shape.block_tokens)
+            saves, writer = self._saving.pop(task.seq)
         try:
-            writer.commit(num_objects)
+            if task.ok:
+                writer.commit()
         except StoreError as error:
             log.warning("KV of a request is not saved: %s", error)
-            return False
-        return True
+        writer.close()
+        with self._lock:
+            del saves.tasks[task.seq]
 
     def _failed(self, error: BaseException) -> None:
         self.failure = error
