@@ -32,7 +32,7 @@ lint: $(STAMP)
 	$(PY) -m mypy -p mooncake
 	.venv/bin/lint-imports
 
-bench: $(STAMP)
+bench: $(STAMP) vllm-env
 	@for script in benchmarks/*.py; do echo "== $$script" >&2; $(PY) "$$script" || exit; done
 
 $(STAMP):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -101,6 +102,7 @@ async def run_instance(config: Config, role: RoleConfig, status: Status, roles: 
     parts = await asyncio.to_thread(build_engine, config, role)
     status.loading("calibrating")
     cost = await asyncio.to_thread(parts.host.measure)
+    gc.freeze()  # the model stays, and is no garbage at the end either: looking through it would outlast the drain
     status.loading("waiting for the store node")
     pool = StorePool(config, role)
     store = await pool.own(config.timeouts.start_s)

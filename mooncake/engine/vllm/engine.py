@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 _WATCH_S = 0.5
 """How often to look whether vLLM's engine process lives, while nothing is asked of it."""
 _MEASURE_S = 120.0
-_SHUTDOWN_S = 2.0
+_SHUTDOWN_S = 0.5
 """For vLLM's engine process to end by itself."""
 _CLOSE_S = 10.0
 

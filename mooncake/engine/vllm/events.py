@@ -107,16 +107,25 @@ class EventOrder:
 
 
 class _Page:
-    """tokens: of its block up to its end. before: key of the block before, None for the first of a sequence."""
+    """pages: of its block, up to it. tokens: in these. before: key of the block before, None in the first of a sequence. key:
+    of the block that ends here, if it does."""
 
-    __slots__ = ("before", "first_key", "key", "tokens")
+    __slots__ = ("before", "first_key", "key", "pages", "tokens")
 
-    def __init__(self, before: bytes | None, first_key: bytes | None, tokens: tuple[int, ...]) -> None:
+    def __init__(
+        self, before: bytes | None, first_key: bytes | None, pages: tuple[Hash, ...], tokens: tuple[int, ...]
+    ) -> None:
         self.before = before
         self.first_key = first_key
+        self.pages = pages
         self.tokens = tokens
         self.key: bytes | None = None
-        """Of the block that ends here."""
+
+    def end_block(self, block_tokens: int) -> None:
+        if self.before is None:
+            self.key = self.first_key
+        else:
+            [self.key] = block_keys(self.before, self.tokens, block_tokens)
 
 
 class CachedBlocks:
@@ -125,91 +134,79 @@ class CachedBlocks:
     def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens
         self._pages: dict[Hash, _Page] = {}
-        self._blocks: dict[Hash, bytes] = {}
-        """By each page of a cached block, its key."""
-        self._members: dict[bytes, Keys | tuple[Hash, ...]] = {}
-        self._chain: dict[Hash, tuple[Hash, ...]] = {}
-        """By page, the pages of its block up to it."""
+        self._blocks: dict[bytes, tuple[Hash, ...]] = {}
+        self._key_of: dict[Hash, bytes] = {}
+        """By each page of a cached block."""
 
     def keys(self) -> Keys:
-        return tuple(self._members)
+        return tuple(self._blocks)
 
     def apply(self, events: Iterable[KvEvent]) -> tuple[Keys, Keys]:
         """Keys (added, removed); one that came and went is in neither."""
-        added: dict[bytes, None] = {}
-        removed: dict[bytes, None] = {}
+        was: dict[bytes, bool] = {}
         for event in events:
             if isinstance(event, Stored):
                 for key in self._store(event):
-                    if key in removed:
-                        del removed[key]
-                    else:
-                        added[key] = None
+                    was.setdefault(key, False)
             else:
-                gone = self._remove(event.hashes) if isinstance(event, Removed) else self.forget()
-                for key in gone:
-                    if key in added:
-                        del added[key]
-                    else:
-                        removed[key] = None
-        return tuple(added), tuple(removed)
+                for key in self._remove(event.hashes) if isinstance(event, Removed) else self.forget():
+                    was.setdefault(key, True)
+        added = tuple(key for key, before in was.items() if not before and key in self._blocks)
+        return added, tuple(key for key, before in was.items() if before and key not in self._blocks)
 
     def forget(self) -> Keys:
         """All; gives their keys."""
         keys = self.keys()
-        for table in (self._pages, self._blocks, self._members, self._chain):
-            table.clear()
+        self._pages.clear()
+        self._blocks.clear()
+        self._key_of.clear()
         return keys
 
     def _store(self, event: Stored) -> list[bytes]:
+        """Keys of blocks that were not cached before."""
         found: list[bytes] = []
         parent, size = event.parent, event.page_tokens
-        for at, page_hash in enumerate(event.hashes):
-            tokens = event.token_ids[at * size : (at + 1) * size]
-            extras = event.extras[at] if at < len(event.extras) else ()
-            page = self._pages.get(page_hash) or self._page(parent, tokens, extras)
-            if page is None:
-                return found  # it follows what we have not heard of
-            self._pages[page_hash] = page
-            before = self._chain.get(parent, ()) if parent is not None and len(page.tokens) > len(tokens) else ()
-            self._chain[page_hash] = (*before, page_hash)
-            if page.key is not None and page.key not in self._members:
-                self._add(page.key, self._chain[page_hash])
+        for at, name in enumerate(event.hashes):
+            if name not in self._pages:
+                extras = event.extras[at] if at < len(event.extras) else ()
+                page = self._page(name, parent, event.token_ids[at * size : (at + 1) * size], extras)
+                if page is None:
+                    break  # it follows what we have not heard of
+                self._pages[name] = page
+            page = self._pages[name]
+            if (
+                page.key is not None
+                and page.key not in self._blocks
+                and all(each in self._pages for each in page.pages)
+            ):
+                self._blocks[page.key] = page.pages
+                self._key_of.update(dict.fromkeys(page.pages, page.key))
                 found.append(page.key)
-            parent = page_hash
+            parent = name
         return found
 
-    def _page(self, parent: Hash | None, tokens: tuple[int, ...], extras: tuple[Any, ...]) -> _Page | None:
+    def _page(self, name: Hash, parent: Hash | None, tokens: tuple[int, ...], extras: tuple[Any, ...]) -> _Page | None:
+        last = None if parent is None else self._pages.get(parent)
         if parent is None:
-            page = _Page(None, first_key_of(extras), tokens)
+            page = _Page(None, first_key_of(extras), (name,), tokens)
+        elif last is None:
+            return None
+        elif len(last.tokens) == self._block_tokens:
+            page = _Page(last.key, None, (name,), tokens)
         else:
-            last = self._pages.get(parent)
-            if last is None:
-                return None
-            if len(last.tokens) == self._block_tokens:
-                page = _Page(last.key, None, tokens)
-            else:
-                page = _Page(last.before, last.first_key, (*last.tokens, *tokens))
+            page = _Page(last.before, last.first_key, (*last.pages, name), (*last.tokens, *tokens))
         if len(page.tokens) == self._block_tokens:
-            if page.before is not None:
-                [page.key] = block_keys(page.before, page.tokens, self._block_tokens)
-            else:
-                page.key = page.first_key
+            page.end_block(self._block_tokens)
         return page
-
-    def _add(self, key: bytes, pages: tuple[Hash, ...]) -> None:
-        self._members[key] = pages
-        self._blocks.update(dict.fromkeys(pages, key))
 
     def _remove(self, hashes: Iterable[Hash]) -> list[bytes]:
         gone: list[bytes] = []
-        for page_hash in hashes:
-            self._pages.pop(page_hash, None)
-            self._chain.pop(page_hash, None)
-            key = self._blocks.get(page_hash)
+        for name in hashes:
+            self._pages.pop(name, None)
+            key = self._key_of.get(name)
             if key is not None:
-                for page in self._members.pop(key):
-                    self._blocks.pop(page, None)
+                for page in self._blocks.pop(key):
+                    del self._key_of[page]
                 gone.append(key)
         return gone
 

@@ -58,13 +58,10 @@ class EventFeed:
         for missed, payload in await self._replay(self._order.next):
             if missed >= number:
                 break
-            if self._order.missing(missed):
-                break  # the publisher has dropped what came before
+            self._forget_if_lost(missed)
             if self._order.take(missed):
                 self._apply(payload)
-        if self._order.missing(number):
-            log.warning("KV events %d to %d are lost; what is cached is learnt anew", self._order.next, number - 1)
-            self._forget()
+        self._forget_if_lost(number)
 
     async def _replay(self, first: int) -> list[tuple[int, bytes]]:
         found: list[tuple[int, bytes]] = []
@@ -89,6 +86,12 @@ class EventFeed:
             return
         if added or removed:
             self._on_change(added, removed)
+
+    def _forget_if_lost(self, number: int) -> None:
+        """Nobody has what comes before that batch any more."""
+        if self._order.missing(number):
+            log.warning("KV events %d to %d are lost; what is cached is learnt anew", self._order.next, number - 1)
+            self._forget()
 
     def _forget(self) -> None:
         removed = self.blocks.forget()
