@@ -81,13 +81,19 @@ class StoredTarget:
     """As TargetWriter, of an engine that stores by itself: nothing is written here, and a commit looks for what it stored."""
 
     def __init__(
-        self, client: StoreOperations, existing: LeasedObjects, keys: Sequence[bytes], target: KvSource
+        self,
+        client: StoreOperations,
+        existing: LeasedObjects,
+        keys: Sequence[bytes],
+        target: KvSource,
+        stored_s: float,
     ) -> None:
         self.target = target
         self.num_tokens = target.num_tokens
         self.num_stored = existing.hits
         self._client = client
         self._keys = keys
+        self._stored_s = stored_s
         self._leased = [existing]
 
     def wants(self, index: int) -> bool:
@@ -98,7 +104,7 @@ class StoredTarget:
 
     async def commit(self, first: int, last: int) -> bool:
         """Lease them, as soon as they are there; False if one is not in time."""
-        until, pause_s = time.monotonic() + STORED_S, _FIRST_LOOK_S
+        until, pause_s = time.monotonic() + self._stored_s, _FIRST_LOOK_S
         while True:
             leased = await self._client.lease(self._keys[first:last])
             if leased.hits == len(leased):
@@ -116,10 +122,12 @@ class StoredTarget:
                 await self._client.release(leased)
 
 
-async def watch_target(client: StoreOperations, target: KvSource, shard: bytes) -> StoredTarget:
+async def watch_target(
+    client: StoreOperations, target: KvSource, shard: bytes, *, stored_s: float = STORED_S
+) -> StoredTarget:
     """For an engine that stores by itself. Raises StoreError if the node cannot be asked."""
     keys = object_keys(_keys(target), shard)
-    return StoredTarget(client, await client.lease(keys), keys, target)
+    return StoredTarget(client, await client.lease(keys), keys, target, stored_s)
 
 
 async def reserve_target(
