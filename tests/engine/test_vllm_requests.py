@@ -54,10 +54,14 @@ def test_tails_are_saved_by_a_prefill_engine_or_where_a_router_asks_for_it() -> 
 def test_our_services_say_which_keys_to_use() -> None:
     told = HandOver(12, BLOCKS[:1], b"p" * 16, save=True, load=True)
     params = {PARAMS: msgspec.to_builtins(told, builtin_types=(bytes,))}
-    assert maker().keys(TOKENS, params) == RequestKeys(12, BLOCKS[:1], b"p" * 16, True, True, True, False)
-    assert maker().keys(TOKENS, {PARAMS: {}}) == RequestKeys(0, (), b"", False, False, False, False)
+    served = maker(in_service=True)
+    assert served.keys(TOKENS, params) == RequestKeys(12, BLOCKS[:1], b"p" * 16, True, True, True, False)
+    assert (
+        served.keys(TOKENS, {PARAMS: {}}) == served.keys(TOKENS) == RequestKeys(0, (), b"", False, False, False, False)
+    )
     with pytest.raises(msgspec.ValidationError):
-        maker().keys(TOKENS, {PARAMS: {"keys": 3}})
+        served.keys(TOKENS, {PARAMS: {"keys": 3}})
+    assert maker().keys(TOKENS, params) == maker().keys(TOKENS), "a client must not choose keys"
 
 
 def test_unknown_settings_and_releases_are_named() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -171,6 +172,16 @@ def test_a_fresh_engine_finds_what_a_killed_one_left(pair: Pair) -> None:
     again = asyncio.run(pair.prefill.complete(known, NUM_TOKENS))
     assert again.num_cached == len(known) - 1
     assert again.tokens == asyncio.run(pair.alone.complete(known, NUM_TOKENS)).tokens
+    pair.check_idle()
+
+
+def test_a_node_that_does_not_answer_costs_time_and_no_tokens(pair: Pair) -> None:
+    pair.stores.stop(NODE)
+    began = time.monotonic()
+    asyncio.run(check(pair, *[prompt(20 + at, 1000) for at in range(4)]))
+    assert time.monotonic() - began < 20
+    pair.stores.go_on(NODE)
+    asyncio.run(check(pair, prompt(30, 1000)))  # what the node granted too late is given back with the next call
     pair.check_idle()
 
 

@@ -24,7 +24,7 @@ def connector_options(config: Config, role: RoleConfig) -> dict[str, Any]:
         "store": [role.store],
         "block_tokens": config.block_tokens,
         "deadline_s": config.timeouts.rpc_s,
-        "die_with_parent": True,
+        "in_service": True,
     }
 
 

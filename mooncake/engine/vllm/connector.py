@@ -60,7 +60,7 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
         self._finished = Finished()
         if role is KVConnectorRole.SCHEDULER:
             store = self._place.connect("vllm-scheduler")
-            if options.die_with_parent:
+            if options.in_service:
                 die_with(os.getppid())
             model = fingerprint(resolve_model(vllm_config.model_config.model).path, _dtype_name(vllm_config))
             announce_layout(store, model, self._shape, replace=options.replace_layout)
@@ -70,6 +70,7 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
                 loads=True,
                 saves=transfer.is_kv_producer,
                 saves_tails=transfer.kv_role == "kv_producer",
+                in_service=options.in_service,
             )
             side = SchedulerSide(self._geometry, int(options.hand_over_s * 1e9))
             self._scheduler = _Scheduler(store, side, maker, self._shape)
@@ -161,6 +162,12 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
         return set(failed)
 
 
+_FIND_S = 1.0
+"""How long vLLM's scheduler waits for the store, and with it all that run: not as long as the copying threads may."""
+_REST_S = 5.0
+"""How long a store that did not answer is not asked again."""
+
+
 class _Scheduler:
     """SchedulerSide with a store and a clock."""
 
@@ -171,6 +178,8 @@ class _Scheduler:
         self._shape = shape
         self._shards = shape.shards()
         self._adapters: dict[str, str] = {}
+        self._rests_until = 0.0
+        store.deadline_s = min(store.deadline_s, _FIND_S)
 
     def match(self, request: Any, num_local: int) -> int | None:
         name = request.request_id
@@ -217,12 +226,13 @@ class _Scheduler:
     def _find(self, keys: RequestKeys) -> Found:
         """A block is there if all workers' objects of it are."""
         wanted = (*keys.blocks, keys.tail) if keys.tail else keys.blocks
-        if not wanted:
+        if not wanted or time.monotonic() < self._rests_until:
             return Found()
         try:
             there = self._store.exists_batch([object_key(key, shard) for key in wanted for shard in self._shards])
         except StoreError as error:
             log.warning("the store cannot be asked: %s", error)
+            self._rests_until = time.monotonic() + _REST_S
             return Found()
         num = len(self._shards)
         whole = [all(there[at * num : (at + 1) * num]) for at in range(len(wanted))]

@@ -22,7 +22,8 @@ class ConnectorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: data ports of this machine's store node. directory, cluster: a store of many nodes.
     block_tokens: tokens of a block; by default that of the configuration. hand_over_s: how long a request that is to find a
     hand-over waits for it. deadline_s: of each call of the store. replace_layout: take over a store whose KV of this model was
-    written by engines of another layout, which are gone. die_with_parent: the engine's process ends with its parent."""
+    written by engines of another layout, which are gone. in_service: our services drive the engine. Then its requests say which
+    keys to use, which nobody else may, and its process ends with its parent."""
 
     config: str = ""
     store: tuple[str, ...] = ()
@@ -32,7 +33,7 @@ class ConnectorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hand_over_s: _Seconds = 5.0
     deadline_s: _Seconds = 2.0
     replace_layout: bool = False
-    die_with_parent: bool = False
+    in_service: bool = False
 
 
 class StorePlace(msgspec.Struct, frozen=True):

@@ -4,7 +4,8 @@ By default both follow from the prompt and the engine's `kv_role`. `kv_transfer_
 
     do_remote_decode     the KV will be fetched: save the tail, too
     do_remote_prefill    the KV is on its way: wait for it, for a while
-    mooncake             our services say which keys to use (`HandOver`)
+    mooncake             our services say which keys to use (`HandOver`); from anybody else it is ignored, as whoever chooses
+                         keys may read and replace what others stored
 """
 
 from __future__ import annotations
@@ -44,14 +45,25 @@ class RequestKeys(msgspec.Struct, frozen=True):
 
 
 class KeyMaker:
-    """loads, saves: what the engine's role is. saves_tails: whether all its prompts are handed over."""
+    """loads, saves: what the engine's role is. saves_tails: whether all its prompts are handed over. in_service: whether our
+    services drive it."""
 
-    def __init__(self, fingerprint: str, block_tokens: int, *, loads: bool, saves: bool, saves_tails: bool) -> None:
+    def __init__(
+        self,
+        fingerprint: str,
+        block_tokens: int,
+        *,
+        loads: bool,
+        saves: bool,
+        saves_tails: bool,
+        in_service: bool = False,
+    ) -> None:
         self._fingerprint = fingerprint
         self._block_tokens = block_tokens
         self._loads = loads
         self._saves = saves
         self._saves_tails = saves_tails
+        self._in_service = in_service
 
     def keys(
         self,
@@ -62,11 +74,11 @@ class KeyMaker:
         salt: str = "",
         extras: Sequence[str] = (),
     ) -> RequestKeys:
-        """Raises msgspec.ValidationError if `params` has a malformed part of ours. extras: what the tokens do not tell, such as
+        """Raises msgspec.ValidationError if what our services say is malformed. extras: what the tokens do not tell, such as
         images and where they are."""
         params = params or {}
-        if PARAMS in params:
-            return _told(msgspec.convert(params[PARAMS], HandOver))
+        if self._in_service:
+            return _told(msgspec.convert(params.get(PARAMS, {}), HandOver))
         root = root_key(self._fingerprint, lora=lora, salt=salt, extras=extras)
         blocks = block_keys(root, token_ids, self._block_tokens)
         rest = token_ids[len(blocks) * self._block_tokens :]
