@@ -117,10 +117,12 @@ def test_a_failed_load_is_not_tried_again_and_what_is_missing_is_saved() -> None
     found = side(24)
     found.match("r", 24, 0, Found(3), 0)
     found.allocated("r", [1, 2, 3, 4, 5, 6], 23)
-    found.loaded(["r"], [3, 4, 5, 6])
+    found.loaded([], [3, 4, 5, 6])  # in the first worker that is done
+    found.loaded(["r"], [])
     assert step(found, 8, 16, [1, 2, 3, 4, 5, 6], resumed=True).saves == (
         SavePlan("r", 8, 24, 24, B[:3], (1, 2, 3, 4, 5, 6)),
     )
+    assert found.match("r", 24, 0, Found(3), 0) == 0
 
 
 def test_a_request_that_was_told_of_a_hand_over_waits_for_it_but_not_for_ever() -> None:

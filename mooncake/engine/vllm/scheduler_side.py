@@ -115,13 +115,14 @@ class SchedulerSide:
         return StepPlans(tuple(loads), tuple(saves), tuple(preempted))
 
     def loaded(self, requests: Iterable[str], failed_pages: Iterable[int]) -> None:
-        """These loads are over; of these pages nothing came."""
+        """These loads are over in all workers. For these pages nothing came in one of them; others may still be loading."""
         failed = frozenset(failed_pages)
-        for request in requests:
-            pages = self._loading.pop(request, ())
+        for request, pages in self._loading.items() if failed else ():
             state = self._requests.get(request)
             if state is not None and not failed.isdisjoint(pages):
                 self._lose(state, pages, failed)
+        for request in requests:
+            self._loading.pop(request, None)
 
     def finished(self, request: str) -> bool:
         """The request ended, or was aborted. Whether the workers still need its pages, and will say when they do not."""
