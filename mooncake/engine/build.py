@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from mooncake.config import Config, RoleConfig, threads_per_instance
+from mooncake.core.errors import ConfigError
 from mooncake.core.keys import shard_id
 from mooncake.core.types import Role
 from mooncake.engine.base import EngineLimits, KvLayout, StepEngine
@@ -42,14 +43,21 @@ def build_engine(config: Config, role: RoleConfig) -> EngineParts:
     limits.max_batch is this one's. Raises ModelError, ConfigError or ProcessError."""
     found = model_fingerprint(config)
     if config.engine == "vllm":
-        from mooncake.engine.vllm.engine import build_vllm
-
-        vllm = build_vllm(config, role, found)
-        return EngineParts(vllm, found, vllm.shard, compat_hash(found, config.block_tokens, vllm.layout))
+        return _vllm_parts(config, role, found)
     step_engine = _step_engine(config, batch_max(config, Role(role.role)))
     layout = step_engine.layout
     compat = compat_hash(found, config.block_tokens, layout)
     return EngineParts(SteppedHost(step_engine), found, shard_id(layout.dtype, layout.name), compat)
+
+
+def _vllm_parts(config: Config, role: RoleConfig, found: str) -> EngineParts:
+    try:
+        from mooncake.engine.vllm.engine import build_vllm
+
+        host = build_vllm(config, role, found)
+    except ImportError as error:
+        raise ConfigError(f"engine = vllm: {error}; engine_python names the Python of vLLM's environment") from error
+    return EngineParts(host, found, host.shard, compat_hash(found, config.block_tokens, host.layout))
 
 
 def _step_engine(config: Config, max_batch: int) -> StepEngine:

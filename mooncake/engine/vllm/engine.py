@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from mooncake.config import Config, RoleConfig, socket_address
-from mooncake.core.errors import ConfigError, ProcessError
+from mooncake.core.errors import ProcessError
 from mooncake.core.types import CostModel, Job, KvSource, Role, TokenLogprobs, bytes_to_tokens
 from mooncake.engine.attempts import EngineProgress, KvStored
 from mooncake.engine.base import EngineLimits, KvLayout, KvReader, KvWriter
@@ -39,20 +39,16 @@ log = logging.getLogger(__name__)
 
 _WATCH_S = 0.5
 """How often to look whether vLLM's engine process lives, while nothing is asked of it."""
-_MEASURE_S = 120.0
+_MEASURE_S = 300.0
 _SHUTDOWN_S = 0.5
 """For vLLM's engine process to end by itself."""
 _CLOSE_S = 10.0
 
 
 def build_vllm(config: Config, role: RoleConfig, fingerprint: str) -> VllmHost:
-    """Raises ConfigError or ProcessError."""
-    try:
-        import vllm
-    except ImportError as error:
-        raise ConfigError(
-            f"engine = vllm: it cannot be imported here ({error}); engine_python names its Python"
-        ) from error
+    """Raises ImportError where vLLM is not, ConfigError or ProcessError."""
+    import vllm
+
     check_version(vllm.__version__)
     endpoints = tuple(_endpoint(config, f"{role.name}-{kind}") for kind in ("events", "replay"))
     loop = _LoopThread(config.timeouts.start_s)
@@ -193,7 +189,12 @@ class VllmEngine:
             stored = KvStored(seq, writer.num_stored * self._books.limits.block_tokens, writer.num_tokens)
         task = asyncio.get_running_loop().create_task(self._run(seq, job, told, stored))
         self._tasks[seq] = task
-        task.add_done_callback(lambda _: self._tasks.pop(seq, None))
+        task.add_done_callback(lambda _: self._ended(seq))
+
+    def _ended(self, seq: int) -> None:
+        """However it was: a task that is cancelled before it began has run nothing of its own."""
+        del self._tasks[seq]
+        self._tell(self._books.ended(seq))
 
     def _abort(self, seq: int) -> None:
         task = self._tasks.get(seq)
@@ -223,7 +224,6 @@ class VllmEngine:
             else:
                 log.warning("sequence %d failed", seq, exc_info=True)
                 self._tell(self._books.failed(seq, f"{type(error).__name__}: {error}"))
-        self._tell(self._books.ended(seq))
 
     def _generate(self, seq: int, job: Job, told: HandOver) -> AsyncIterator[Any]:
         salt = salt_of(job.block_keys[0]) if job.block_keys else f"alone.{seq}"
