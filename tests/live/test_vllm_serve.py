@@ -42,6 +42,8 @@ def cluster() -> Iterator[Cluster]:
     with Cluster("--model", MODEL, *OPTIONS, ready_s=READY_S) as found:
         yield found
         found.stop()
+        logs = [path.read_bytes() for path in found.event_logs.iterdir() if path.name.startswith(("prefill", "decode"))]
+        assert any(b"CacheDelta" in log for log in logs), "vLLM's KV events did not reach the Conductor"
 
 
 def checkpoint(cluster: Cluster) -> None:
