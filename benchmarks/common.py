@@ -64,7 +64,7 @@ class Cluster:
     def __init__(self, *options: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="mooncake-bench-"))
         self.events = self.folder / "events"
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         fixed = ("--port", str(self.port), "--run-dir", str(self.folder / "run"), "--cluster", f"bench-{os.getpid()}")
         began = time.monotonic()
@@ -155,7 +155,7 @@ def _cpu(pid: int) -> Cpu:
     return Cpu(engine / 1e9, rest / 1e9)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -58,6 +58,16 @@ def _text(description: str) -> Meta:
     return Meta(description=description)
 
 
+_VLLM_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # models are folders by then
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its engine process computes by itself where one worker is enough
+    "VLLM_HOST_IP": "127.0.0.1",
+}
+VLLM_CORES = "VLLM_CPU_OMP_THREADS_BIND"
+"""Without it all instances of a machine compute on its first processor."""
+
+
 class SloConfig(msgspec.Struct, frozen=True):
     """objectives of requests that name none"""
 
@@ -124,8 +134,9 @@ class Config(msgspec.Struct, frozen=True):
         "smollm2-135m-instruct"
     )
     model_name: Annotated[str, _text("name of the model for clients; empty: the model's own")] = ""
-    engine: Annotated[Literal["torch", "simulated"], _text("what computes the tokens")] = "torch"
+    engine: Annotated[Literal["torch", "vllm", "simulated"], _text("what computes the tokens")] = "torch"
     engine_python: Annotated[NonEmpty | None, _text("another Python interpreter for the instances")] = None
+    vllm_args: Annotated[str, _text("more of vLLM's engine arguments, a JSON object; docs/vllm.md")] = ""
     dtype: Annotated[Literal["bfloat16", "float32"], _text("of weights and KV")] = "bfloat16"
     prefill: Annotated[int, Meta(ge=1, le=64), _text("number of prefill instances")] = 1
     decode: Annotated[int, Meta(ge=1, le=64), _text("number of decode instances")] = 1
@@ -504,13 +515,21 @@ def engine_environment(config: Config) -> dict[str, str]:
     """Must be set before torch is loaded. Threads that spin while they wait for work collapse a decode step from 35 ms
     to seconds when pools share cores, hence passive."""
     threads = str(threads_per_instance(config))
-    return {
+    variables = {
         "OMP_WAIT_POLICY": "passive",
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    return variables | _VLLM_ENVIRONMENT if config.engine == "vllm" else variables
+
+
+def cores_of_instance(config: Config, index: int) -> list[int]:
+    """Of this machine's processors, those of the instance with that number among all. Instances share them if there are too
+    few."""
+    cores, count = sorted(os.sched_getaffinity(0)), threads_per_instance(config)
+    return [cores[(index * count + at) % len(cores)] for at in range(min(count, len(cores)))]
 
 
 def child_environment(variables: Mapping[str, str], environ: Environment | None = None) -> dict[str, str]:

@@ -10,16 +10,26 @@ a full or broken pipe loses the line.
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import logging
 import os
+import signal
 
 import msgspec
 
 LINE_BYTES_MAX = 4096
 """A pipe takes writes up to this size whole (PIPE_BUF), so lines of several threads do not mix."""
 
+_PR_SET_PDEATHSIG = 1
 _log = logging.getLogger("mooncake")
+
+
+def die_with(parent_pid: int) -> None:
+    """The kernel sends SIGTERM when the parent dies, even by kill -9; a parent that died before is noticed here."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Phase(enum.StrEnum):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
 from mooncake.config import Config
 from mooncake.core.errors import StoreError
 from mooncake.core.keys import partial_key
-from mooncake.core.types import InstanceInfo, Job
-from mooncake.engine.base import EngineLimits, KvLayout
+from mooncake.core.types import InstanceInfo, Job, KvSource
+from mooncake.engine.base import EngineLimits
 from mooncake.engine.build import EngineParts
 from mooncake.engine.instance import RoleParts
-from mooncake.engine.kv_objects import reserve_target
+from mooncake.engine.kv_objects import StoredTarget, TargetWriter, reserve_target, watch_target
 from mooncake.engine.shell import InstanceShell
 from mooncake.prefill.core import (
     CommitKv,
@@ -63,25 +62,23 @@ def attempt_partial_key(job: Job) -> bytes:
 
 
 def _add_actions(shell: InstanceShell, store: StoreClient, parts: EngineParts) -> None:
-    actions = _StoreActions(shell, store, parts.step_engine.layout)
+    actions = _StoreActions(shell, store, parts)
     shell.add_action(ReserveKv, lambda command: shell.spawn(actions.reserve(command)))
     shell.add_action(CommitKv, lambda command: shell.spawn(actions.commit(command)))
     shell.add_action(ReleaseKv, lambda command: shell.spawn(actions.release(command)))
 
 
 class _StoreActions:
-    def __init__(self, shell: InstanceShell, store: StoreClient, layout: KvLayout) -> None:
+    def __init__(self, shell: InstanceShell, store: StoreClient, parts: EngineParts) -> None:
         self._shell = shell
         self._store = store
-        self._layout = layout
+        self._host = parts.host
 
     async def reserve(self, command: ReserveKv) -> None:
-        writer: Any = None
+        writer = None
         reachable = True
         try:
-            writer = await reserve_target(
-                self._store, command.target, self._layout, self._shell.shard, self._shell.block_tokens
-            )
+            writer = await self._open(command.target)
         except StoreError as error:
             log.warning("reserve: %s", error)
             reachable = False
@@ -89,6 +86,12 @@ class _StoreActions:
             self._shell.writers[command.seq] = writer
         num_stored = 0 if writer is None else writer.num_stored
         self._shell.driver.handle(KvReserved(command.seq, writer is not None, reachable, num_stored))
+
+    async def _open(self, target: KvSource) -> TargetWriter | StoredTarget | None:
+        shell = self._shell
+        if self._host.stores_itself:
+            return await watch_target(self._store, target, shell.shard)
+        return await reserve_target(self._store, target, self._host.layout, shell.shard, shell.block_tokens)
 
     async def commit(self, command: CommitKv) -> None:
         ok = False

@@ -50,7 +50,7 @@ from mooncake.store.session import NodeSession
 from mooncake.store.types import CommitStatus, PutMode, Puts, PutStatus
 from mooncake.transport.base import MappedPath, Piece
 
-__all__ = ["Absent", "LeasedView", "PutResult", "Replica", "Stat", "Store", "WriteSession", "named_key"]
+__all__ = ["Absent", "LeasedView", "PutResult", "Replica", "Stat", "Store", "WriteBatch", "WriteSession", "named_key"]
 
 _POLL_S = 0.01
 
@@ -206,6 +206,12 @@ class Store:
             if reservation.held(Hold.WRITING):
                 reservation.mark([0], Hold.CLOSED)
                 self._cancel(link, reservation.numbers([0]))
+
+    def write_batch(self, keys: Sequence[bytes], sizes: Sequence[int]) -> WriteBatch:
+        """Objects that are written range by range, from any threads, and committed one after the other: see `WriteBatch`.
+        Whoever asks for it closes it."""
+        puts, link = self._reserve(keys, sizes, PutMode.EQUIVALENT, ())
+        return WriteBatch(Reservation(link, puts.locations(), puts.statuses), self._commit_written, self._cancel)
 
     # ------------------------------------------------------------ get
 
@@ -411,11 +417,16 @@ class Store:
             raise
 
     def _commit_session(self, reservation: Reservation) -> PutResult:
-        reservation.mark([0], Hold.CLOSED)
-        [status] = self._commit(reservation.link, reservation.numbers([0]), reservation.written_checksums([0]))
+        [result] = self._commit_written(reservation, [0])
+        return result
+
+    def _commit_written(self, reservation: Reservation, indices: Sequence[int]) -> list[PutResult]:
+        reservation.mark(indices, Hold.CLOSED)
+        checksums = reservation.written_checksums(indices)
+        statuses = self._commit(reservation.link, reservation.numbers(indices), checksums)
         if self._directory is not None:
             self._home.sync(self.deadline_s)
-        return _OF_COMMIT[status]
+        return [_OF_COMMIT[status] for status in statuses]
 
     def _commit(
         self, link: Link, numbers: tuple[int, ...], checksums: tuple[int | None, ...]
@@ -508,6 +519,41 @@ class WriteSession:
     def commit(self) -> PutResult:
         """What was never written is undefined."""
         return self._commit()
+
+
+class WriteBatch:
+    """Objects that are being written. Of each, ranges may come in any order, but each only once and all before its commit.
+
+    results: by key, what became of it; None while it is being written."""
+
+    def __init__(
+        self,
+        reservation: Reservation,
+        commit: Callable[[Reservation, Sequence[int]], list[PutResult]],
+        cancel: Callable[[Link, tuple[int, ...]], None],
+    ) -> None:
+        self.results = [None if status is _RESERVED else _OF_PUT[status] for status in reservation.statuses]
+        self._reservation = reservation
+        self._commit = commit
+        self._cancel = cancel
+
+    def fill(self, index: int, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
+        """Call `fill` with a buffer whose bytes become that range of object `index`; on the same machine the object itself."""
+        self._reservation.fill(index, offset, size, fill)
+
+    def commit(self, indices: Sequence[int]) -> list[PutResult]:
+        """Of these, which are being written and are whole now."""
+        results = self._commit(self._reservation, indices) if indices else []
+        for at, result in zip(indices, results, strict=True):
+            self.results[at] = result
+        return results
+
+    def close(self) -> None:
+        """Give up what is not committed."""
+        left = self._reservation.held(Hold.WRITING)
+        self._reservation.mark(left, Hold.CLOSED)
+        if left and self._reservation.link.lost is None:
+            self._cancel(self._reservation.link, self._reservation.numbers(left))
 
 
 def _write(link: Link, pieces: Sequence[Piece], near_end: Callable[[], None] | None = None) -> tuple[int, ...]:

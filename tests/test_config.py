@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from mooncake.config import (
     Launch,
     SloConfig,
     child_environment,
+    cores_of_instance,
     default_run_dir,
+    engine_environment,
     format_bytes,
     load_config,
     options,
@@ -65,7 +68,7 @@ def test_auto_and_none_unset_an_option(tmp_path: Path) -> None:
         ("port", "65536", "port = '65536' (--port): expected `int` <= 65535"),
         ("replicate", "yes", "replicate = 'yes' (--replicate): expected one of off, on"),
         ("switch_roles", "true", "switch_roles = 'true' (--switch-roles): expected one of off, on"),
-        ("engine", "tpu", "engine = 'tpu' (--engine): expected one of torch, simulated"),
+        ("engine", "tpu", "engine = 'tpu' (--engine): expected one of torch, vllm, simulated"),
         (
             "store_memory",
             "2 GB of it",
@@ -189,3 +192,14 @@ def test_launch_variables() -> None:
 def test_threads_share_the_cores() -> None:
     assert threads_per_instance(Config(threads=7)) == 7
     assert threads_per_instance(Config(prefill=64, decode=64)) == 1
+
+
+def test_instances_of_vllm_have_cores_of_their_own_as_far_as_there_are_any() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    config = Config(engine="vllm", threads=1)
+    assert [cores_of_instance(config, index) for index in range(len(cores) + 1)] == [
+        [each] for each in (*cores, cores[0])
+    ]
+    assert sorted(cores_of_instance(Config(threads=1000), 3)) == cores
+    assert engine_environment(config)["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert not [name for name in engine_environment(Config()) if name.startswith("VLLM")]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import importlib
 import logging
@@ -26,11 +25,10 @@ from mooncake.core.errors import ConfigError, ModelError, MooncakeError, Segment
 from mooncake.core.garbage import GC_THRESHOLDS
 from mooncake.metrics import Registry
 from mooncake.rpc.http import serving_metrics
-from mooncake.status import Status, StatusHandler
+from mooncake.status import Status, StatusHandler, die_with
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_CONFIG = 0, 1, 2
 EXIT_MARGIN_S = 3.0
-_PR_SET_PDEATHSIG = 1
 _SERVICES: dict[ServiceRole, str] = {
     "conductor": "mooncake.scheduler.service",
     "prefill": "mooncake.cluster.instance",
@@ -64,13 +62,6 @@ def start_child(launch: Launch, log_level: str) -> Status:
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=log_level.upper(), format=form, handlers=handlers)
     return status
-
-
-def die_with(parent_pid: int) -> None:
-    """The kernel sends SIGTERM when the parent dies, even by kill -9; a parent that died before is noticed here."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent_pid:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_service(config: Config, role: RoleConfig, status: Status) -> int:

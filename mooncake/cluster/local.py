@@ -24,10 +24,12 @@ from mooncake.cluster.run_dir import RunDir, open_run_dir
 from mooncake.cluster.screen import Screen, base_url
 from mooncake.cluster.supervisor import EXIT_BAD_CONFIG, Backoff, Child, ChildSpec, Supervisor
 from mooncake.config import (
+    VLLM_CORES,
     Config,
     RoleConfig,
     ServiceRole,
     child_environment,
+    cores_of_instance,
     engine_environment,
     load_config,
     save_config,
@@ -108,13 +110,21 @@ def child_spec(config: Config, file: Path, role: RoleConfig) -> ChildSpec:
             str(file),
         ),
         address=role.listen,
-        env=child_environment(engine_environment(config)),
+        env=child_environment(_environment(config, role)),
         rank=_RANKS[role.role],
     )
 
 
 def metrics_option(address: str) -> tuple[str, ...]:
     return ("--metrics", address) if address else ()
+
+
+def _environment(config: Config, role: RoleConfig) -> dict[str, str]:
+    variables = engine_environment(config)
+    if config.engine == "vllm" and role.role in ("prefill", "decode"):
+        index = int(role.name.rpartition("-")[2]) + (config.prefill if role.role == "decode" else 0)
+        variables[VLLM_CORES] = ",".join(map(str, cores_of_instance(config, index)))
+    return variables
 
 
 async def _serve(config: Config, run_dir: RunDir, screen: Screen) -> int:
@@ -142,7 +152,8 @@ async def _serve(config: Config, run_dir: RunDir, screen: Screen) -> int:
 async def _prepare(config: Config, run_dir: RunDir, screen: Screen, stop: asyncio.Event, hurry: asyncio.Event) -> bool:
     """Fetch and convert the model in a process of its own, so that the supervisor never loads torch; that process writes
     where the model is into the configuration file. False if told to stop."""
-    argv = (config.engine_python or sys.executable, "-m", "mooncake", "prepare", "--config", str(run_dir.config))
+    python = None if config.engine == "vllm" else config.engine_python  # vLLM's own has nothing that converts models
+    argv = (python or sys.executable, "-m", "mooncake", "prepare", "--config", str(run_dir.config))
     spec = ChildSpec("model", "prepare", argv, "", child_environment(engine_environment(config)))
     child = Child(spec, run_dir.log("prepare"), screen.heard, Backoff())
     running, stopped = asyncio.create_task(child.run_once()), asyncio.create_task(stop.wait())

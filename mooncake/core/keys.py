@@ -55,6 +55,13 @@ def partial_key(root: bytes, frontend: str, request: int, choice: int, attempt: 
     return hashlib.blake2b(root + b"partial" + name, digest_size=KEY_BYTES).digest()
 
 
+def tail_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Key of the object with the tokens after the last full block, whose key (or the root) is `parent`: a pure function of
+    these tokens, so that whoever has the same prompt finds it."""
+    data = np.asarray(token_ids, dtype="<u4").tobytes()
+    return hashlib.blake2b(parent + b"tail" + data, digest_size=KEY_BYTES).digest()
+
+
 def shard_id(
     kv_dtype: str, layout: str, tp_rank: int = 0, tp_size: int = 1, pp_rank: int = 0, pp_size: int = 1
 ) -> bytes:

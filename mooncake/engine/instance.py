@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -22,10 +23,8 @@ from mooncake.core.types import CostModel, InstanceInfo, Job, KvSource, Role
 from mooncake.engine.attempts import EngineProgress, KvStored, Received, TakeRole, Tick
 from mooncake.engine.base import EngineLimits
 from mooncake.engine.build import EngineParts, batch_max, build_engine
-from mooncake.engine.core import EngineCore
 from mooncake.engine.instruments import instrument_instance
 from mooncake.engine.shell import InstanceShell
-from mooncake.engine.stepped import SteppedEngine
 from mooncake.metrics import Registry
 from mooncake.rpc.driver import Core, CoreDriver, open_event_log
 from mooncake.rpc.stream import Hello, RpcClient, RpcServer
@@ -104,9 +103,10 @@ async def run_instance(
     roles: those that it can serve in. It begins in that of its configuration."""
     kind = Role(role.role)
     status.loading("the model")
-    parts = await asyncio.to_thread(build_engine, config, kind)
+    parts = await asyncio.to_thread(build_engine, config, role)
     status.loading("calibrating")
-    cost = await asyncio.to_thread(parts.step_engine.measure)
+    cost = await asyncio.to_thread(parts.host.measure)
+    gc.freeze()  # the model stays, and is no garbage at the end either: looking through it would outlast the drain
     status.loading("waiting for the store node")
     pool = StorePool(config, role)
     store = await pool.own(config.timeouts.start_s)
@@ -114,10 +114,10 @@ async def run_instance(
     for each in roles.values():
         each.add_actions(instance.shell, store, parts)
     instance.start(kind)
-    instrument_instance(registry, lambda: instance.engine, lambda: instance.kind)
+    instrument_instance(registry, parts.host, lambda: instance.kind)
     try:
         await instance.join()
-        status.ready(f"{parts.step_engine.limits.num_pages * config.page_tokens} tokens of KV")
+        status.ready(f"{parts.host.limits.num_pages * config.page_tokens} tokens of KV")
         await instance.failed
     except asyncio.CancelledError:
         status.draining()
@@ -151,8 +151,6 @@ class _Instance:
 
     def start(self, kind: Role) -> None:
         self.kind = kind
-        engine_core = self._engine_core(kind)
-        driver = self._make_driver(kind, engine_core)
         loop = asyncio.get_running_loop()
 
         def failed(error: BaseException) -> None:
@@ -161,40 +159,33 @@ class _Instance:
         def progress(event: EngineProgress | KvStored) -> None:
             self.shell.driver.handle_soon(event)
 
-        self.engine = SteppedEngine(engine_core, self._parts.step_engine, progress, failed)
-        self.shell.engine = self.engine
-        self.shell.drive(driver)
+        self.shell.engine = self._parts.host.start(kind, self._limits(kind), progress, failed)
+        self.shell.drive(self._make_driver(kind))
 
     async def _take_role(self, kind: Role) -> None:
-        """The core is drained. Until the engine has the other role's core as well, it goes on refusing."""
+        """The core is drained. Until the engine is in the other role as well, it goes on refusing."""
         loop, replaced = asyncio.get_running_loop(), asyncio.Event()
-        engine_core = self._engine_core(kind)
 
         def tell() -> None:
             loop.call_soon_threadsafe(replaced.set)
 
-        self.engine.replace_core(engine_core, tell)
+        self._parts.host.take_role(kind, self._limits(kind), tell)
         await replaced.wait()
         if self._stopping:
             return
         log.info("goes on as a %s instance", kind)
         self.kind = kind
         self.shell.driver.close()
-        self.shell.drive(self._make_driver(kind, engine_core))
-
-    def _engine_core(self, kind: Role) -> EngineCore:
-        limits = self._limits(kind)
-        row_pages = max(1, limits.num_pages // limits.max_batch)
-        return EngineCore(limits, overlap_loads=kind is Role.PREFILL, row_pages=row_pages)
+        self.shell.drive(self._make_driver(kind))
 
     def _limits(self, kind: Role) -> EngineLimits:
-        return msgspec.structs.replace(self._parts.step_engine.limits, max_batch=batch_max(self._config, kind))
+        return msgspec.structs.replace(self._parts.host.limits, max_batch=batch_max(self._config, kind))
 
-    def _make_driver(self, kind: Role, engine_core: EngineCore) -> CoreDriver:
-        """Of a new core with an epoch of its own. The engine core comes first, as the core asks it what it would refuse."""
+    def _make_driver(self, kind: Role) -> CoreDriver:
+        """Of a new core with an epoch of its own. The engine comes first, as the core asks it what it would refuse."""
         limits = self._limits(kind)
         info = _info(self._role, kind, self._parts, limits, self._cost)
-        self._core, settings = self._roles[kind].make_core(info, engine_core.refusal, limits)
+        self._core, settings = self._roles[kind].make_core(info, self._parts.host.refusal, limits)
         role = msgspec.structs.replace(self._role, role=SERVICE_ROLES[kind])
         event_log = open_event_log(self._config, role, settings)
         return CoreDriver(self._core, self.shell.perform, Tick(), log=event_log)
@@ -258,5 +249,5 @@ def _info(role: RoleConfig, kind: Role, parts: EngineParts, limits: EngineLimits
         max_step_tokens=limits.max_step_tokens,
         cost=cost,
         shard=parts.shard,
-        kv_token_bytes=parts.step_engine.layout.object_bytes(1),
+        kv_token_bytes=parts.host.layout.object_bytes(1),
     )

@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mooncake.core.types import NANOS_PER_S
-from mooncake.engine.stepped import SteppedEngine
+from mooncake.engine.host import EngineCounts, EngineHost
 from mooncake.metrics import Reading, Readings, Registry
 
 _NAME = "mooncake_instance_"
 
 
-def instrument_instance(registry: Registry, engine: Callable[[], SteppedEngine], role: Callable[[], str]) -> None:
-    """engine: the one of now; role: likewise. Numbers are of all roles that the instance has had."""
+def instrument_instance(registry: Registry, host: EngineHost, role: Callable[[], str]) -> None:
+    """Of an engine that was started. role: the one that it serves in now; numbers are of all that it has had."""
 
     def load(name: str) -> Reading:
-        return lambda: {(): getattr(engine().core.load, name)}
+        return lambda: {(): getattr(host.counts().load, name)}
 
     def pages() -> Readings:
-        now = engine().core
-        return {("free",): now.load.free_pages, ("used",): now.limits.num_pages - now.load.free_pages}
-
-    def kv_bytes() -> Readings:
-        mover = engine().mover
-        return {("load",): mover.bytes_loaded, ("store",): mover.bytes_stored}
+        free = host.counts().load.free_pages
+        return {("free",): free, ("used",): host.limits.num_pages - free}
 
     gauge, total = registry.gauge, registry.total
     gauge(_NAME + "role", "1 for the role that it serves in.", ("role",), lambda: {(role(),): 1})
@@ -35,6 +31,23 @@ def instrument_instance(registry: Registry, engine: Callable[[], SteppedEngine],
     total(_NAME + "preemptions", "Sequences put back for want of pages.", (), load("num_preempted"))
     total(_NAME + "computed_tokens", "Tokens whose KV was computed.", (), load("num_computed_tokens"))
     total(_NAME + "loaded_tokens", "Tokens whose KV was loaded.", (), load("num_loaded_tokens"))
-    total(_NAME + "kv_bytes", "Bytes of KV copied between pages and the store.", ("direction",), kv_bytes)
-    total(_NAME + "steps", "Steps of the engine.", (), lambda: {(): engine().num_steps})
-    total(_NAME + "step_seconds", "Time spent in steps.", (), lambda: {(): engine().steps_ns / NANOS_PER_S})
+    _instrument_work(registry, host.counts)
+
+
+def _instrument_work(registry: Registry, counts: Callable[[], EngineCounts]) -> None:
+    """What engines that do not plan their steps and copies themselves do not know has no series."""
+
+    def known(read: Callable[[EngineCounts], Readings]) -> Reading:
+        def now() -> Readings:
+            found = counts()
+            return read(found) if found.num_steps is not None else {}
+
+        return now
+
+    def kv_bytes(now: EngineCounts) -> Readings:
+        return {("load",): now.bytes_loaded, ("store",): now.bytes_stored}
+
+    total = registry.total
+    total(_NAME + "kv_bytes", "Bytes of KV copied between pages and the store.", ("direction",), known(kv_bytes))
+    total(_NAME + "steps", "Steps of the engine.", (), known(lambda now: {(): now.num_steps or 0}))
+    total(_NAME + "step_seconds", "Time spent in steps.", (), known(lambda now: {(): now.steps_ns / NANOS_PER_S}))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 
 from mooncake.core.errors import StoreError
@@ -12,6 +14,10 @@ from mooncake.engine.base import KvLayout
 from mooncake.store.handles import LeasedObjects, Reservation
 from mooncake.store.operations import StoreOperations
 from mooncake.store.types import CommitStatus, PutStatus, num_existing
+
+STORED_S = 5.0
+"""How long an engine that stores by itself takes at most, from its last token on."""
+_FIRST_LOOK_S, _LOOK_S = 0.002, 0.05
 
 
 class SourceReader:
@@ -69,6 +75,59 @@ class TargetWriter:
     async def close(self) -> None:
         """Cancel what is not committed, release the rest."""
         await _give_back(self._client, self._reservation)
+
+
+class StoredTarget:
+    """As TargetWriter, of an engine that stores by itself: nothing is written here, and a commit looks for what it stored."""
+
+    def __init__(
+        self,
+        client: StoreOperations,
+        existing: LeasedObjects,
+        keys: Sequence[bytes],
+        target: KvSource,
+        stored_s: float,
+    ) -> None:
+        self.target = target
+        self.num_tokens = target.num_tokens
+        self.num_stored = existing.hits
+        self._client = client
+        self._keys = keys
+        self._stored_s = stored_s
+        self._leased = [existing]
+
+    def wants(self, index: int) -> bool:
+        return False
+
+    def fill(self, index: int, offset: int, size: int, fill: Callable[[memoryview], None]) -> None:
+        raise AssertionError("nobody asked for it")
+
+    async def commit(self, first: int, last: int) -> bool:
+        """Lease them, as soon as they are there; False if one is not in time."""
+        until, pause_s = time.monotonic() + self._stored_s, _FIRST_LOOK_S
+        while True:
+            leased = await self._client.lease(self._keys[first:last])
+            if leased.hits == len(leased):
+                self._leased.append(leased)
+                return True
+            await self._client.release(leased)
+            if time.monotonic() > until:
+                return False
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LOOK_S)
+
+    async def close(self) -> None:
+        for leased in self._leased:
+            with contextlib.suppress(StoreError):
+                await self._client.release(leased)
+
+
+async def watch_target(
+    client: StoreOperations, target: KvSource, shard: bytes, *, stored_s: float = STORED_S
+) -> StoredTarget:
+    """For an engine that stores by itself. Raises StoreError if the node cannot be asked."""
+    keys = object_keys(_keys(target), shard)
+    return StoredTarget(client, await client.lease(keys), keys, target, stored_s)
 
 
 async def reserve_target(

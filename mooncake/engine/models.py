@@ -132,6 +132,22 @@ def fingerprint(path: Path, dtype: str) -> str:
     return digest.hexdigest()
 
 
+def adapter_fingerprint(folder: str) -> str:
+    """Of a LoRA adapter, as `fingerprint`. Raises ModelError."""
+    path = Path(folder)
+    digest = hashlib.blake2b(digest_size=12)
+    try:
+        digest.update((path / "adapter_config.json").read_bytes())
+        files = sorted(path.glob("*.safetensors"))
+        for file in files:
+            _digest_weights(digest, file)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+        raise ModelError(f"adapter folder {path}: {type(error).__name__}: {error}") from error
+    if not files:
+        raise ModelError(f"adapter folder {path}: it has no *.safetensors file")
+    return digest.hexdigest()
+
+
 def _digest_weights(digest: hashlib.blake2b, file: Path) -> None:
     with file.open("rb") as weights:
         (length,) = struct.unpack("<Q", weights.read(8))

@@ -27,7 +27,7 @@ from mooncake.engine.attempts import (
     SourceOpened,
 )
 from mooncake.engine.base import Engine
-from mooncake.engine.kv_objects import SourceReader, TargetWriter, open_source
+from mooncake.engine.kv_objects import SourceReader, StoredTarget, TargetWriter, open_source
 from mooncake.rpc.driver import CoreDriver
 from mooncake.rpc.stream import Link
 from mooncake.store.operations import StoreOperations
@@ -48,7 +48,7 @@ class InstanceShell:
     def __init__(self, store_for: StoreFor, shard: bytes, block_tokens: int) -> None:
         self.shard = shard
         self.block_tokens = block_tokens
-        self.writers: dict[int, TargetWriter] = {}
+        self.writers: dict[int, TargetWriter | StoredTarget] = {}
         self._store_for = store_for
         self._links: dict[str, Link] = {}
         self._readers: dict[int, SourceReader] = {}

@@ -11,9 +11,9 @@ import queue
 import time
 from collections.abc import Callable, Mapping
 
-from mooncake.core.types import Job, bytes_to_tokens
+from mooncake.core.types import CostModel, Job, Role, bytes_to_tokens
 from mooncake.engine.attempts import EngineProgress, KvStored
-from mooncake.engine.base import KvReader, KvWriter, LayerLoad, StepEngine, StepPlan, StepResult
+from mooncake.engine.base import EngineLimits, KvReader, KvWriter, LayerLoad, StepEngine, StepPlan, StepResult
 from mooncake.engine.core import (
     AheadEnded,
     Behind,
@@ -25,12 +25,54 @@ from mooncake.engine.core import (
     ServiceOutput,
     StoreKv,
 )
+from mooncake.engine.host import EngineCounts, OnFailure, OnProgress
 from mooncake.engine.kv_mover import Interval, KvMover, LoadTask, StoreTask
 from mooncake.engine.threads import start_thread
 
 log = logging.getLogger(__name__)
 
 _Call = Callable[[], None]
+
+
+class SteppedHost:
+    """An `EngineHost` of a StepEngine."""
+
+    stores_itself = False
+
+    def __init__(self, step_engine: StepEngine) -> None:
+        self.layout = step_engine.layout
+        self.limits = step_engine.limits
+        self._step_engine = step_engine
+        self._core: EngineCore | None = None
+        self._engine: SteppedEngine | None = None
+
+    def measure(self) -> CostModel:
+        return self._step_engine.measure()
+
+    def start(self, role: Role, limits: EngineLimits, on_progress: OnProgress, on_failure: OnFailure) -> SteppedEngine:
+        self._core = _core(role, limits)
+        self._engine = SteppedEngine(self._core, self._step_engine, on_progress, on_failure)
+        return self._engine
+
+    def counts(self) -> EngineCounts:
+        engine = self._engine
+        assert engine is not None
+        mover = engine.mover
+        return EngineCounts(engine.core.load, engine.num_steps, engine.steps_ns, mover.bytes_loaded, mover.bytes_stored)
+
+    def refusal(self, job: Job) -> str | None:
+        assert self._core is not None
+        return self._core.refusal(job)
+
+    def take_role(self, role: Role, limits: EngineLimits, on_replaced: Callable[[], None]) -> None:
+        assert self._engine is not None
+        self._core = _core(role, limits)
+        self._engine.replace_core(self._core, on_replaced)
+
+
+def _core(role: Role, limits: EngineLimits) -> EngineCore:
+    row_pages = max(1, limits.num_pages // limits.max_batch)
+    return EngineCore(limits, overlap_loads=role is Role.PREFILL, row_pages=row_pages)
 
 
 class SteppedEngine:

@@ -11,7 +11,14 @@ import pytest
 from mooncake.core.errors import BadArgument, DeadlineExceeded, StoreUnavailable
 from mooncake.core.keys import object_key
 from mooncake.core.types import KvSource
-from mooncake.engine.kv_objects import SourceReader, TargetWriter, open_source, reserve_target
+from mooncake.engine.kv_objects import (
+    SourceReader,
+    StoredTarget,
+    TargetWriter,
+    open_source,
+    reserve_target,
+    watch_target,
+)
 from mooncake.store.core import RESERVATION_NS, StoreCore
 from mooncake.store.events import Cancel, Request
 from mooncake.store.memory import MemoryNode, MemoryStore
@@ -286,3 +293,40 @@ def test_a_node_that_cannot_be_asked_is_an_error() -> None:
             await reserve(client)
 
     asyncio.run(main())
+
+
+# ---------------------------------------------------------------- targets that the engine stores by itself
+
+
+async def watch(client: StoreOperations) -> StoredTarget:
+    return await watch_target(client, SOURCE, SHARD)
+
+
+def test_what_an_engine_stores_by_itself_is_leased_as_soon_as_it_is_there() -> None:
+    async def run() -> None:
+        node = Node()
+        client, engine = node.client(), node.client()
+        await put(engine, 0)
+        target = await watch(client)
+        assert (target.num_tokens, target.num_stored, target.target) == (21, 1, SOURCE)
+        assert not target.wants(1) and node.held == (0, 1, 1)
+        committing = asyncio.create_task(target.commit(1, 3))
+        await asyncio.sleep(0.01)
+        assert not committing.done() and node.held[1] == 1
+        await put(engine, 1, 2)
+        assert await committing and node.held == (0, 3, 3)
+        await target.close()
+        assert node.held == (0, 0, 3)
+
+    asyncio.run(run())
+
+
+def test_what_an_engine_does_not_store_in_time_is_not_committed() -> None:
+    async def run() -> None:
+        node = Node()
+        target = await watch_target(node.client(), SOURCE, SHARD, stored_s=0.02)
+        await put(node.client(), 1)
+        assert not await target.commit(0, 2) and node.held[1] == 0
+        await target.close()
+
+    asyncio.run(run())

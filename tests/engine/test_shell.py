@@ -27,6 +27,7 @@ from mooncake.engine.attempts import (
 )
 from mooncake.engine.build import EngineParts
 from mooncake.engine.shell import InstanceShell
+from mooncake.engine.stepped import SteppedHost
 from mooncake.prefill import service as prefill
 from mooncake.prefill.core import CommitKv, KvCommitted, KvReserved, ReleaseKv, ReserveKv
 from mooncake.rpc.driver import CoreDriver
@@ -105,7 +106,7 @@ class Instance:
         prefill._add_actions(
             self.shell,
             cast(Any, self.client),
-            EngineParts(FakeStepEngine(), "model", SHARD, "compat"),
+            EngineParts(SteppedHost(FakeStepEngine()), "model", SHARD, "compat"),
         )
 
     async def _store_for(self, source: KvSource) -> StoreOperations:

@@ -31,12 +31,13 @@ class Cluster:
     """`mooncake serve` with these options, ready when made. As a context manager it is stopped, checked and removed at the
     end. folder, name: those of a predecessor that was killed."""
 
-    def __init__(self, *options: str, folder: Path | None = None, name: str = "") -> None:
+    def __init__(self, *options: str, folder: Path | None = None, name: str = "", ready_s: float = READY_S) -> None:
         self.folder = folder or Path(tempfile.mkdtemp(prefix="mooncake-live-"))
         self.name = name or f"live-{os.getpid()}-{next(_numbers)}"
         self.run_dir = self.folder / "run"
         self.event_logs = self.folder / "events"
         self._screen = self.folder / "screen"
+        self._ready_s = ready_s
         self._seen: dict[str, ProcessId] = {}
         self._checkpoints: list[tuple[str, int]] = []
         fixed = ("--port", "0", "--run-dir", str(self.run_dir), "--cluster", self.name, "--timeouts-drain-s", "1")
@@ -159,7 +160,7 @@ class Cluster:
         self.until_serving()
 
     def _until(self, condition: Any, what: str) -> None:
-        deadline = time.monotonic() + READY_S
+        deadline = time.monotonic() + self._ready_s
         while not condition():
             assert self.process.poll() is None, self.screen
             assert time.monotonic() < deadline, f"waited for {what}:\n{self.screen}"

@@ -17,15 +17,15 @@ from tests.live.harness import MODEL
 MAX_CONTEXT = 8192
 
 
-def save_tiny_model(folder: Path) -> Path:
+def save_tiny_model(folder: Path, *, head_dim: int = 16) -> Path:
     """A random Llama of three layers under the real tokenizer: its weights are spread so that it has clear preferences and
-    its output, token for token, depends on the whole context."""
+    its output, token for token, depends on the whole context. head_dim: vLLM's kernels want 32 at least."""
     real = resolve_model(MODEL).path
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(real / name, folder / name)
     config = transformers.LlamaConfig(
         vocab_size=transformers.AutoConfig.from_pretrained(real).vocab_size,
-        hidden_size=64,
+        hidden_size=4 * head_dim,
         intermediate_size=128,
         num_hidden_layers=3,
         num_attention_heads=4,

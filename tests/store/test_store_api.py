@@ -100,6 +100,31 @@ def test_an_object_is_written_range_by_range_and_seen_when_it_is_committed(at: i
     with_store(at, act)
 
 
+def test_objects_of_a_batch_are_written_together_and_committed_one_by_one(at: int) -> None:
+    def act(store: Store, node: StoreNode) -> None:
+        assert store.put(key(2), b"there") is STORED
+        batch = store.write_batch(keys(1, 2, 3), [100, 5, 100])
+        assert batch.results == [None, EXISTS, None]
+        for offset in (0, 50):
+            for index, byte in ((0, b"a"), (2, b"c")):
+                batch.fill(index, offset, 50, lambda view, byte=byte: view.__setitem__(slice(None), byte * 50))
+        assert batch.commit([2]) == [STORED] and batch.results == [None, EXISTS, STORED]
+        assert store.get_batch(keys(1, 3)) == [Absent.MISS, b"c" * 100]
+        stat = store.stat(key(3))
+        assert stat is not None and stat.checksum is not None, "it was written in order"
+        assert store.put(key(1), b"another") is STORED
+        assert batch.commit([0]) == [EXISTS] and store.get(key(1)) == b"another"
+        with pytest.raises(BadArgument, match="CLOSED, must be WRITING"):
+            batch.fill(0, 0, 50, lambda view: None)
+        given_up = store.write_batch(keys(4, 5), [1 << 19, 1 << 20])
+        assert given_up.results == [None, REFUSED]
+        given_up.close()
+        given_up.close()
+        assert node.core.metrics()["reservations"] == 0 and store.get(key(4)) is Absent.MISS
+
+    with_store(at, act)
+
+
 def test_pinned_objects_stay_and_a_full_store_refuses(at: int) -> None:
     def act(store: Store, node: StoreNode) -> None:
         assert store.put_batch(keys(1, 2), [bytes(64)] * 2) == [STORED, STORED]

@@ -1,0 +1,192 @@
+"""KV goes from one engine's pages into a store and from there into another's, byte for byte: pages of 4 tokens, blocks of 8."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mooncake.core.errors import ConfigError
+from mooncake.core.keys import object_keys
+from mooncake.engine.vllm.layout import KvShape, geometry
+from mooncake.engine.vllm.pages import KvPages
+from mooncake.engine.vllm.plans import LoadPlan, SavePlan, StepPlans
+from mooncake.engine.vllm.worker_side import Finished, WorkerSide
+from mooncake.store.api import Store
+from mooncake.store.node import StoreNode
+from tests.store.helpers import TOKEN, run, running_node
+
+LAYERS, HEADS, HEAD, PAGE, BLOCK = 3, 2, 4, 4, 8
+SHAPE = KvShape("float32", HEADS, HEAD, PAGE, BLOCK, LAYERS, HEADS * HEAD * 4)
+KEYS = tuple(bytes([at]) * 16 for at in range(1, 4))
+NUM_PAGES = 12
+WAIT_S = 5.0
+
+
+class Worker:
+    """A worker's side with pages of its own; filled: with numbers that no other has."""
+
+    def __init__(self, store: Store, filled: bool) -> None:
+        shape = (NUM_PAGES, HEADS, PAGE, HEAD)
+        self.kv = {f"layer.{at}": torch.rand(shape) if filled else torch.zeros(shape) for at in range(LAYERS)}
+        self.side = WorkerSide(store, KvPages(self.kv, SHAPE), geometry(PAGE, BLOCK), SHAPE.shard(0, 0))
+
+    def save(self, *plans: SavePlan, preempted: bool = False) -> None:
+        self.side.begin_step(StepPlans(saves=plans))
+        for layer in range(LAYERS - 1):  # of the last one nobody tells
+            self.side.layer_computed(layer)
+        if preempted:
+            self.side.give_up([plan.request for plan in plans])
+        self.side.end_step()
+
+    def load(self, *plans: LoadPlan) -> Finished:
+        self.side.start_loads(StepPlans(loads=plans))
+        return self.until(lambda finished: finished.loaded)
+
+    def until(self, look: Callable[[Finished], Any], ended: tuple[str, ...] = ()) -> Finished:
+        deadline = time.monotonic() + WAIT_S
+        while not look(finished := self.side.take_finished(ended)):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        return finished
+
+    def rows(self, *pages: int) -> torch.Tensor:
+        return torch.stack([layer[list(pages)] for layer in self.kv.values()])
+
+
+class Two:
+    """A writer and a reader beside one node."""
+
+    def __init__(self, node: StoreNode, at: int) -> None:
+        self.node = node
+        self.client = Store.connect([node.addresses[at]], token=TOKEN)
+        self.writer = Worker(Store.connect([node.addresses[at]], token=TOKEN), filled=True)
+        self.reader = Worker(Store.connect([node.addresses[at]], token=TOKEN), filled=False)
+
+    def save(self, num_tokens: int, pages: tuple[int, ...]) -> None:
+        self.writer.save(SavePlan("w", 0, num_tokens, num_tokens, KEYS[: -(-num_tokens // BLOCK)], pages))
+        assert self.writer.until(lambda finished: finished.saved, ("w",)).saved == {"w"}
+
+    def close(self) -> None:
+        self.writer.side.close()
+        self.reader.side.close()
+        self.client.close()
+
+
+def with_two(at: int, act: Callable[[Two], None], **options: Any) -> None:
+    async def main() -> None:
+        async with running_node(**({"capacity_bytes": 1 << 16} | options)) as node:
+            two = await asyncio.to_thread(Two, node, at)
+            try:
+                await asyncio.to_thread(act, two)
+            finally:
+                await asyncio.to_thread(two.close)
+            node.core.check_integrity()
+            assert node.core.metrics()["reservations"] == 0
+
+    run(main())
+
+
+over_both = pytest.mark.parametrize("at", [0, 1], ids=["unix", "tcp"])
+
+
+@over_both
+def test_blocks_and_the_tail_arrive_in_other_pages_as_they_were(at: int) -> None:
+    def act(two: Two) -> None:
+        two.save(18, (5, 2, 9, 0, 7))
+        plan = LoadPlan("r", 0, 17, 18, KEYS, (1, 3, 4, 6, 8))
+        assert two.reader.load(plan) == Finished(loaded=frozenset({"r"}))
+        assert torch.equal(two.reader.rows(1, 3, 4, 6, 8), two.writer.rows(5, 2, 9, 0, 7))
+        assert not two.reader.rows(0, 2, 5, 7, 9, 10, 11).any(), "other pages are as they were"
+
+    with_two(at, act)
+
+
+@over_both
+def test_a_load_may_begin_within_a_block(at: int) -> None:
+    def act(two: Two) -> None:
+        two.save(16, (5, 2, 9, 0))
+        two.reader.load(LoadPlan("r", 4, 15, 16, KEYS[:2], (11, 3, 4, 6)))
+        assert torch.equal(two.reader.rows(3, 4, 6), two.writer.rows(2, 9, 0)) and not two.reader.rows(11).any()
+
+    with_two(at, act)
+
+
+@over_both
+def test_a_damaged_block_and_all_behind_it_are_told_and_what_is_before_it_is_loaded(at: int) -> None:
+    def act(two: Two) -> None:
+        two.save(24, (0, 1, 2, 3, 4, 5))
+        second = object_keys(KEYS, SHAPE.shard(0, 0))[1]
+        with Store.connect([two.node.addresses[0]], token=TOKEN) as local, local.leased([second]) as objects:
+            [place] = objects.locations
+            assert place is not None
+            memory = objects.link.path.view(place.offset, 1)
+            assert memory is not None
+            memory[0] ^= 1
+        finished = two.reader.load(LoadPlan("r", 0, 23, 24, KEYS, (6, 7, 8, 9, 10, 11)))
+        assert finished == Finished(loaded=frozenset({"r"}), failed_pages=frozenset({8, 9, 10, 11}))
+        assert torch.equal(two.reader.rows(6, 7), two.writer.rows(0, 1)) and not two.reader.rows(8, 9, 10, 11).any()
+        assert two.client.exists_batch(object_keys(KEYS, SHAPE.shard(0, 0))) == [True, False, True]
+        assert two.node.core.metrics()["damaged"] == 1
+
+    with_two(at, act)
+
+
+@over_both
+def test_what_is_not_there_or_of_another_size_is_told(at: int) -> None:
+    def act(two: Two) -> None:
+        two.save(8, (0, 1))
+        finished = two.reader.load(LoadPlan("r", 0, 15, 16, KEYS[:2], (6, 7, 8, 9)))
+        assert finished.failed_pages == {8, 9}
+        finished = two.reader.load(LoadPlan("r", 0, 3, 4, KEYS[:1], (6,)))
+        assert finished.failed_pages == {6}
+
+    with_two(at, act)
+
+
+def test_a_preempted_request_commits_nothing_and_another_one_does() -> None:
+    def act(two: Two) -> None:
+        plan = SavePlan("w", 0, 16, 16, KEYS[:2], (0, 1, 2, 3))
+        two.writer.save(plan, preempted=True)
+        two.writer.until(lambda finished: finished.saved, ("w",))
+        assert two.client.exists_batch(object_keys(KEYS[:2], SHAPE.shard(0, 0))) == [False, False]
+        two.save(16, (0, 1, 2, 3))
+        assert two.client.exists_batch(object_keys(KEYS[:2], SHAPE.shard(0, 0))) == [True, True]
+
+    with_two(0, act)
+
+
+def test_a_request_is_told_as_saved_only_when_it_has_ended_and_once() -> None:
+    def act(two: Two) -> None:
+        two.writer.save(SavePlan("w", 0, 8, 16, KEYS[:2], (0, 1)))
+        two.writer.save(SavePlan("w", 8, 16, 16, KEYS[:2], (0, 1, 2, 3)))
+        shard = SHAPE.shard(0, 0)
+        two.writer.until(lambda finished: all(two.client.exists_batch(object_keys(KEYS[:2], shard))))
+        assert two.writer.side.take_finished(()) == Finished()
+        assert two.writer.until(lambda finished: finished.saved, ("w", "unknown")).saved == {"w"}
+        assert two.writer.side.take_finished(("w",)) == Finished()
+
+    with_two(0, act)
+
+
+def test_a_store_that_is_gone_or_full_costs_no_more_than_the_copies() -> None:
+    def act(two: Two) -> None:
+        two.save(24, (0, 1, 2, 3, 4, 5))  # no room for the third block
+        shard = SHAPE.shard(0, 0)
+        assert two.client.exists_batch(object_keys(KEYS, shard)) == [True, True, False]
+
+    object_bytes = LAYERS * BLOCK * HEADS * HEAD * 4
+    with_two(0, act, capacity_bytes=2 * object_bytes)
+
+
+def test_kv_of_a_shape_that_is_not_understood_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"KV cache of a: torch.float32\[2, 5, 4, 2, 4\], expected float32\[pages, 2, 4, 4\]"
+    ):
+        KvPages({"a": torch.zeros(2, 5, 4, 2, 4)}, SHAPE)
+    with pytest.raises(ConfigError, match="a page is not contiguous"):
+        KvPages({"a": torch.zeros(5, 4, 2, 4).transpose(1, 2)}, SHAPE)
