@@ -1,6 +1,6 @@
 # setup  make .venv and install everything into it; quick when nothing changed
 # serve  run a cluster on this machine: make serve ARGS="--prefill 2 --decode 2"
-# test   lint, then all tests; those with real processes one at a time. make test ARGS=tests/store: only these
+# test   lint, then all tests, two at a time but for quiet ones (tests/conftest.py). make test ARGS=tests/store: only these
 # vllm-env  make .venv-vllm, where vLLM runs; quick when nothing changed
 # lint   ruff, mypy, import-linter
 # bench  all benchmarks, one after the other
@@ -27,8 +27,8 @@ test: lint vllm-env
 ifneq ($(strip $(ARGS)),)
 	@$(PY) -m pytest -q $(ARGS)
 else
-	@$(PY) -m pytest -q -n 2 --dist loadfile --ignore tests/live tests
-	@$(PY) -m pytest -q tests/live
+	@$(PY) -m pytest -q -n 2 --dist loadfile -m 'not quiet' tests
+	@$(PY) -m pytest -q -m quiet tests
 endif
 
 lint: $(STAMP)

@@ -21,6 +21,8 @@ from mooncake.engine.stepped import SteppedEngine
 from tests.engine.fakes import Objects, do_nothing
 from tests.engine.tiny_models import GREEDY, LIMITS, SUPPORTED, prompts, reference, save_model, tiny_engine
 
+pytestmark = pytest.mark.quiet
+
 NUM_LAYERS = 8
 COPY_S = 0.002
 """Of one layer of one object, as over a slow link; a tiny model's layer takes less."""

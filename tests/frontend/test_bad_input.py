@@ -12,6 +12,8 @@ from mooncake.frontend.tokenizer import Tokenizer
 
 from .harness import CHAT, COMPLETIONS, run, site
 
+pytestmark = pytest.mark.quiet
+
 MESSAGES = [{"role": "user", "content": "hi"}]
 DEEP = b"[" * 100_000 + b"]" * 100_000
 TOO_LONG = "context_length_exceeded"

@@ -8,6 +8,8 @@ import pytest
 from mooncake.store import wakeful
 from mooncake.store.wakeful import AWAKE_S, Patience, Wakeful
 
+pytestmark = pytest.mark.quiet
+
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
