@@ -267,7 +267,9 @@ def main() -> None:
     bench = Bench(folder, model, arguments.quick)
     try:
         for name in arguments.only.split(","):
-            figures |= MEASUREMENTS[name](bench)
+            found = MEASUREMENTS[name](bench)
+            emit(measurement=name, **{figure: round(value, 4) for figure, value in found.items()})
+            figures |= found
     finally:
         bench.store.close()
         shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ PYTHON = ROOT / ".venv-vllm/bin/python"
 READY_S = 180.0
 PAGE_TOKENS = 128
 """vLLM's own default on processors, and our block."""
+KILLED_S = 5.0
 _SHOWN_LOG_CHARS = 4000
 
 needs_vllm = pytest.mark.skipif(
@@ -86,10 +88,15 @@ class VllmServer:
                 time.sleep(0.1)
 
     def kill(self) -> None:
-        """kill -9 of the server and the engine that it started: they are a process group of their own."""
-        if self.process.poll() is None or _group_lives(self.process.pid):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """kill -9 of the server and the engine that it started, and until they are gone. Python's tracker of semaphores, in
+        their process group too, then frees theirs."""
+        for pid in _engine_pids(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        deadline = time.monotonic() + KILLED_S
+        while _engine_pids(self.process.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     # ------------------------------------------------------------ requests
 
@@ -166,9 +173,12 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _engine_pids(group: int) -> list[int]:
+    """Of that process group, who lives, but for Python's tracker of semaphores."""
+    listed = subprocess.run(["ps", "-eo", "pid=,pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    found = [line.split(None, 3) for line in listed.splitlines()]
+    return [
+        int(pid)
+        for pid, its_group, state, command in found
+        if int(its_group) == group and not state.startswith("Z") and "resource_tracker" not in command
+    ]
