@@ -100,6 +100,7 @@ _HEADERS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("x-request-id", {"type": "string", "pattern": "^[!-~]{1,128}$"}, "Comes back in the answer."),
     ("x-mooncake-ttft-ms", _MILLISECONDS, "Objective of the time to the first token."),
     ("x-mooncake-tbt-ms", _MILLISECONDS, "Objective of the mean of the longest tenth of token gaps."),
+    ("x-mooncake-salt", {"type": "string", "maxLength": 1024}, "Only requests of the same salt share KV."),
     ("x-mooncake-priority", {"type": "integer", "minimum": -100, "maximum": 100}, "Higher ones go first."),
 )
 

@@ -11,7 +11,7 @@ import msgspec
 from mooncake.core.types import NANOS_PER_MS, SamplingParams, Slo
 from mooncake.frontend.backend import Generate, ModelInfo
 from mooncake.frontend.errors import ApiError, bad_field, too_long
-from mooncake.frontend.schema import Request
+from mooncake.frontend.schema import MAX_SALT_CHARS, Request
 
 MAX_PRIORITY = 100
 _SEED_BITS = 63
@@ -27,6 +27,7 @@ class Directives(msgspec.Struct, frozen=True):
     slo: Slo = Slo()
     priority: int = 0
     traceparent: str = ""
+    salt: str = ""
 
 
 def read_headers(request_id: str, headers: Mapping[bytes, bytes], default_slo: Slo) -> Directives:
@@ -35,7 +36,15 @@ def read_headers(request_id: str, headers: Mapping[bytes, bytes], default_slo: S
         tbt_ns=_objective(headers, b"x-mooncake-tbt-ms", default_slo.tbt_ns),
     )
     traceparent = headers.get(b"traceparent", b"")[:_TRACEPARENT_BYTES_MAX].decode("latin-1")
-    return Directives(request_id, slo, _priority(headers), traceparent)
+    return Directives(request_id, slo, _priority(headers), traceparent, _salt(headers))
+
+
+def _salt(headers: Mapping[bytes, bytes]) -> str:
+    """What `cache_salt` is if the body has none, for gateways that do not change bodies."""
+    salt = headers.get(b"x-mooncake-salt", b"").decode("latin-1")
+    if len(salt) > MAX_SALT_CHARS:
+        raise bad_field("x-mooncake-salt", f"must have up to {MAX_SALT_CHARS} characters, got {len(salt)}")
+    return salt
 
 
 def read_request_id(headers: Mapping[bytes, bytes], rng: random.Random) -> str:
@@ -102,7 +111,7 @@ def build_generates(
             sampling=sampling,
             max_tokens=_max_tokens(request, name, token_ids, model),
             n=request.num_choices,
-            salt=request.cache_salt or "",
+            salt=request.cache_salt or directives.salt,
             priority=directives.priority,
             slo=directives.slo,
             timeout_s=timeout_s,

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from mooncake.frontend.errors import bad_field
 from mooncake.frontend.schema import (
+    MAX_SALT_CHARS,
     ChatMessage,
     ChatRequest,
     ContentPart,
@@ -131,7 +132,7 @@ class ResponsesBody(_Refused, kw_only=True):
     prompt_cache_retention: str | None = None
     service_tier: Literal["auto", "default"] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
+    cache_salt: Annotated[str, Meta(max_length=MAX_SALT_CHARS)] | None = None
 
 
 class ResponsesRequest(ChatRequest, kw_only=True):

@@ -35,6 +35,7 @@ MAX_STOP_CHARS = 512
 MAX_PROMPTS = 64
 """Of one request; each is placed by itself."""
 MAX_BIASED_TOKENS = 1024
+MAX_SALT_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGPROBS = 20
 
@@ -136,7 +137,7 @@ class _Common(_Refused, kw_only=True):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
     include_stop_str_in_output: bool | None = None
-    cache_salt: Annotated[str, Meta(max_length=1024)] | None = None
+    cache_salt: Annotated[str, Meta(max_length=MAX_SALT_CHARS)] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -81,3 +81,17 @@ def test_an_answer_tells_where_it_came_from_and_when(tokenizer: Tokenizer) -> No
                 assert headers["x-mooncake-cached-tokens"] == "3"
 
     run(test)
+
+
+def test_a_salt_may_come_in_a_header(tokenizer: Tokenizer) -> None:
+    async def test() -> None:
+        async with site(tokenizer) as s:
+            await s.complete("a", cache_salt="body")
+            await s.post("/v1/completions", {"model": "tiny", "prompt": "a"}, x_mooncake_salt="header")
+            body = {"model": "tiny", "prompt": "a", "cache_salt": "body"}
+            await s.post("/v1/completions", body, x_mooncake_salt="header")
+            assert [generate.salt for generate in s.backend.started] == ["body", "header", "body"]
+            answer = await s.post("/v1/completions", {"model": "tiny", "prompt": "a"}, x_mooncake_salt="x" * 1025)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-mooncake-salt")
+
+    run(test)
