@@ -21,6 +21,8 @@ from mooncake.frontend.params import read_headers, read_request_id
 from mooncake.frontend.spans import CLOSE_S, EXPORT_S, NUM_WAITING_MAX, NoSpans, Spans, make_spans
 from tests.frontend.collector import Collector, attributes
 
+pytestmark = pytest.mark.quiet
+
 MS = 1_000_000
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

@@ -18,6 +18,8 @@ from mooncake.frontend.tokenizer import Tokenizer
 
 from .harness import CHAT, COMPLETIONS, events, run, site, until
 
+pytestmark = pytest.mark.quiet
+
 ENDLESS = {"model": "tiny", "prompt": "hello", "ignore_eos": True}
 LONG = 2**30
 

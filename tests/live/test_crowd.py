@@ -17,7 +17,7 @@ from mooncake.frontend.tokenizer import Tokenizer
 from tests.live.harness import MODEL, Cluster
 
 NUM_STREAMS = 500
-RUN_S = float(os.environ.get("CROWD_S", "20"))
+RUN_S = float(os.environ.get("CROWD_S", "10"))
 NUM_OUTPUT = 40
 REQUEST_S = 120.0
 """Far more than any of them should take."""

@@ -20,6 +20,8 @@ from mooncake.rpc import stream
 from mooncake.rpc.generated import mooncake_pb2 as pb
 from tests.rpc.harness import End, Wire, dialling, hello, pair, run, serving
 
+pytestmark = pytest.mark.quiet
+
 
 def drains(count: int) -> list[Drain]:
     return [Drain(str(number)) for number in range(count)]
