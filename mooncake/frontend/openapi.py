@@ -9,7 +9,7 @@ import msgspec
 from mooncake import __version__
 from mooncake.frontend.responses import ResponsesBody
 from mooncake.frontend.responses import refused_names as refused_of_responses
-from mooncake.frontend.schema import ChatRequest, CompletionRequest
+from mooncake.frontend.schema import MAX_SALT_CHARS, ChatRequest, CompletionRequest
 from mooncake.frontend.tokens import DetokenizeRequest, TokenizeRequest
 
 _REF = "#/components/schemas/{name}"
@@ -100,7 +100,7 @@ _HEADERS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("x-request-id", {"type": "string", "pattern": "^[!-~]{1,128}$"}, "Comes back in the answer."),
     ("x-mooncake-ttft-ms", _MILLISECONDS, "Objective of the time to the first token."),
     ("x-mooncake-tbt-ms", _MILLISECONDS, "Objective of the mean of the longest tenth of token gaps."),
-    ("x-mooncake-salt", {"type": "string", "maxLength": 1024}, "Only requests of the same salt share KV."),
+    ("x-mooncake-salt", {"type": "string", "maxLength": MAX_SALT_CHARS}, "Only requests of the same salt share KV."),
     ("x-mooncake-priority", {"type": "integer", "minimum": -100, "maximum": 100}, "Higher ones go first."),
 )
 
