@@ -6,8 +6,8 @@ import msgspec
 
 
 class FetchPlan(msgspec.Struct, frozen=True):
-    """Have tokens [start, end) of a request ready to be loaded: leased or fetched, and compared with their checksums. keys: block
-    keys of the request's objects, from the first on. num_tokens: what all its objects hold together."""
+    """Have tokens [start, end) of a request ready to be loaded: leased or fetched, and compared with their checksums. keys:
+    block keys of the request's objects, from the first on. num_tokens: what all its objects hold together."""
 
     number: int
     start: int

@@ -4,12 +4,12 @@
     load plan --copied layer by layer, while the step computes--> gone with the step
     save plan --each layer as the step has computed it--> committed when whole --> told: done, once the request has ended
 
-A fetch takes no pages, and whatever can go wrong goes wrong then; a load copies bytes that are at hand and were compared. A layer
-waits for its own part of the loads. What a step computes goes into a load's last page, too, and may do so before that layer waits:
-so this page is loaded, in all layers, before the step begins.
+A fetch takes no pages, and whatever can go wrong goes wrong then; a load copies bytes that are at hand and were compared. A
+layer waits for its own part of the loads. What a step computes goes into a load's last page, too, and may do so before that layer
+waits: so this page is loaded, in all layers, before the step begins.
 
-Pages of a load are the request's, as the step's own are; those of a save until the request has ended and all its saves are done. A
-preempted request gives its pages up at once: what was not copied by then is not committed.
+Pages of a save belong to it until the request has ended and all its saves are done. A preempted request gives its pages up at
+once: what was not copied by then is not committed.
 """
 
 from __future__ import annotations
