@@ -5,8 +5,8 @@
     save plan --each layer as the step has computed it--> committed when whole --> told: done, once the request has ended
 
 A fetch takes no pages, and whatever can go wrong goes wrong then; a load copies bytes that are at hand and were compared. A
-layer waits for its own part of the loads. What a step computes goes into a load's last page, too, and may do so before that layer
-waits: so this page is loaded, in all layers, before the step begins.
+layer waits for its own part of the loads. What a step computes goes into a load's last page, too, and may do so before that
+layer waits: so this page is loaded, in all layers, before the step begins.
 
 Pages of a save belong to it until the request has ended and all its saves are done. A preempted request gives its pages up at
 once: what was not copied by then is not committed.
