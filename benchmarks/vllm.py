@@ -7,6 +7,8 @@ save_us_per_block                 processor time of the copying thread, per bloc
 load_us_per_block                 the same of the two threads that fetch, check and copy: store to pages
 pair_vs_single_throughput         requests/s of a pair with a core each, by those of one engine with both; 1,000 in, 64 out
 connector_off_vs_on_throughput    requests/s of one engine without connector, by those with it; 1,000 in, 16 out
+bf16_same, bf16_gap_max           greedy output of a pair in bfloat16 beside one engine's: share of prompts with the same 24
+                                  tokens; where they part, how much less likely the pair's token is there, log probability
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -247,7 +250,33 @@ def overhead(bench: Bench) -> Figures:
     return {"connector_off_vs_on_throughput": statistics.median(rates[False]) / statistics.median(rates[True])}
 
 
-MEASUREMENTS = {"ttft": ttft, "pair": pair, "overhead": overhead}
+def bf16(bench: Bench) -> Figures:
+    """Chunks are equal, as prompts fit into one and come one by one."""
+    prompts = [prompt(length) for length in (5, 30, 128, 129, 250, 400, 640, 841)]
+
+    def greedy(server: Server, each: list[int], max_tokens: int = 24) -> list[tuple[str, dict[str, float]]]:
+        """The tokens, and log probabilities of the best ones at each place."""
+        body = {"model": MODEL, "prompt": each, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+                "logprobs": 5, "return_tokens_as_token_ids": True}  # fmt: skip
+        url, data = f"http://127.0.0.1:{server.port}/v1/completions", json.dumps(body).encode()
+        request = urllib.request.Request(url, data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found = json.load(answer)["choices"][0]["logprobs"]
+        return list(zip(found["tokens"], found["top_logprobs"], strict=True))
+
+    gaps: list[float] = []
+    with bench.servers(("0", "kv_producer"), ("1", "kv_consumer"), ("0", None)) as (prefill, decode, alone):
+        for each in prompts:
+            greedy(prefill, each, 1)
+            time.sleep(0.5)  # until it is stored
+            pairs = zip(greedy(decode, each), greedy(alone, each), strict=True)
+            parted = ((token, best) for (token, _), (other, best) in pairs if token != other)
+            gaps += [max(best.values()) - best[token] for token, best in itertools.islice(parted, 1)]
+    emit(measurement="bf16_gaps", gaps=[round(gap, 4) for gap in gaps])
+    return {"bf16_same": 1 - len(gaps) / len(prompts), "bf16_gap_max": max(gaps, default=0.0)}
+
+
+MEASUREMENTS = {"ttft": ttft, "pair": pair, "overhead": overhead, "bf16": bf16}
 
 
 def main() -> None:
