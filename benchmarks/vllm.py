@@ -4,9 +4,11 @@
 
 ttft_cached95_vs_recompute        prompts of 3,000 tokens: TTFT where a store has 95 % of them, by TTFT without connector
 save_us_per_block                 processor time of the copying thread, per block of 128 tokens: pages to store
-load_us_per_block                 the same, store to pages
+load_us_per_block                 the same of the two threads that fetch, check and copy: store to pages
 pair_vs_single_throughput         requests/s of a pair with a core each, by those of one engine with both; 1,000 in, 64 out
 connector_off_vs_on_throughput    requests/s of one engine without connector, by those with it; 1,000 in, 16 out
+bf16_same, bf16_gap_max           greedy output of a pair in bfloat16 beside one engine's: share of prompts with the same 24
+                                  tokens; where they part, how much less likely the pair's token is there, log probability
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -105,13 +108,13 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def thread_s(self, name: str) -> float:
-        """Processor time of the engine's thread of that name."""
+    def thread_s(self, *names: str) -> float:
+        """Processor time of the engine's threads of those names."""
         found = subprocess.run(["pgrep", "-g", str(self.process.pid)], capture_output=True, text=True, check=True)
         used = 0
         for pid in found.stdout.split():
             for task in Path(f"/proc/{pid}/task").iterdir():
-                if (task / "comm").read_text().strip() == name:
+                if (task / "comm").read_text().strip() in names:
                     used += int((task / "schedstat").read_text().split()[0])
         return used / 1e9
 
@@ -121,7 +124,6 @@ def _transfer(store: StoreProcess, role: str) -> dict[str, Any]:
         "kv_connector": "MooncakeKvConnector",
         "kv_connector_module_path": "mooncake.engine.vllm.connector",
         "kv_role": role,
-        "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"config": str(store.config)},
     }
 
@@ -192,9 +194,9 @@ def ttft(bench: Bench) -> Figures:
         time.sleep(1.0)
         num_blocks = count * CACHED_TOKENS / BLOCK_TOKENS
         save_us = 1e6 * (writer.thread_s("kv-store") - before) / num_blocks
-        before = reader.thread_s("kv-load")
+        before = reader.thread_s("kv-fetch", "kv-load")
         cached = ask(reader, prompts, 1, 1)
-        load_us = 1e6 * (reader.thread_s("kv-load") - before) / num_blocks
+        load_us = 1e6 * (reader.thread_s("kv-fetch", "kv-load") - before) / num_blocks
     with bench.servers(("1", None)) as (alone,):
         computed = ask(alone, prompts, 1, 1)
     emit(measurement="ttft_s_cached95", **spread(cached))
@@ -248,7 +250,33 @@ def overhead(bench: Bench) -> Figures:
     return {"connector_off_vs_on_throughput": statistics.median(rates[False]) / statistics.median(rates[True])}
 
 
-MEASUREMENTS = {"ttft": ttft, "pair": pair, "overhead": overhead}
+def bf16(bench: Bench) -> Figures:
+    """Chunks are equal, as prompts fit into one and come one by one."""
+    prompts = [prompt(length) for length in (5, 30, 128, 129, 250, 400, 640, 841)]
+
+    def greedy(server: Server, each: list[int], max_tokens: int = 24) -> list[tuple[str, dict[str, float]]]:
+        """The tokens, and log probabilities of the best ones at each place."""
+        body = {"model": MODEL, "prompt": each, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
+                "logprobs": 5, "return_tokens_as_token_ids": True}  # fmt: skip
+        url, data = f"http://127.0.0.1:{server.port}/v1/completions", json.dumps(body).encode()
+        request = urllib.request.Request(url, data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found = json.load(answer)["choices"][0]["logprobs"]
+        return list(zip(found["tokens"], found["top_logprobs"], strict=True))
+
+    gaps: list[float] = []
+    with bench.servers(("0", "kv_producer"), ("1", "kv_consumer"), ("0", None)) as (prefill, decode, alone):
+        for each in prompts:
+            greedy(prefill, each, 1)
+            time.sleep(0.5)  # until it is stored
+            pairs = zip(greedy(decode, each), greedy(alone, each), strict=True)
+            parted = ((token, best) for (token, _), (other, best) in pairs if token != other)
+            gaps += [max(best.values()) - best[token] for token, best in itertools.islice(parted, 1)]
+    emit(measurement="bf16_gaps", gaps=[round(gap, 4) for gap in gaps])
+    return {"bf16_same": 1 - len(gaps) / len(prompts), "bf16_gap_max": max(gaps, default=0.0)}
+
+
+MEASUREMENTS = {"ttft": ttft, "pair": pair, "overhead": overhead, "bf16": bf16}
 
 
 def main() -> None:

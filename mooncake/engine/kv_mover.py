@@ -10,8 +10,6 @@ may be partial.
 
 from __future__ import annotations
 
-import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +20,7 @@ import numpy as np
 
 from mooncake.core.errors import MooncakeError
 from mooncake.engine.base import KvLayout, KvReader, KvWriter
-from mooncake.engine.threads import start_thread
-
-log = logging.getLogger(__name__)
+from mooncake.engine.threads import WorkThread
 
 LOAD_TIMEOUT_S = 10.0
 """A layer that has not arrived after this makes the load fail."""
@@ -127,9 +123,6 @@ class StoreTask:
         self.ok = True
 
 
-_Work = Callable[[], None]
-
-
 class KvMover:
     """on_loaded(task) and on_stored(task) are called from the copying threads, once for each task. So is on_failure(error), if
     one breaks by something else than a copy that fails: its tasks will never end then."""
@@ -150,15 +143,10 @@ class KvMover:
         self._block_tokens = block_tokens
         self._on_loaded = on_loaded
         self._on_stored = on_stored
-        self._on_failure = on_failure
         self._record = record
         # Bounded by the engine's batch: a sequence has one load and one store per chunk under way.
-        self._loads: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._stores: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._threads = [
-            start_thread("kv-load", lambda: self._work(self._loads)),
-            start_thread("kv-store", lambda: self._work(self._stores)),
-        ]
+        self._loads = WorkThread("kv-load", on_failure)
+        self._stores = WorkThread("kv-store", on_failure)
 
     def load(self, task: LoadTask) -> None:
         self._loads.put(lambda: self._load(task))
@@ -177,20 +165,10 @@ class KvMover:
 
     def close(self) -> None:
         """Ends the threads after the work queued so far."""
-        self._loads.put(None)
-        self._stores.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._loads.close()
+        self._stores.close()
 
     # ------------------------------------------------------------------ in the copying threads
-
-    def _work(self, work: queue.SimpleQueue[_Work | None]) -> None:
-        try:
-            while (item := work.get()) is not None:
-                item()
-        except BaseException as error:  # the boundary of the thread: whoever owns the process must hear of it
-            log.exception("a copying thread failed")
-            self._on_failure(error)
 
     def _load(self, task: LoadTask) -> None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mooncake.core.types import FinishReason, SamplingParams, TokenLogprobs
+from mooncake.core.types import FinishReason, SamplingParams, TokenLogprobs, tokens_to_bytes
 from mooncake.engine.base import EngineLimits
 from mooncake.engine.core import (
     Drawn,
@@ -12,7 +12,7 @@ from mooncake.engine.core import (
     SequenceReleased,
     SequenceStarted,
 )
-from mooncake.engine.vllm.books import SequenceBooks, Tokens, seed_of
+from mooncake.engine.vllm.books import SequenceBooks, Tokens, bias_of, seed_of
 from tests.engine.jobs import make_job
 
 LIMITS = EngineLimits(num_pages=8, page_tokens=4, block_tokens=8, max_batch=4, max_step_tokens=16, max_context=64)
@@ -82,3 +82,12 @@ def test_a_sequence_that_goes_on_elsewhere_draws_other_numbers() -> None:
     seeds = {seed_of(make_job(1, num_tokens=count, num_prompt_tokens=20, sampling=sampled)) for count in range(20, 30)}
     assert len(seeds) == 10 and all(0 <= seed < 1 << 63 for seed in seeds)
     assert seed_of(make_job(1, sampling=sampled)) == seed_of(make_job(2, sampling=sampled))
+
+
+def test_what_other_attempts_have_generated_is_penalised_though_vllm_takes_it_for_prompt() -> None:
+    token_ids = tokens_to_bytes([7, 7, 8, 9, 8, 8])
+    sampled = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((8, 2.0), (3, 1.0)))
+    known = {"num_tokens": 6, "token_ids": token_ids, "sampling": sampled}
+    assert bias_of(make_job(1, **known, num_prompt_tokens=2)) == {8: 2.0 - 0.5 - 0.75, 9: -0.75, 3: 1.0}
+    assert bias_of(make_job(1, **known, num_prompt_tokens=6)) == {8: 2.0, 3: 1.0}
+    assert bias_of(make_job(1, num_tokens=6, token_ids=token_ids, num_prompt_tokens=2)) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 
 from mooncake.core.errors import ConfigError
 from mooncake.core.keys import object_keys
+from mooncake.engine import kv_mover
 from mooncake.engine.vllm.layout import KvShape, geometry
 from mooncake.engine.vllm.pages import KvPages
-from mooncake.engine.vllm.plans import LoadPlan, SavePlan, StepPlans
+from mooncake.engine.vllm.plans import FetchPlan, LoadPlan, SavePlan, StepPlans
 from mooncake.engine.vllm.worker_side import Finished, WorkerSide
 from mooncake.store.api import Store
 from mooncake.store.node import StoreNode
@@ -43,9 +45,18 @@ class Worker:
             self.side.give_up([plan.request for plan in plans])
         self.side.end_step()
 
-    def load(self, *plans: LoadPlan) -> Finished:
+    def fetch(self, plan: FetchPlan) -> int:
+        """Up to which token it came."""
+        self.side.begin_step(StepPlans(fetches=(plan,)))
+        [(number, end)] = self.until(lambda finished: finished.fetched).fetched
+        assert number == plan.number
+        return end
+
+    def load(self, *plans: LoadPlan) -> None:
+        """In a step that computes nothing of its own."""
+        self.side.begin_step(StepPlans(loads=plans))
         self.side.start_loads(StepPlans(loads=plans))
-        return self.until(lambda finished: finished.loaded)
+        self.side.end_step()
 
     def until(self, look: Callable[[Finished], Any], ended: tuple[str, ...] = ()) -> Finished:
         deadline = time.monotonic() + WAIT_S
@@ -98,8 +109,8 @@ over_both = pytest.mark.parametrize("at", [0, 1], ids=["unix", "tcp"])
 def test_blocks_and_the_tail_arrive_in_other_pages_as_they_were(at: int) -> None:
     def act(two: Two) -> None:
         two.save(18, (5, 2, 9, 0, 7))
-        plan = LoadPlan("r", 0, 17, 18, KEYS, (1, 3, 4, 6, 8))
-        assert two.reader.load(plan) == Finished(loaded=frozenset({"r"}))
+        assert two.reader.fetch(FetchPlan(1, 0, 18, 18, KEYS)) == 18
+        two.reader.load(LoadPlan(1, 0, 17, (1, 3, 4, 6, 8)))
         assert torch.equal(two.reader.rows(1, 3, 4, 6, 8), two.writer.rows(5, 2, 9, 0, 7))
         assert not two.reader.rows(0, 2, 5, 7, 9, 10, 11).any(), "other pages are as they were"
 
@@ -110,14 +121,15 @@ def test_blocks_and_the_tail_arrive_in_other_pages_as_they_were(at: int) -> None
 def test_a_load_may_begin_within_a_block(at: int) -> None:
     def act(two: Two) -> None:
         two.save(16, (5, 2, 9, 0))
-        two.reader.load(LoadPlan("r", 4, 15, 16, KEYS[:2], (11, 3, 4, 6)))
+        assert two.reader.fetch(FetchPlan(1, 4, 16, 16, KEYS[:2])) == 16
+        two.reader.load(LoadPlan(1, 4, 15, (11, 3, 4, 6)))
         assert torch.equal(two.reader.rows(3, 4, 6), two.writer.rows(2, 9, 0)) and not two.reader.rows(11).any()
 
     with_two(at, act)
 
 
 @over_both
-def test_a_damaged_block_and_all_behind_it_are_told_and_what_is_before_it_is_loaded(at: int) -> None:
+def test_a_damaged_block_ends_a_fetch_and_what_is_before_it_can_be_loaded(at: int) -> None:
     def act(two: Two) -> None:
         two.save(24, (0, 1, 2, 3, 4, 5))
         second = object_keys(KEYS, SHAPE.shard(0, 0))[1]
@@ -127,8 +139,8 @@ def test_a_damaged_block_and_all_behind_it_are_told_and_what_is_before_it_is_loa
             memory = objects.link.path.view(place.offset, 1)
             assert memory is not None
             memory[0] ^= 1
-        finished = two.reader.load(LoadPlan("r", 0, 23, 24, KEYS, (6, 7, 8, 9, 10, 11)))
-        assert finished == Finished(loaded=frozenset({"r"}), failed_pages=frozenset({8, 9, 10, 11}))
+        assert two.reader.fetch(FetchPlan(1, 0, 24, 24, KEYS)) == 8
+        two.reader.load(LoadPlan(1, 0, 8, (6, 7)))
         assert torch.equal(two.reader.rows(6, 7), two.writer.rows(0, 1)) and not two.reader.rows(8, 9, 10, 11).any()
         assert two.client.exists_batch(object_keys(KEYS, SHAPE.shard(0, 0))) == [True, False, True]
         assert two.node.core.metrics()["damaged"] == 1
@@ -140,10 +152,81 @@ def test_a_damaged_block_and_all_behind_it_are_told_and_what_is_before_it_is_loa
 def test_what_is_not_there_or_of_another_size_is_told(at: int) -> None:
     def act(two: Two) -> None:
         two.save(8, (0, 1))
-        finished = two.reader.load(LoadPlan("r", 0, 15, 16, KEYS[:2], (6, 7, 8, 9)))
-        assert finished.failed_pages == {8, 9}
-        finished = two.reader.load(LoadPlan("r", 0, 3, 4, KEYS[:1], (6,)))
-        assert finished.failed_pages == {6}
+        assert two.reader.fetch(FetchPlan(1, 0, 16, 16, KEYS[:2])) == 8
+        assert two.reader.fetch(FetchPlan(2, 8, 16, 16, KEYS[:2])) == 8
+        assert two.reader.fetch(FetchPlan(3, 0, 4, 4, KEYS[:1])) == 0
+
+    with_two(at, act)
+
+
+def test_a_layer_waits_for_its_own_part_and_the_page_that_the_step_goes_on_writing_is_there_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first layer is computed while the second is not loaded yet."""
+
+    def act(two: Two) -> None:
+        two.save(18, (5, 2, 9, 0, 7))
+        two.reader.fetch(FetchPlan(1, 0, 18, 18, KEYS))
+        plans = StepPlans(loads=(LoadPlan(1, 0, 17, (1, 3, 4, 6, 8)),))
+        may_go_on, write = threading.Event(), KvPages.write_pages
+
+        def slow(self: KvPages, layer: int, *rest: Any) -> None:
+            if layer and rest[1] < 16:
+                assert may_go_on.wait(WAIT_S)
+            write(self, layer, *rest)
+
+        monkeypatch.setattr(KvPages, "write_pages", slow)
+        two.reader.side.begin_step(plans)
+        two.reader.side.start_loads(plans)
+        assert torch.equal(two.reader.rows(8), two.writer.rows(7)), "in all layers, before the step computes any"
+        two.reader.kv["layer.0"][8, :, 1] = 7.0  # the step's own token
+        two.reader.side.wait_layer(0)
+        assert torch.equal(two.reader.kv["layer.0"][[1, 3, 4, 6]], two.writer.kv["layer.0"][[5, 2, 9, 0]])
+        assert not two.reader.kv["layer.1"][[1, 3, 4, 6]].any()
+        may_go_on.set()
+        two.reader.side.wait_layer(LAYERS - 1)
+        two.reader.side.end_step()
+        assert torch.equal(two.reader.rows(1, 3, 4, 6), two.writer.rows(5, 2, 9, 0))
+        assert (two.reader.kv["layer.0"][8, :, 1] == 7.0).all()
+
+    with_two(0, act)
+
+
+def test_a_load_that_is_not_copied_in_time_stops_the_engine_and_makes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(two: Two) -> None:
+        two.save(16, (5, 2, 9, 0))
+        two.reader.fetch(FetchPlan(1, 0, 16, 16, KEYS[:2]))
+        may_go_on, write = threading.Event(), KvPages.write_pages
+
+        def never(self: KvPages, *rest: Any) -> None:
+            may_go_on.wait(WAIT_S)
+            write(self, *rest)
+
+        monkeypatch.setattr(KvPages, "write_pages", never)
+        two.reader.side.start_loads(StepPlans(loads=(LoadPlan(1, 0, 16, (1, 3, 4, 6)),)))
+        monkeypatch.setattr(kv_mover, "LOAD_TIMEOUT_S", 0.01)
+        with pytest.raises(RuntimeError, match=r"tokens \[0, 16\) of a request were not copied into its pages"):
+            two.reader.side.wait_layer(0)
+        may_go_on.set()
+
+    with_two(0, act)
+
+
+@over_both
+def test_leases_end_with_the_load_or_when_the_fetch_is_dropped(at: int) -> None:
+    def act(two: Two) -> None:
+        two.save(16, (5, 2, 9, 0))
+        for number in (1, 2):
+            two.reader.fetch(FetchPlan(number, 0, 16, 16, KEYS[:2]))
+        shard = SHAPE.shard(0, 0)
+        two.reader.load(LoadPlan(1, 0, 16, (1, 3, 4, 6)))
+        two.reader.side.begin_step(StepPlans(fetches=(FetchPlan(3, 0, 16, 16, KEYS[:2]),), dropped=(2, 3)))
+        assert two.client.remove_batch(object_keys(KEYS[:2], shard)) == [True, True]
+        deadline = time.monotonic() + WAIT_S
+        while two.node.core.metrics()["leases"] or two.node.core.metrics()["used_bytes"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        assert two.reader.side.take_finished(()) == Finished()
 
     with_two(at, act)
 

@@ -1,6 +1,6 @@
 """`mooncake serve --engine vllm`: our pools, Conductor and store around vLLM, with the default model in float32.
 
-What is right are the greedy tokens of plain transformers, which those of the torch engine are (`test_exact`).
+What is right are the greedy tokens of plain transformers, and of the torch engine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from mooncake.engine.base import EngineLimits
 from mooncake.engine.models import resolve_model
+from mooncake.engine.torch.build import build_from_folder
+from tests.engine.tiny_models import generate
 from tests.live.harness import MODEL, Client, Cluster
 from tests.live.models import Reference
 from tests.live.vllm_harness import PYTHON, READY_S, needs_vllm
@@ -28,6 +31,9 @@ OPTIONS = (
     *("--max-context", "2048", "--kv-tokens", "8192", "--store-memory", "256MiB", "--threads", "1"),
 )
 TEXTS = ("The capital of France is", "Why is the sky blue? Because " * 5, "Once upon a time, in a land far away. " * 90)
+TORCH_LIMITS = EngineLimits(
+    num_pages=256, page_tokens=16, block_tokens=128, max_batch=4, max_step_tokens=512, max_context=2048
+)
 REPORTED_S = 0.3
 """By then an instance that is idle has said so."""
 
@@ -64,14 +70,17 @@ def lives(pid: int) -> bool:
         return False
 
 
-def test_greedy_tokens_are_those_of_transformers_and_prefixes_are_found_again(
+def test_greedy_tokens_are_those_of_the_torch_engine_and_of_transformers_and_prefixes_are_found_again(
     cluster: Cluster, reference: Reference
 ) -> None:
+    prompts = [reference.encode(text) for text in TEXTS]
+    engine = build_from_folder(resolve_model(MODEL).path, "float32", TORCH_LIMITS)
+    by_torch = [reference.decode(tokens) for tokens in generate(engine, prompts, 24)]
+    assert by_torch == [reference.text(prompt, 24) for prompt in prompts]
+
     async def run() -> None:
         async with Client(cluster) as client:
-            for text in TEXTS:
-                prompt = reference.encode(text)
-                expected = reference.text(prompt, 24)
+            for prompt, expected in zip(prompts, by_torch, strict=True):
                 for _ in range(2):
                     found = await client.complete(prompt, 24, temperature=0, ignore_eos=True)
                     assert (found.text, found.finish) == (expected, "length"), found

@@ -142,7 +142,6 @@ def connector(stores: Stores, role: str, **extra: Any) -> dict[str, Any]:
         "kv_connector": "MooncakeKvConnector",
         "kv_connector_module_path": "mooncake.engine.vllm.connector",
         "kv_role": role,
-        "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"directory": stores.directory, "cluster": stores.cluster, **extra},
     }
 

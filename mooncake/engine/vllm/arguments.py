@@ -11,7 +11,7 @@ from mooncake.config import Config, RoleConfig
 from mooncake.core.errors import ConfigError
 from mooncake.core.types import Job, SamplingParams
 from mooncake.engine.models import resolve_model
-from mooncake.engine.vllm.books import seed_of
+from mooncake.engine.vllm.books import bias_of, seed_of
 
 _CPU_KV_TOKENS = 16_384
 _CONNECTOR = "MooncakeKvConnector"
@@ -77,7 +77,6 @@ def _transfer(config: Config, role: RoleConfig) -> Any:
         kv_connector=_CONNECTOR,
         kv_connector_module_path=_MODULE,
         kv_role="kv_both",
-        kv_load_failure_policy="recompute",
         kv_connector_extra_config=connector_options(config, role),
     )
 
@@ -113,7 +112,7 @@ def sampling_params(job: Job | None, max_tokens: int, transfer: dict[str, Any]) 
         presence_penalty=wanted.presence_penalty,
         frequency_penalty=wanted.frequency_penalty,
         repetition_penalty=wanted.repetition_penalty,
-        logit_bias=dict(wanted.logit_bias) or None,
+        logit_bias=None if job is None else bias_of(job) or None,
         stop_token_ids=list(wanted.stop_token_ids),
         min_tokens=min(max_tokens, max(0, wanted.min_tokens - num_generated)),
         max_tokens=max_tokens,

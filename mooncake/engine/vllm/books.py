@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 
 from mooncake.core.noise import noise
-from mooncake.core.types import FinishReason, Job, TokenLogprobs
+from mooncake.core.types import FinishReason, Job, TokenLogprobs, bytes_to_tokens
 from mooncake.engine.base import EngineLimits
 from mooncake.engine.core import (
     Drawn,
@@ -125,3 +127,16 @@ class SequenceBooks:
 def seed_of(job: Job) -> int:
     """vLLM draws from a generator of each request. A sequence that goes on elsewhere must not get the same numbers again."""
     return noise(job.sampling.seed, job.key.choice, job.num_tokens) >> 1
+
+
+def bias_of(job: Job) -> dict[int, float]:
+    """What is added to logits from the first token on: logit_bias, and the penalties of what other attempts have generated,
+    which vLLM takes for a part of the prompt."""
+    sampling = job.sampling
+    found = dict(sampling.logit_bias)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        generated = Counter(bytes_to_tokens(job.token_ids)[job.num_prompt_tokens :])
+        for token, count in generated.items():
+            penalty = sampling.presence_penalty + sampling.frequency_penalty * count
+            found[token] = found.get(token, 0.0) - penalty
+    return found

@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -34,7 +35,7 @@ from mooncake.engine.vllm.plans import StepPlans
 from mooncake.engine.vllm.requests import KeyMaker, RequestKeys, response_params
 from mooncake.engine.vllm.scheduler_side import Found, Scheduled, SchedulerSide
 from mooncake.engine.vllm.versions import check_version
-from mooncake.engine.vllm.worker_side import Finished, WorkerSide
+from mooncake.engine.vllm.worker_side import WorkerSide
 from mooncake.status import die_with
 from mooncake.store.api import Store
 
@@ -44,6 +45,17 @@ log = logging.getLogger(__name__)
 class StepMetadata(KVConnectorMetadata):
     def __init__(self, plans: StepPlans) -> None:
         self.plans = plans
+
+
+class FetchedMetadata(KVConnectorWorkerMetadata):
+    """Of one worker, or of several together."""
+
+    def __init__(self, fetched: tuple[tuple[int, int], ...]) -> None:
+        self.fetched = fetched
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> FetchedMetadata:
+        assert isinstance(other, FetchedMetadata)
+        return FetchedMetadata(self.fetched + other.fetched)
 
 
 class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
@@ -57,7 +69,7 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
         self._geometry = geometry(self._shape.page_tokens, block_tokens)
         self._scheduler: _Scheduler | None = None
         self._worker: WorkerSide | None = None
-        self._finished = Finished()
+        self._fetched: tuple[tuple[int, int], ...] = ()
         if role is KVConnectorRole.SCHEDULER:
             store = self._place.connect("vllm-scheduler")
             if options.in_service:
@@ -72,7 +84,8 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
                 saves_tails=transfer.kv_role == "kv_producer",
                 in_service=options.in_service,
             )
-            side = SchedulerSide(self._geometry, int(options.hand_over_s * 1e9))
+            num_workers = self._shape.tp * self._shape.pp
+            side = SchedulerSide(self._geometry, int(options.hand_over_s * 1e9), num_workers)
             self._scheduler = _Scheduler(store, side, maker, self._shape)
 
     @classmethod
@@ -89,14 +102,12 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
-        found = self._scheduler.match(request, num_computed_tokens)
-        return found, bool(found)
+        return self._scheduler.match(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self._scheduler is not None
-        if num_external_tokens:
-            [pages] = blocks.get_block_ids()
-            self._scheduler.side.allocated(request.request_id, pages, num_external_tokens)
+        [pages] = blocks.get_block_ids()
+        self._scheduler.side.allocated(request.request_id, pages, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         assert self._scheduler is not None
@@ -105,8 +116,10 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: Any) -> None:
         assert self._scheduler is not None
-        loaded = sorted(connector_output.finished_recving or ())
-        self._scheduler.side.loaded(loaded, sorted(connector_output.invalid_block_ids or ()))
+        metadata = connector_output.kv_connector_worker_meta
+        if metadata is not None:
+            assert isinstance(metadata, FetchedMetadata)
+            self._scheduler.side.fetched(metadata.fetched)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
@@ -140,26 +153,28 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.start_loads(_plans(self._get_connector_metadata()))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """A request is not computed before all of it is loaded."""
+        if self._worker is not None:
+            self._worker.wait_layer(self._layers[layer_name])
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         if self._worker is not None:
             self._worker.layer_computed(self._layers[layer_name])
 
     def wait_for_save(self) -> None:
-        """Does not wait: pages are kept until the copies are done."""
+        """Does not wait for saves: pages are kept until the copies are done."""
         if self._worker is not None:
             self._worker.end_step()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self._worker is None:
             return None, None
-        self._finished = self._worker.take_finished(finished_req_ids)
-        return set(self._finished.saved), set(self._finished.loaded)
+        finished = self._worker.take_finished(finished_req_ids)
+        self._fetched += finished.fetched
+        return set(finished.saved), None
 
-    def get_block_ids_with_load_errors(self) -> set[int]:
-        failed, self._finished = self._finished.failed_pages, Finished()
-        return set(failed)
+    def build_connector_worker_meta(self) -> FetchedMetadata | None:
+        fetched, self._fetched = self._fetched, ()
+        return FetchedMetadata(fetched) if fetched else None
 
 
 _FIND_S = 1.0
@@ -190,7 +205,7 @@ class _Scheduler:
             self.side.add(name, keys)
         keys = self.side.keys(name)
         assert keys is not None
-        found = self._find(keys) if self.side.wants_to_know(name) else Found()
+        found = self._find(keys) if self.side.wants_to_know(name, num_local) else Found()
         return self.side.match(name, request.num_tokens, num_local, found, time.monotonic_ns())
 
     def finished(self, name: str) -> tuple[bool, dict[str, Any] | None]:

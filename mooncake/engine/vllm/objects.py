@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 
-from mooncake.core.errors import Damaged, StoreError
+from mooncake.core.errors import StoreError
 from mooncake.store import contents
 from mooncake.store.api import Store, WriteBatch
 from mooncake.store.handles import LeasedObjects
 
 
 class ObjectReader:
-    """The objects [first, first + len(keys)) of a request. They are fetched when the first byte is wanted, and compared with
-    their checksums: on this machine they are leased and read in place, from elsewhere copied.
-
-    num_read: how many leading ones there are, once that is known."""
+    """The objects [first, first + len(keys)) of a request. `open` fetches them and compares them with their checksums: on this
+    machine they are leased and read in place, from elsewhere copied. After that nothing can go wrong."""
 
     def __init__(self, store: Store, keys: Sequence[bytes], first: int, sizes: Sequence[int], num_tokens: int) -> None:
         self.num_tokens = num_tokens
-        self.num_read: int | None = None
         self._store = store
         self._keys = keys
         self._first = first
@@ -27,26 +24,28 @@ class ObjectReader:
         self._views: list[memoryview | None] = []
         self._leases = contextlib.ExitStack()
 
-    def use(self, index: int, offset: int, size: int, use: Callable[[memoryview], None]) -> None:
-        """Raises Damaged where there is no such object, or another than was put."""
-        if self.num_read is None:
-            self._open()
-        view = self._views[index - self._first]
-        if view is None:
-            raise Damaged(f"object {index} of the request is not there, or damaged", (index,))
-        use(view[offset : offset + size])
+    @property
+    def num_objects(self) -> int:
+        return len(self._keys)
 
-    def close(self) -> None:
-        self._views.clear()
-        self._leases.close()
-
-    def _open(self) -> None:
+    def open(self) -> int:
+        """How many leading ones there are, as they were put."""
         self._views = [None] * len(self._keys)
         with contextlib.suppress(StoreError):
             self._view(self._leases.enter_context(self._store.leased(self._keys)))
         with contextlib.suppress(StoreError):
             self._copy([at for at, view in enumerate(self._views) if view is None])
-        self.num_read = next((at for at, view in enumerate(self._views) if view is None), len(self._views))
+        return next((at for at, view in enumerate(self._views) if view is None), len(self._views))
+
+    def use(self, index: int, offset: int, size: int, use: Callable[[memoryview], None]) -> None:
+        """Of a leading one that there is."""
+        view = self._views[index - self._first]
+        assert view is not None
+        use(view[offset : offset + size])
+
+    def close(self) -> None:
+        self._views.clear()
+        self._leases.close()
 
     def _view(self, objects: LeasedObjects) -> None:
         if not objects.mapped:

@@ -18,7 +18,7 @@ from mooncake.engine.vllm.layout import KvShape
 
 class KvPages:
     """On a GPU, copies go through a stream of their own, which first waits for what the compute stream had been given when
-    `mark` was called."""
+    `mark`, or `mark_loads`, was called."""
 
     def __init__(self, caches: Mapping[str, torch.Tensor], shape: KvShape) -> None:
         self.layers = {name: at for at, name in enumerate(caches)}
@@ -33,12 +33,19 @@ class KvPages:
         self._bytes = [_as_bytes(cache) for cache in self._caches] if on_cpu else None
         self._stream = None if on_cpu else torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._marks: dict[int, torch.cuda.Event] = {}
+        self._loads_mark: torch.cuda.Event | None = None
 
     def mark(self, layer: int) -> None:
         """The compute stream has been given all work that fills this layer's pages in this step."""
         if self._stream is not None:
             event = self._marks[layer] = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
+
+    def mark_loads(self) -> None:
+        """The compute stream has been given all work that used the pages that are now loaded."""
+        if self._stream is not None:
+            self._loads_mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._loads_mark.record()
 
     def read_pages(self, layer: int, pages: np.ndarray, start: int, count: int, out: memoryview) -> None:
         target = np.frombuffer(out, dtype=np.uint8).reshape(-1, self._page_bytes)
@@ -73,6 +80,8 @@ class KvPages:
         cache = self._caches[layer]
         values = torch.from_numpy(source.copy()).view(cache.dtype).view(len(used), *cache.shape[1:])
         with torch.cuda.stream(self._stream):
+            if self._loads_mark is not None:
+                self._loads_mark.wait(self._stream)
             cache.index_copy_(0, torch.from_numpy(used).to(cache.device), values.to(cache.device))
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()

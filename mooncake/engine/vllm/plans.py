@@ -5,20 +5,29 @@ from __future__ import annotations
 import msgspec
 
 
-class LoadPlan(msgspec.Struct, frozen=True):
-    """Copy tokens [start, end) of a request from these objects into its pages. keys: block keys of the request's objects, from
-    the first on. pages: of the request, from its first token on. num_tokens: what all its objects hold together."""
+class FetchPlan(msgspec.Struct, frozen=True):
+    """Have tokens [start, end) of a request ready to be loaded: leased or fetched, and compared with their checksums. keys:
+    block keys of the request's objects, from the first on. num_tokens: what all its objects hold together."""
 
-    request: str
+    number: int
     start: int
     end: int
     num_tokens: int
     keys: tuple[bytes, ...]
+
+
+class LoadPlan(msgspec.Struct, frozen=True):
+    """Copy tokens [start, end) of what was fetched under that number into the request's pages. pages: from its first token
+    on."""
+
+    number: int
+    start: int
+    end: int
     pages: tuple[int, ...]
 
 
 class SavePlan(msgspec.Struct, frozen=True):
-    """Copy tokens [start, end) of a request out of its pages, which the step fills. Otherwise as LoadPlan."""
+    """Copy tokens [start, end) of a request out of its pages, which the step fills. Otherwise as those above."""
 
     request: str
     start: int
@@ -29,8 +38,11 @@ class SavePlan(msgspec.Struct, frozen=True):
 
 
 class StepPlans(msgspec.Struct, frozen=True):
-    """preempted: requests whose pages may be somebody else's after this."""
+    """loads: the step computes on top of them. dropped: numbers of fetches that nobody wants any more. preempted: requests
+    whose pages may be somebody else's after this."""
 
+    fetches: tuple[FetchPlan, ...] = ()
+    dropped: tuple[int, ...] = ()
     loads: tuple[LoadPlan, ...] = ()
     saves: tuple[SavePlan, ...] = ()
     preempted: tuple[str, ...] = ()

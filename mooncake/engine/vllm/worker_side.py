@@ -1,17 +1,22 @@
 """The connector in a worker of vLLM: copies KV between its pages and objects in the store, in threads of their own.
 
-    load plan --fetched, checked, copied layer by layer--> told: done, and the pages that nothing came for
+    fetch plan --leased or fetched, checked--> told: up to which token --load plan, or dropped--> gone
+    load plan --copied layer by layer, while the step computes--> gone with the step
     save plan --each layer as the step has computed it--> committed when whole --> told: done, once the request has ended
 
-Pages of a load are nobody else's until it is told as done; those of a save until the request has ended and all its saves are
-done. A preempted request gives its pages up at once: what was not copied by then is not committed.
+A fetch takes no pages, and whatever can go wrong goes wrong then; a load copies bytes that are at hand and were compared. A
+layer waits for its own part of the loads. What a step computes goes into a load's last page, too, and may do so before that
+layer waits: so this page is loaded, in all layers, before the step begins.
+
+Pages of a save belong to it until the request has ended and all its saves are done. A preempted request gives its pages up at
+once: what was not copied by then is not committed.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -20,9 +25,10 @@ import numpy as np
 from mooncake.core.errors import StoreError
 from mooncake.core.keys import object_keys
 from mooncake.engine.kv_mover import KvMover, LoadTask, PageAccess, StoreTask
+from mooncake.engine.threads import WorkThread
 from mooncake.engine.vllm.layout import Geometry
 from mooncake.engine.vllm.objects import ObjectReader, ObjectWriter
-from mooncake.engine.vllm.plans import LoadPlan, SavePlan, StepPlans
+from mooncake.engine.vllm.plans import FetchPlan, LoadPlan, SavePlan, StepPlans
 from mooncake.store.api import Store
 
 log = logging.getLogger(__name__)
@@ -31,20 +37,24 @@ log = logging.getLogger(__name__)
 class MarkedPages(PageAccess, Protocol):
     def mark(self, layer: int) -> None: ...
 
+    def mark_loads(self) -> None: ...
+
 
 class Finished(msgspec.Struct, frozen=True):
-    """saved, loaded: requests. failed_pages: of those loaded, where nothing came."""
+    """saved: requests. fetched: numbers of fetches, with the token up to which each came."""
 
     saved: frozenset[str] = frozenset()
-    loaded: frozenset[str] = frozenset()
-    failed_pages: frozenset[int] = frozenset()
+    fetched: tuple[tuple[int, int], ...] = ()
 
 
-class _Load:
-    def __init__(self, plan: LoadPlan, reader: ObjectReader, pages: np.ndarray) -> None:
+class _Fetch:
+    """num_loads: load tasks under way."""
+
+    def __init__(self, plan: FetchPlan, reader: ObjectReader) -> None:
         self.plan = plan
         self.reader = reader
-        self.pages = pages
+        self.dropped = False
+        self.num_loads = 0
 
 
 class _Saves:
@@ -66,27 +76,46 @@ class WorkerSide:
         self._shard = shard
         self._num_layers = pages.layout.num_layers
         self._mover = KvMover(pages, shape.block_tokens, self._load_ended, self._save_ended, self._failed)
+        self._fetcher = WorkThread("kv-fetch", self._failed)
         self._lock = threading.Lock()
         self._next = 0
-        self._loads: dict[int, _Load] = {}
+        self._fetches: dict[int, _Fetch] = {}
+        """By number, until they are loaded or dropped."""
+        self._fetched: list[tuple[int, int]] = []
+        self._loading: dict[int, _Fetch] = {}
+        """By the number of each load task under way."""
+        self._step_loads: list[LoadTask] = []
         self._saves: dict[str, _Saves] = {}
         self._saving: dict[int, tuple[_Saves, ObjectWriter]] = {}
         """By the number of each task under way."""
         self._step: list[StoreTask] = []
         self._step_layers = 0
         """How many leading layers of this step are known to be computed."""
-        self._loaded: dict[str, None] = {}
-        self._failed_pages: dict[int, None] = {}
 
     # ------------------------------------------------------------------ from vLLM's thread
 
     def begin_step(self, plans: StepPlans) -> None:
+        for fetch in plans.fetches:
+            self._begin_fetch(fetch)
+        for number in plans.dropped:
+            self._drop(self._fetches.pop(number))
         self._step_layers = 0
         self._step = [self._begin_save(plan) for plan in plans.saves]
 
     def start_loads(self, plans: StepPlans) -> None:
-        for plan in plans.loads:
-            self._start_load(plan)
+        """Returns when all last pages are there."""
+        if not plans.loads:
+            return
+        self._pages.mark_loads()
+        loads = [(plan, self._fetches.pop(plan.number)) for plan in plans.loads]
+        last_pages = [self._load(*each, last_page=True) for each in loads]
+        self._step_loads = [self._load(*each, last_page=False) for each in loads]
+        self._await(last_pages, self._num_layers - 1)
+
+    def wait_layer(self, layer: int) -> None:
+        """Until that layer of this step's loads is in the pages."""
+        if self._step_loads:
+            self._await(self._step_loads, layer)
 
     def layer_computed(self, layer: int) -> None:
         if not self._step:
@@ -98,7 +127,9 @@ class WorkerSide:
         self._step_layers = max(self._step_layers, layer + 1)
 
     def end_step(self) -> None:
-        """All layers are computed, also those that nobody told of."""
+        """All layers are computed, also those that nobody told of or waited for."""
+        self.wait_layer(self._num_layers - 1)
+        self._step_loads = []
         self.layer_computed(self._num_layers - 1)
         for task in self._step:
             self._mover.finish_store(task, True)
@@ -123,11 +154,13 @@ class WorkerSide:
             saved = [request for request, saves in self._saves.items() if saves.ended and not saves.tasks]
             for request in saved:
                 del self._saves[request]
-            loaded, self._loaded = self._loaded, {}
-            failed, self._failed_pages = self._failed_pages, {}
-        return Finished(frozenset(saved), frozenset(loaded), frozenset(failed))
+            fetched, self._fetched = self._fetched, []
+        return Finished(frozenset(saved), tuple(fetched))
 
     def close(self) -> None:
+        for fetch in self._fetches.values():
+            self._drop(fetch)
+        self._fetcher.close()
         self._mover.close()
         self._store.close()
 
@@ -147,18 +180,35 @@ class WorkerSide:
         end = self._shape.whole_pages(end)
         return end, start // self._shape.block_tokens, -(-end // self._shape.block_tokens)
 
-    def _start_load(self, plan: LoadPlan) -> None:
-        end, first, last = self._objects(plan.start, plan.end)
+    def _begin_fetch(self, plan: FetchPlan) -> None:
+        _, first, last = self._objects(plan.start, plan.end)
         sizes = self._sizes(plan.num_tokens, len(plan.keys))[first:last]
         whole = self._shape.whole_pages(plan.num_tokens)
         reader = ObjectReader(self._store, object_keys(plan.keys, self._shard)[first:last], first, sizes, whole)
-        load = _Load(plan, reader, np.array(plan.pages, dtype=np.int64))
-        self._load(load, plan.start, end)
+        fetch = self._fetches[plan.number] = _Fetch(plan, reader)
+        self._fetcher.put(lambda: self._fetch(fetch))
 
-    def _load(self, load: _Load, start: int, end: int) -> None:
-        self._next += 1
-        self._loads[self._next] = load
-        self._mover.load(LoadTask(self._next, start, end, load.pages, load.reader))
+    def _drop(self, fetch: _Fetch) -> None:
+        """After the fetch itself, if that is still under way."""
+        fetch.dropped = True
+        self._fetcher.put(fetch.reader.close)
+
+    def _load(self, plan: LoadPlan, fetch: _Fetch, *, last_page: bool) -> LoadTask:
+        """The page that the load does not fill, if there is one; or all pages before it."""
+        full = max(plan.start, plan.end // self._shape.page_tokens * self._shape.page_tokens)
+        start, end = (full, self._shape.whole_pages(plan.end)) if last_page else (plan.start, full)
+        with self._lock:
+            self._next += 1
+            fetch.num_loads += 1
+            self._loading[self._next] = fetch
+        task = LoadTask(self._next, start, end, np.array(plan.pages, dtype=np.int64), fetch.reader)
+        self._mover.load(task)
+        return task
+
+    def _await(self, tasks: Sequence[LoadTask], layer: int) -> None:
+        for task in tasks:
+            if not task.wait(layer):
+                raise RuntimeError(f"tokens [{task.start}, {task.end}) of a request were not copied into its pages")
 
     def _begin_save(self, plan: SavePlan) -> StoreTask:
         end, first, last = self._objects(plan.start, plan.end)
@@ -175,21 +225,23 @@ class WorkerSide:
 
     # ------------------------------------------------------------------ from the copying threads
 
-    def _load_ended(self, task: LoadTask) -> None:
-        """What there is of a load that failed is loaded all the same."""
-        load = self._loads.pop(task.seq)
-        plan, came = load.plan, task.end
-        if not task.ok:
-            num_objects = plan.start // self._shape.block_tokens + (load.reader.num_read or 0)
-            came = num_objects * self._shape.block_tokens
-            if plan.start < came < task.end:
-                self._load(load, plan.start, came)
-                return
-            came = plan.start
-        load.reader.close()
+    def _fetch(self, fetch: _Fetch) -> None:
+        if fetch.dropped:
+            return
+        plan, end = fetch.plan, fetch.reader.num_tokens
+        num_read = fetch.reader.open()
+        if num_read < fetch.reader.num_objects:
+            end = max(plan.start, (plan.start // self._shape.block_tokens + num_read) * self._shape.block_tokens)
         with self._lock:
-            self._loaded[plan.request] = None
-            self._failed_pages.update(dict.fromkeys(plan.pages[came // self._shape.page_tokens :]))
+            self._fetched.append((plan.number, min(plan.end, end)))
+
+    def _load_ended(self, task: LoadTask) -> None:
+        with self._lock:
+            fetch = self._loading.pop(task.seq)
+            fetch.num_loads -= 1
+            is_last = not fetch.num_loads
+        if is_last:
+            fetch.reader.close()
 
     def _save_ended(self, task: StoreTask) -> None:
         """Commit before anybody hears of it. What is not committed is a miss for whoever wants it."""
