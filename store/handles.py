@@ -51,11 +51,12 @@ class Hold(enum.IntEnum):
 
 class Link:
     """One connection to a node, as its handles see it. `lost`: why it ended. local: reads of this machine's node that go
-    without it."""
+    without it. charges_tenants: whether the node wants to know for whom a request is."""
 
-    def __init__(self, path: Path, local: LocalReader | None = None) -> None:
+    def __init__(self, path: Path, local: LocalReader | None = None, *, charges_tenants: bool = False) -> None:
         self.path = path
         self.local = local
+        self.charges_tenants = charges_tenants
         self.lost: str | None = None
         self.num_calls = 0
         self._lock = threading.Lock()

@@ -321,6 +321,7 @@ class StoreNode:
             connection.session,
             num_entries,
             config.alignment,
+            bool(config.quotas),
         )
 
     def gone(self, connection: Connection) -> None:

@@ -148,10 +148,11 @@ class Abort(Message, frozen=True):
 
 class LoadAhead(Message, frozen=True):
     """A sequence will come whose leading blocks are at `source`: load them if there is room, and if those up to token `start`,
-    named by an earlier such message, are still there. Nobody waits for it, and there is no answer."""
+    named by an earlier such message, are still there. Nobody waits for it, and there is no answer. tenant: whose it is."""
 
     start: int
     source: KvSource
+    tenant: str = ""
 
 
 class HandoverDone(Message, frozen=True):

@@ -41,10 +41,12 @@ class SourceReader:
             await self._client.remove([self._keys[at] for at in self._leased.damaged], damaged=True)
 
 
-async def open_source(client: StoreOperations, source: KvSource, shard: bytes, block_tokens: int) -> SourceReader:
+async def open_source(
+    client: StoreOperations, source: KvSource, shard: bytes, block_tokens: int, tenant: str = ""
+) -> SourceReader:
     """Lease what there is of the source. Raises StoreError if the node cannot be asked."""
     keys = object_keys(_keys(source), shard)
-    leased = await client.lease(keys)
+    leased = await client.lease(keys, tenant=tenant)
     return SourceReader(client, leased, source, keys, block_tokens)
 
 
@@ -131,9 +133,10 @@ async def watch_target(
 
 
 async def reserve_target(
-    client: StoreOperations, target: KvSource, layout: KvLayout, shard: bytes, block_tokens: int
+    client: StoreOperations, target: KvSource, layout: KvLayout, shard: bytes, block_tokens: int, tenant: str = ""
 ) -> TargetWriter | None:
-    """All or nothing; None if there is no room now. Raises StoreError if the node cannot be asked."""
+    """All or nothing; None if there is no room now. What exceeds the tenant's quota lives as long as its leases. Raises
+    StoreError if the node cannot be asked."""
     num_blocks = len(target.block_keys)
     sizes = [layout.object_bytes(block_tokens)] * num_blocks
     if target.partial_key:
@@ -144,6 +147,7 @@ async def reserve_target(
         lease_existing=True,
         all_or_nothing=True,
         ephemeral_last=bool(target.partial_key),
+        tenant=tenant,
     )
     if all(status in (PutStatus.RESERVED, PutStatus.EXISTS) for status in reservation.statuses):
         return TargetWriter(client, reservation, target)

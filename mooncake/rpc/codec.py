@@ -552,6 +552,7 @@ def _to_kv_part_ready(message: pb.KvPartReady) -> KvPartReady:
 def _load_ahead(message: LoadAhead, item: pb.Item) -> None:
     item.load_ahead.start = message.start
     _source(message.source, item.load_ahead.source)
+    item.load_ahead.tenant = message.tenant
 
 
 def _attempt_failed(message: AttemptFailed, item: pb.Item) -> None:
@@ -744,7 +745,7 @@ _TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], A
     ),
     (StepTokens, "step_tokens", _step_tokens, _to_step_tokens),
     (KvPartReady, "kv_part_ready", _kv_part_ready, _to_kv_part_ready),
-    (LoadAhead, "load_ahead", _load_ahead, lambda m: LoadAhead(m.start, _to_source(m.source))),
+    (LoadAhead, "load_ahead", _load_ahead, lambda m: LoadAhead(m.start, _to_source(m.source), m.tenant)),
     (KvReady, "kv_ready", _kv_ready, lambda m: KvReady(m.instance, _to_key(m.key), _to_source(m.source))),
     (
         AttemptFailed,

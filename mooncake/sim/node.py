@@ -50,6 +50,7 @@ from mooncake.store.events import (
     SsdRests,
     SsdWritten,
     Tick,
+    Usage,
     WriteSsd,
 )
 from mooncake.store.eviction import POLICIES
@@ -80,6 +81,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     """Between the segment and instances of the same machine."""
     nic_bytes_per_s: float = 5e9
     eviction: str = "lru"
+    quotas: dict[str, int] = {}
+    """Bytes of memory by tenant."""
     ssd_bytes: int = 0
     """Of the tier below memory; 0: there is none."""
     ssd_bytes_per_s: float = 6e9
@@ -130,6 +133,7 @@ class SimNode:
             policy=POLICIES[config.eviction](),
             allocator=Budget(config.capacity_bytes, config.alignment),
             ssd=_ssd_config(config),
+            quotas=config.quotas,
         )
         self.memory = Link(f"{name}.memory", config.local_bytes_per_s)
         self.nic_in = Link(f"{name}.in", config.nic_bytes_per_s)
@@ -146,6 +150,7 @@ class SimNode:
             Reply: self._reply,
             Fault: self._fault,
             Report: self._report,
+            Usage: lambda command: None,  # for a directory, which the Conductor is not in this
             Snapshot: self._snapshot,
             WriteSsd: self._ssd_job,
             ReadSsd: self._ssd_job,
@@ -331,7 +336,9 @@ class NodeClient:
 class SimSource:
     """Leased leading objects of a source (`mooncake.engine.kv_objects.SourceReader`)."""
 
-    def __init__(self, client: NodeClient, source: KvSource, on_opened: Callable[[int], None]) -> None:
+    def __init__(
+        self, client: NodeClient, source: KvSource, on_opened: Callable[[int], None], tenant: str = ""
+    ) -> None:
         self.num_tokens = 0
         self.ssd_tokens = 0
         """Of these, those that were read from SSD for it."""
@@ -342,7 +349,7 @@ class SimSource:
         self._held: tuple[int, ...] = ()
         keys = _object_keys(source.block_keys, source.partial_key)
         # on_opened is not kept: it may hold this object, and what is no cycle is freed at once.
-        self._request_id = client.call(Lease, lambda found: self._leased(found, on_opened), keys)
+        self._request_id = client.call(Lease, lambda found: self._leased(found, on_opened), keys, tenant)
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
         config = self._client.node.config
@@ -378,7 +385,9 @@ class SimSource:
 class SimTarget:
     """Objects reserved for a sequence (`mooncake.engine.kv_objects.TargetWriter`): blocks, and the ephemeral last one."""
 
-    def __init__(self, client: NodeClient, target: KvSource, on_reserved: Callable[[bool], None]) -> None:
+    def __init__(
+        self, client: NodeClient, target: KvSource, on_reserved: Callable[[bool], None], tenant: str = ""
+    ) -> None:
         self.num_tokens = target.num_tokens
         self.num_stored = 0
         """Leading objects that exist already."""
@@ -403,6 +412,7 @@ class SimTarget:
             lease_existing=True,
             all_or_nothing=True,
             ephemeral_last=partial,
+            tenant=tenant,
         )
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:

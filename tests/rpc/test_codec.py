@@ -142,7 +142,7 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.Members: st.builds(m.Members, st.lists(INFO, max_size=2).map(tuple)),
     m.Submit: st.builds(m.Submit, jobs()),
     m.Abort: st.builds(m.Abort, KEYS),
-    m.LoadAhead: st.builds(m.LoadAhead, INT64, SOURCE),
+    m.LoadAhead: st.builds(m.LoadAhead, INT64, SOURCE, TEXT),
     m.HandoverDone: st.builds(m.HandoverDone, KEYS),
     m.LiveAttempts: st.builds(m.LiveAttempts, TEXT, KEYS, KEYS),
     m.StepTokens: steps(),

@@ -459,12 +459,14 @@ class KvPartReady(_message.Message):
     def __init__(self, instance: _Optional[str] = ..., key: _Optional[_Union[Key, _Mapping]] = ..., start: _Optional[int] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ...) -> None: ...
 
 class LoadAhead(_message.Message):
-    __slots__ = ("start", "source")
+    __slots__ = ("start", "source", "tenant")
     START_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     start: int
     source: KvSource
-    def __init__(self, start: _Optional[int] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ...) -> None: ...
+    tenant: str
+    def __init__(self, start: _Optional[int] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class AttemptFailed(_message.Message):
     __slots__ = ("instance", "key", "reason", "detail")
