@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
+import msgspec
+
 from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S, Tier
 from mooncake.store.allocator import Allocator, BytesAllocator
 from mooncake.store.claims import Claims, Reservations
@@ -776,7 +778,8 @@ class StoreCore:
         commands: list[Command] = []
         for lease in self._waiting.take_done(now):
             places = self._lease_found(lease.client, lease.rows)
-            commands.append(Reply(lease.client, lease.request_id, places, lease.num_loaded))
+            places = msgspec.structs.replace(places, num_loaded=lease.num_loaded)
+            commands.append(Reply(lease.client, lease.request_id, places))
         calls, self._waiting.calls = self._waiting.calls, []
         for call in calls:
             if isinstance(call.event, Reserve):
@@ -851,7 +854,8 @@ class StoreCore:
 
 
 def _nowhere(count: int) -> Places:
-    return Places(*[(None,) * count] * 3)
+    nothing = (None,) * count
+    return Places(nothing, nothing, nothing)
 
 
 def _with_statuses(places: Places, statuses: tuple[PutStatus, ...]) -> Puts:

@@ -200,13 +200,10 @@ class Command(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-class Reply(Command, frozen=True, omit_defaults=True):
-    """num_loaded: of the objects leased, how many were read from SSD for it."""
-
+class Reply(Command, frozen=True):
     client: int
     request_id: int
     results: Results
-    num_loaded: int = 0
 
 
 class Fault(Command, frozen=True):

@@ -140,13 +140,17 @@ class LeasedObjects:
         """Of objects that are read, or written, range by range."""
         self.damaged: dict[int, None] = {}
         """Those that were found to be; whoever leased them should have them removed."""
+        self.num_loaded = 0
+        """How many were read from SSD for the lease."""
         self._lock = threading.Lock()
 
     @classmethod
     def placed(cls, link: Link, places: Places) -> LeasedObjects:
         """What a Lease was answered with."""
         locations = places.locations()
-        return cls(link, locations, [Hold.LEASED if each else Hold.NOTHING for each in locations], places.checksums)
+        leased = cls(link, locations, [Hold.LEASED if each else Hold.NOTHING for each in locations], places.checksums)
+        leased.num_loaded = places.num_loaded
+        return leased
 
     @classmethod
     def found(cls, link: Link, found: Sequence[Found], slots: Sequence[int]) -> LeasedObjects:

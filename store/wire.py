@@ -36,6 +36,9 @@ from mooncake.transport.frames import ErrorCode, Frame, Kind, pack, pack_error
 
 _T = TypeVar("_T")
 VERSION = 3
+TELLS_LOADED = 1
+"""The minor version from which on a lease's answer may say how many objects were read from SSD for it."""
+MINOR = TELLS_LOADED
 MAX_CONTROL_BYTES = MAX_BATCH * (OBJECT_KEY_BYTES + 16) + 4096
 MAX_HELLO_BYTES = 4096
 
@@ -71,14 +74,23 @@ class Flag(enum.IntFlag):
     """The payload ends with the tenant's name. Only to nodes that say in their WELCOME that they charge tenants."""
 
 
+class ReplyFlag(enum.IntFlag):
+    """Of a REPLY, beside Flag.CHECKSUMS."""
+
+    LOADED = 1
+    """To a LEASE: the payload ends with the number of objects that were read from SSD for it."""
+
+
 class Hello(msgspec.Struct, frozen=True):
-    """session: empty to open one; that of the WELCOME to add a data connection to it."""
+    """session: empty to open one; that of the WELCOME to add a data connection to it. minor: what the client knows beyond what
+    all of that version do."""
 
     version: int
     token: str
     client: str
     tenant: str
     session: bytes = b""
+    minor: int = 0
 
 
 class Welcome(msgspec.Struct, frozen=True):
@@ -284,7 +296,8 @@ _PUT_STATUSES = tuple(PutStatus).__getitem__  # a tenth of the time of calling t
 _COMMIT_STATUSES = tuple(CommitStatus).__getitem__
 
 
-def encode_reply(request_id: int, results: Results) -> bytes:
+def encode_reply(request_id: int, results: Results, minor: int = MINOR) -> bytes:
+    """minor: of the client."""
     flags = 0
     if isinstance(results, Puts):
         payload = bytes(results.statuses) + _encode_places(results)
@@ -292,6 +305,8 @@ def encode_reply(request_id: int, results: Results) -> bytes:
         payload = _encode_places(results)
         if results.checksums:
             flags, payload = Flag.CHECKSUMS, payload + _encode_checksums(results.checksums)
+        if results.num_loaded and minor >= TELLS_LOADED:
+            flags, payload = flags | ReplyFlag.LOADED, payload + _u64s((results.num_loaded,))
     else:
         payload = bytes(results)  # statuses and bools are small integers
     return pack(Op.REPLY, payload, flags=flags, count=len(results), request=request_id)
@@ -312,7 +327,11 @@ def decode_reply(event: Request, frame: Frame) -> Results:
             case Grant():
                 return _decode_places(n, payload, checksums=False)
             case Lease():
-                return _decode_places(n, payload, checksums=bool(frame.flags & Flag.CHECKSUMS))
+                loaded_at = len(payload) - 8 if frame.flags & ReplyFlag.LOADED else len(payload)
+                places = _decode_places(n, payload[:loaded_at], checksums=bool(frame.flags & Flag.CHECKSUMS))
+                if not frame.flags & ReplyFlag.LOADED:
+                    return places
+                return msgspec.structs.replace(places, num_loaded=int.from_bytes(payload[loaded_at:], "little"))
             case Commit() | Name():
                 return tuple(map(_COMMIT_STATUSES, payload))
             case _:

@@ -21,7 +21,8 @@ _FIRST_LOOK_S, _LOOK_S = 0.002, 0.05
 
 
 class SourceReader:
-    """The leading objects of a source that could be leased. num_tokens: how many tokens they cover."""
+    """The leading objects of a source that could be leased. num_tokens: how many tokens they cover; ssd_tokens: of these, those
+    that were read from SSD for it."""
 
     def __init__(
         self, client: StoreOperations, leased: LeasedObjects, source: KvSource, keys: Sequence[bytes], block_tokens: int
@@ -31,6 +32,7 @@ class SourceReader:
         self._keys = keys
         whole = leased.hits == len(leased)
         self.num_tokens = source.num_tokens if whole else leased.hits * block_tokens
+        self.ssd_tokens = min(self.num_tokens, leased.num_loaded * block_tokens)
 
     def use(self, index: int, offset: int, size: int, use: Callable[[memoryview], None]) -> None:
         self._leased.use(index, offset, size, use)

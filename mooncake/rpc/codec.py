@@ -48,7 +48,6 @@ from mooncake.core.messages import (
     Registered,
     RegisterNode,
     Rejected,
-    ReusedTokens,
     SnapshotRequest,
     StateChange,
     StepTokens,
@@ -68,6 +67,7 @@ from mooncake.core.types import (
     InstanceState,
     Job,
     KvSource,
+    ReusedTokens,
     Role,
     SamplingParams,
     Slo,
@@ -77,7 +77,8 @@ from mooncake.core.types import (
 from mooncake.rpc.generated import mooncake_pb2 as pb
 
 _FINISHES = tuple(FinishReason)
-_LOAD_FIELDS = InstanceLoad.__struct_fields__
+_LOAD_FIELDS = InstanceLoad.__struct_fields__[:-1]
+_REUSED_FIELDS = ReusedTokens.__struct_fields__
 _PREDICTION_FIELDS = Prediction.__struct_fields__
 _TIER_FIELDS = TierLoad.__struct_fields__
 _STATUS_FIELDS = ClusterStatus.__struct_fields__[:4]
@@ -578,10 +579,11 @@ def _registered(message: Registered, item: pb.Item) -> None:
 def _load_report(message: LoadReport, item: pb.Item) -> None:
     for field in _LOAD_FIELDS:
         setattr(item.load_report, field, getattr(message.load, field))
+    _set(message.load.reused, item.load_report.reused, _REUSED_FIELDS)
 
 
 def _to_load_report(message: pb.InstanceLoad) -> LoadReport:
-    return LoadReport(InstanceLoad(*(getattr(message, field) for field in _LOAD_FIELDS)))
+    return LoadReport(InstanceLoad(**_values(message, _LOAD_FIELDS), reused=_to_reused(message.reused)))
 
 
 def _cache_delta(message: CacheDelta, item: pb.Item) -> None:
@@ -661,6 +663,10 @@ def _values(message: Any, fields: Sequence[str]) -> dict[str, Any]:
     return {field: getattr(message, field) for field in fields}
 
 
+def _to_reused(message: pb.ReusedTokens) -> ReusedTokens:
+    return ReusedTokens(**_values(message, _REUSED_FIELDS))
+
+
 def _tiers(tiers: Sequence[TierLoad], out: Any) -> None:
     for tier in tiers:
         _set(tier, out.add(), _TIER_FIELDS)
@@ -694,7 +700,7 @@ def _told(message: Told, item: pb.Item) -> None:
 def _cluster_status(message: ClusterStatus, item: pb.Item) -> None:
     out = item.cluster_status
     _set(message, out, _STATUS_FIELDS)
-    _set(message.reused, out.reused, ReusedTokens.__struct_fields__)
+    _set(message.reused, out.reused, _REUSED_FIELDS)
     for name, count in message.counts:
         out.counts.add(name=name, count=count)
     for instance in message.instances:
@@ -709,7 +715,7 @@ def _to_cluster_status(message: pb.ClusterStatus) -> ClusterStatus:
     return ClusterStatus(
         **_values(message, _STATUS_FIELDS),
         counts=tuple((each.name, each.count) for each in message.counts),
-        reused=ReusedTokens(**_values(message.reused, ReusedTokens.__struct_fields__)),
+        reused=_to_reused(message.reused),
         instances=tuple(
             InstanceStatus(**_values(each, InstanceStatus.__struct_fields__)) for each in message.instances
         ),

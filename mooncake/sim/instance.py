@@ -229,6 +229,7 @@ class SimInstance:
             command.seq,
             command.job,
             source_tokens=command.source_tokens,
+            ssd_tokens=self._sources[command.seq].ssd_tokens if command.source_tokens else 0,
             one_token=command.one_token,
             store=command.store,
             stored_tokens=self._targets[command.seq].num_stored * limits.block_tokens if command.store else 0,

@@ -210,8 +210,6 @@ class SimNode:
     def _reply(self, command: Reply) -> None:
         client = self._clients.get(command.client)
         if client is not None and client.awaits(command.request_id):
-            if command.num_loaded:
-                client.note_loaded(command.request_id, command.num_loaded)
             self.loop.after(self.config.call_ns, client.replied, command.request_id, command.results)
 
     def _fault(self, command: Fault) -> None:
@@ -259,8 +257,6 @@ class NodeClient:
         self.is_local = home is node
         self._ids = itertools.count(1)
         self._pending: dict[int, OnReply] = {}
-        self._num_loaded: dict[int, int] = {}
-        """By request, how many of the objects that it leases come from SSD; until its reply is there."""
         self._path_in, self._path_out = [node.memory], [node.memory]
         if not self.is_local:
             self._path_in += [node.nic_in, *([home.nic_out] if home is not None else [])]
@@ -282,8 +278,8 @@ class NodeClient:
         for on_reply in pending.values():
             on_reply(None)
 
-    def call(self, kind: Callable[..., Request], on_reply: OnReply | None, *arguments: Any, **more: Any) -> int:
-        """kind: of the request, to which the arguments go. Its number is returned; on_reply is never called before."""
+    def call(self, kind: Callable[..., Request], on_reply: OnReply | None, *arguments: Any, **more: Any) -> None:
+        """kind: of the request, to which the arguments go. on_reply is never called before this returns."""
         node, request_id = self.node, next(self._ids)
         if on_reply is not None:
             self._pending[request_id] = on_reply
@@ -291,7 +287,6 @@ class NodeClient:
             node.loop.after(node.config.call_ns, self.replied, request_id, None)
         else:
             node.loop.after(node.config.call_ns, self._arrive, kind(self.number, request_id, *arguments, **more))
-        return request_id
 
     def _arrive(self, request: Request) -> None:
         if not self.lost:
@@ -300,18 +295,10 @@ class NodeClient:
     def awaits(self, request_id: int) -> bool:
         return request_id in self._pending
 
-    def note_loaded(self, request_id: int, num_loaded: int) -> None:
-        self._num_loaded[request_id] = num_loaded
-
-    def num_loaded(self, request_id: int) -> int:
-        """Of a request that is being replied to."""
-        return self._num_loaded.get(request_id, 0)
-
     def replied(self, request_id: int, results: Any) -> None:
         on_reply = self._pending.pop(request_id, None)
         if on_reply is not None:
             on_reply(results)
-        self._num_loaded.pop(request_id, None)
 
     def copy(self, locations: Sequence[Location], num_bytes: int, write: bool, done: Callable[[bool], None]) -> None:
         """Move bytes between the instance and objects, given if claims are checked. done(ok) when the last have arrived."""
@@ -349,7 +336,7 @@ class SimSource:
         self._held: tuple[int, ...] = ()
         keys = _object_keys(source.block_keys, source.partial_key)
         # on_opened is not kept: it may hold this object, and what is no cycle is freed at once.
-        self._request_id = client.call(Lease, lambda found: self._leased(found, on_opened), keys, tenant)
+        client.call(Lease, lambda found: self._leased(found, on_opened), keys, tenant)
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
         config = self._client.node.config
@@ -375,7 +362,7 @@ class SimSource:
             self.num_tokens = numbers.index(None) * config.block_tokens
         else:
             self.num_tokens = self._source.num_tokens if numbers else 0
-        num_loaded = self._client.num_loaded(self._request_id)
+        num_loaded = 0 if results is None else results.num_loaded
         self.ssd_tokens = min(self.num_tokens, num_loaded * config.block_tokens)
         if not self.num_tokens:
             self.close()
