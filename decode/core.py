@@ -190,13 +190,13 @@ class DecodeCore:
                 self._run(attempt)
             else:
                 self._set_opening(attempt, True)
-                self._out.append(OpenSource(attempt.seq, job.source))
+                self._out.append(OpenSource(attempt.seq, job.source, job.tenant))
 
     def _load_ahead(self, message: LoadAhead, now: int) -> None:
         if len(self._ahead) < MAX_AHEAD and not self._life.draining:
             seq = self._table.new_seq()
             self._ahead[seq] = message
-            self._out.append(OpenSource(seq, message.source))
+            self._out.append(OpenSource(seq, message.source, message.tenant))
 
     def _abort(self, message: Abort, now: int) -> None:
         for key in message.keys:

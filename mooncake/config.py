@@ -323,6 +323,11 @@ def parse_quotas(text: str) -> dict[str, int]:
     return quotas
 
 
+def format_quotas(quotas: Mapping[str, int]) -> str:
+    """What `parse_quotas` reads."""
+    return ",".join([f"{tenant}={quota}" for tenant, quota in quotas.items()])
+
+
 def format_bytes(count: int) -> str:
     for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("GB", 10**9), ("KiB", 1 << 10)):
         if count >= size and count % size == 0:

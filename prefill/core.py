@@ -85,10 +85,12 @@ has leases of its own; who is not there yet may be waiting for this very instanc
 
 
 class ReserveKv(msgspec.Struct, frozen=True):
-    """Reserve (or lease, where they exist) the objects of all blocks and the partial last one. Answered by `KvReserved`."""
+    """Reserve (or lease, where they exist) the objects of all blocks and the partial last one, for that tenant. Answered by
+    `KvReserved`."""
 
     seq: int
     target: KvSource
+    tenant: str = ""
 
 
 class KvReserved(msgspec.Struct, frozen=True, tag=True):
@@ -412,8 +414,8 @@ class PrefillCore:
         if attempt.job.source is not None and attempt.job.num_tokens > 1:
             attempt.pending = 2
             # First, so that what a node has to read from SSD for it need not be reserved and written once more.
-            self._out.append(OpenSource(attempt.seq, attempt.job.source))
-        self._out.append(ReserveKv(attempt.seq, attempt.target))
+            self._out.append(OpenSource(attempt.seq, attempt.job.source, attempt.job.tenant))
+        self._out.append(ReserveKv(attempt.seq, attempt.target, attempt.job.tenant))
 
     def _reserved(self, event: KvReserved, now: int) -> None:
         self._reserving = False

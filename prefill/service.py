@@ -78,7 +78,7 @@ class _StoreActions:
         writer = None
         reachable = True
         try:
-            writer = await self._open(command.target)
+            writer = await self._open(command.target, command.tenant)
         except StoreError as error:
             log.warning("reserve: %s", error)
             reachable = False
@@ -87,11 +87,11 @@ class _StoreActions:
         num_stored = 0 if writer is None else writer.num_stored
         self._shell.driver.handle(KvReserved(command.seq, writer is not None, reachable, num_stored))
 
-    async def _open(self, target: KvSource) -> TargetWriter | StoredTarget | None:
-        shell = self._shell
+    async def _open(self, target: KvSource, tenant: str) -> TargetWriter | StoredTarget | None:
+        shell, layout = self._shell, self._host.layout
         if self._host.stores_itself:
             return await watch_target(self._store, target, shell.shard)
-        return await reserve_target(self._store, target, self._host.layout, shell.shard, shell.block_tokens)
+        return await reserve_target(self._store, target, layout, shell.shard, shell.block_tokens, tenant)
 
     async def commit(self, command: CommitKv) -> None:
         ok = False

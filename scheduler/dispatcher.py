@@ -716,7 +716,7 @@ class Dispatcher:
         all, nothing is sent."""
         prefilling = attempt.state is _State.PREFILLING and bool(attempt.choices)
         if prefilling and not attempt.check_decode and attempt.decode in self._open:
-            self._out.append(Send(attempt.decode, LoadAhead(start, source)))
+            self._out.append(Send(attempt.decode, LoadAhead(start, source, attempt.request.spec.tenant)))
 
     def _kv_ready(self, message: KvReady, now: int) -> None:
         attempt = self._attempt(message.key)

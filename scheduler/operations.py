@@ -5,7 +5,7 @@ hold an instance. It reads what the others keep and decides nothing.
 from __future__ import annotations
 
 from mooncake.core.messages import AskExplain, AskHold, ClusterStatus, InstanceStatus, NodeStatus, Told
-from mooncake.core.types import NANOS_PER_MS, InstanceState
+from mooncake.core.types import NANOS_PER_MS, InstanceState, ReusedTokens
 from mooncake.scheduler.bookings import Books
 from mooncake.scheduler.membership import Membership
 from mooncake.scheduler.placer import Placer
@@ -37,7 +37,7 @@ class Operations:
             num_waiting,
             len(self._books.bookings),
             tuple(sorted(placer.counts.items())),
-            placer.reused(),
+            sum([each.load.reused for each in self._view.instances.values() if each.load], ReusedTokens()),
             tuple(_instance_status(instance, now) for instance in self._view.instances.values()),
             tuple(self._node_status(node, now) for node in self._view.nodes.values()),
         )

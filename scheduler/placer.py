@@ -12,13 +12,13 @@ from collections import Counter
 
 import msgspec
 
-from mooncake.core.messages import CopyBlocks, Placed, PlaceRequest, Prediction, Rejected, ReusedTokens, Send
-from mooncake.core.types import TENANT_SHARE_MAX, AttemptKey, KvSource, Tier
+from mooncake.core.messages import CopyBlocks, Placed, PlaceRequest, Prediction, Rejected, Send
+from mooncake.core.types import TENANT_SHARE_MAX, AttemptKey, KvSource
 from mooncake.scheduler.admission import RETRY_NS_MAX, RETRY_NS_MIN, Gate, Question, Verdict
 from mooncake.scheduler.answers import Answers
 from mooncake.scheduler.bookings import Books
 from mooncake.scheduler.config import ConductorConfig
-from mooncake.scheduler.costs import BlockCosts, Offer, sibling_pages
+from mooncake.scheduler.costs import BlockCosts, sibling_pages
 from mooncake.scheduler.placement import Ask, Decision, Known, make_policy
 from mooncake.scheduler.pools import Instance
 from mooncake.scheduler.prefix_index import PrefixIndex
@@ -50,9 +50,6 @@ class Placer:
         self.answers = Answers(config.num_answers_max)
         self.counts: Counter[str] = Counter()
         """placed, waited, replicated, soft_REASON, rejected_REASON: for metrics."""
-        self._num_prompt_tokens = 0
-        self._num_reused = {Tier.HBM: 0, Tier.DRAM: 0, Tier.SSD: 0}
-        """Blocks."""
         self._view = view
         self._books = books
         self._index = index
@@ -129,10 +126,6 @@ class Placer:
         self.counts[f"rejected_{reason}"] += 1
         return answer
 
-    def reused(self) -> ReusedTokens:
-        tokens = [num_blocks * self.config.block_tokens for num_blocks in self._num_reused.values()]
-        return ReusedTokens(self._num_prompt_tokens, *tokens)
-
     # ------------------------------------------------------------ booking
 
     def _book(self, request: PlaceRequest, num_output: int, decision: Decision, verdict: Verdict, now: int) -> Placed:
@@ -163,7 +156,6 @@ class Placer:
         num_computed = num_output
         if decision.offers is not None:
             self._foresee(request, decision, now)
-            self._note_reuse(num_tokens, decision.offers.chosen)
             num_computed += num_tokens - decision.offers.chosen.blocks * self.config.block_tokens
         self._gate.spend(*owner, num_computed, now)
         if self._replication is not None:
@@ -172,13 +164,6 @@ class Placer:
                 self._replicate(wished, decision, now)
         self.counts["placed"] += 1
         return answer
-
-    def _note_reuse(self, num_tokens: int, offer: Offer) -> None:
-        own = min(offer.own, offer.blocks)
-        self._num_prompt_tokens += num_tokens
-        self._num_reused[Tier.HBM] += own
-        self._num_reused[Tier.DRAM] += offer.blocks - own - offer.num_slow
-        self._num_reused[Tier.SSD] += offer.num_slow
 
     def _foresee(self, request: PlaceRequest, decision: Decision, now: int) -> None:
         """What the placement will do to links and caches."""

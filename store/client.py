@@ -150,7 +150,7 @@ class StoreClient(StoreOperations):
         if not addresses:
             raise BadArgument("addresses: at least one is needed")
         self._addresses = sorted(addresses, key=lambda address: not address.startswith("unix:"))  # cheapest first
-        self._hello = wire.Hello(wire.VERSION, token, name, tenant)
+        self._hello = wire.Hello(wire.VERSION, token, name, tenant, minor=wire.MINOR)
         self._node = node
         self._current: _Connection | None = None
         self._reconnecting: asyncio.Task[None] | None = None

@@ -32,11 +32,12 @@ MAX_CONNECTIONS = 1024
 
 
 class Connection(asyncio.Protocol):
-    """data: of a control connection, its data connections."""
+    """data: of a control connection, its data connections. minor: version of the client (`wire.Hello`)."""
 
     def __init__(self, node: StoreNode) -> None:
         self.client = 0
         self.session = b""
+        self.minor = 0
         self.data: list[RangeServer] = []
         self._node = node
         self._loop = asyncio.get_running_loop()

@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
+import msgspec
+
 from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S, Tier
 from mooncake.store.allocator import Allocator, BytesAllocator
 from mooncake.store.claims import Claims, Reservations
@@ -322,21 +324,43 @@ class StoreCore:
         """Reserve space for these keys; nowhere for one that finds none, and None alone if then nothing is wanted."""
         if not new:
             return _nowhere(0)
-        if claims.tenant is None:
+        tenant = self._payer(event)
+        if tenant is None:
             return self._make_unbounded(event, claims, new, now)
-        num_fitting = self._num_within_quota(claims.tenant, _select(event.sizes, new), whole=event.all_or_nothing)
+        if event.tenant:
+            return self._make_for(tenant, event, claims, new, now)
+        num_fitting = self._num_within_quota(tenant, _select(event.sizes, new), whole=event.all_or_nothing)
         num_over = len(new) - num_fitting
         if num_over:
             self.counters["refusals"] += num_over
-            claims.tenant.num_refused += num_over
+            tenant.num_refused += num_over
         if num_over and event.all_or_nothing:
             return None
         made = self._make_unbounded(event, claims, new[:num_fitting], now) if num_fitting else _nowhere(0)
         if made is None:
             return None
         rows = [row for number in made.numbers if number and (row := claims.writable_row(number)) is not None]
-        self._quotas.charge(claims.tenant, rows)
+        self._quotas.charge(tenant, rows)
         return _join((made, _nowhere(num_over)), range(len(new)))
+
+    def _payer(self, event: Reserve | Lease) -> Tenant | None:
+        """Whose quota what the call brings into memory counts for."""
+        if event.tenant:
+            return self._quotas.tenants.get(event.tenant)
+        return self._claims(event.client).tenant
+
+    def _make_for(self, tenant: Tenant, event: Reserve, claims: Claims, new: Sequence[int], now: int) -> Places | None:
+        """As `_make`, for a tenant that the call names. All of it counts as long as it is there."""
+        num_kept = self._num_within_quota(tenant, _select(event.sizes, new), whole=False)
+        made = self._make_unbounded(event, claims, new, now)
+        if made is None:
+            return None
+        rows = [None if number is None else claims.writable_row(number) for number in made.numbers]
+        self._quotas.charge(tenant, [row for row in rows if row is not None])
+        over = [row for row in rows[num_kept:] if row is not None and row not in self._objects.transient]
+        self._objects.transient.update(dict.fromkeys(over))
+        tenant.num_refused += len(over)
+        return made
 
     def _num_within_quota(self, tenant: Tenant, sizes: Sequence[int], *, whole: bool) -> int:
         """How many of these, from the first on, the tenant has room for, after what is oldest of it was evicted. whole: all of
@@ -701,7 +725,7 @@ class StoreCore:
             return self._put_off(event, began_at, room_until, wanted)
         objects.hold([row for row in found if row is not None])
         commands: list[Command] = [*ssd.load(new)] if new else []
-        tenant = self._claims(event.client).tenant
+        tenant = self._payer(event)
         if tenant is not None:  # it comes to memory for this one, and is not refused: what follows has less room
             self._quotas.charge(tenant, [ssd.loading[key] for key in new if key in ssd.loading])
         loads = 0
@@ -754,7 +778,8 @@ class StoreCore:
         commands: list[Command] = []
         for lease in self._waiting.take_done(now):
             places = self._lease_found(lease.client, lease.rows)
-            commands.append(Reply(lease.client, lease.request_id, places, lease.num_loaded))
+            places = msgspec.structs.replace(places, num_loaded=lease.num_loaded)
+            commands.append(Reply(lease.client, lease.request_id, places))
         calls, self._waiting.calls = self._waiting.calls, []
         for call in calls:
             if isinstance(call.event, Reserve):
@@ -829,7 +854,8 @@ class StoreCore:
 
 
 def _nowhere(count: int) -> Places:
-    return Places(*[(None,) * count] * 3)
+    nothing = (None,) * count
+    return Places(nothing, nothing, nothing)
 
 
 def _with_statuses(places: Places, statuses: tuple[PutStatus, ...]) -> Puts:

@@ -18,6 +18,8 @@ from mooncake.store.types import CommitStatus, Places, PutMode, Puts
 _KEY_LENGTHS = {OBJECT_KEY_BYTES}
 MAX_BATCH = 16_384
 """Keys or numbers of one event: bounds the time one client can hold the node, about 20 ms."""
+TENANT_BYTES_MAX = 256
+"""Of a name in a request; those of key files have 64."""
 
 
 class Event(msgspec.Struct, frozen=True, tag=True):
@@ -37,7 +39,8 @@ class Reserve(Request, frozen=True):
     lease_existing: lease those that EXIST to the client. all_or_nothing: if one key gets no room, none is reserved or
     leased and all are REFUSED. ephemeral: the objects are freed as soon as their last lease goes and are not reported
     to the directory; ephemeral_last: only the last of them. checksums: xxh3-64 of the contents, one per key; mandatory
-    in STRICT mode."""
+    in STRICT mode. tenant: whose it is, from a client that puts for many, in place of its own. What exceeds the quota of one
+    that is named here is not refused but ephemeral: it can be handed over, and is not kept."""
 
     keys: tuple[bytes, ...]
     sizes: tuple[int, ...]
@@ -47,6 +50,7 @@ class Reserve(Request, frozen=True):
     ephemeral: bool = False
     checksums: tuple[int, ...] = ()
     ephemeral_last: bool = False
+    tenant: str = ""
 
 
 class Commit(Request, frozen=True):
@@ -82,9 +86,11 @@ class Cancel(Request, frozen=True):
 
 
 class Lease(Request, frozen=True):
-    """Answered by Places. A key leased twice must be released twice."""
+    """Answered by Places. A key leased twice must be released twice. tenant: who wants it, as in Reserve; what has to be read
+    from SSD is its."""
 
     keys: tuple[bytes, ...]
+    tenant: str = ""
 
 
 class Release(Request, frozen=True):
@@ -194,13 +200,10 @@ class Command(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-class Reply(Command, frozen=True, omit_defaults=True):
-    """num_loaded: of the objects leased, how many were read from SSD for it."""
-
+class Reply(Command, frozen=True):
     client: int
     request_id: int
     results: Results
-    num_loaded: int = 0
 
 
 class Fault(Command, frozen=True):
@@ -288,8 +291,12 @@ def fault_of(event: Request, capacity: int) -> str | None:
     return _CHECKS[type(event)](event, capacity)
 
 
-def _check_keys(event: Lease | Exists | Remove, capacity: int) -> str | None:
+def _check_keys(event: Exists | Remove, capacity: int) -> str | None:
     return _fault_of_keys(event.keys)
+
+
+def _check_lease(event: Lease, capacity: int) -> str | None:
+    return _fault_of_keys(event.keys) or _fault_of_tenant(event.tenant)
 
 
 def _check_numbers(event: Cancel | Release, capacity: int) -> str | None:
@@ -317,7 +324,7 @@ def _check_name(event: Name, capacity: int) -> str | None:
 
 
 def _check_reserve(event: Reserve, capacity: int) -> str | None:
-    return fault_of_reserve(event, 0, capacity)
+    return fault_of_reserve(event, 0, capacity) or _fault_of_tenant(event.tenant)
 
 
 def fault_of_reserve(event: Reserve, num_found: int, capacity: int) -> str | None:
@@ -349,7 +356,7 @@ _CHECKS: dict[type[Request], Callable[[Any, int], str | None]] = {
     Grant: _check_grant,
     Name: _check_name,
     Cancel: _check_numbers,
-    Lease: _check_keys,
+    Lease: _check_lease,
     Release: _check_numbers,
     Exists: _check_keys,
     Remove: _check_keys,
@@ -363,6 +370,12 @@ def _fault_of_keys(keys: tuple[bytes, ...]) -> str | None:
         return None
     at, size = next((at, len(key)) for at, key in enumerate(keys) if len(key) != OBJECT_KEY_BYTES)
     return f"keys[{at}]: must have {OBJECT_KEY_BYTES} bytes, got {size}"
+
+
+def _fault_of_tenant(tenant: str) -> str | None:
+    if len(tenant.encode()) <= TENANT_BYTES_MAX:
+        return None
+    return f"tenant: must have at most {TENANT_BYTES_MAX} bytes, got {len(tenant.encode())}"
 
 
 def _fault_of_numbers(numbers: tuple[int, ...]) -> str | None:

@@ -51,11 +51,12 @@ class Hold(enum.IntEnum):
 
 class Link:
     """One connection to a node, as its handles see it. `lost`: why it ended. local: reads of this machine's node that go
-    without it."""
+    without it. charges_tenants: whether the node wants to know for whom a request is."""
 
-    def __init__(self, path: Path, local: LocalReader | None = None) -> None:
+    def __init__(self, path: Path, local: LocalReader | None = None, *, charges_tenants: bool = False) -> None:
         self.path = path
         self.local = local
+        self.charges_tenants = charges_tenants
         self.lost: str | None = None
         self.num_calls = 0
         self._lock = threading.Lock()
@@ -139,13 +140,17 @@ class LeasedObjects:
         """Of objects that are read, or written, range by range."""
         self.damaged: dict[int, None] = {}
         """Those that were found to be; whoever leased them should have them removed."""
+        self.num_loaded = 0
+        """How many were read from SSD for the lease."""
         self._lock = threading.Lock()
 
     @classmethod
     def placed(cls, link: Link, places: Places) -> LeasedObjects:
         """What a Lease was answered with."""
         locations = places.locations()
-        return cls(link, locations, [Hold.LEASED if each else Hold.NOTHING for each in locations], places.checksums)
+        leased = cls(link, locations, [Hold.LEASED if each else Hold.NOTHING for each in locations], places.checksums)
+        leased.num_loaded = places.num_loaded
+        return leased
 
     @classmethod
     def found(cls, link: Link, found: Sequence[Found], slots: Sequence[int]) -> LeasedObjects:

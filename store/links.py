@@ -22,11 +22,12 @@ def open_link(address: str, hello: wire.Hello, welcome: wire.Welcome, stall_s: f
     family, _ = parse_address(address)
     if family == socket.AF_UNIX:
         with contextlib.suppress(SegmentError):
-            path = open_segment(Region("shm", welcome.segment, welcome.capacity), welcome.epoch)
-            return Link(path, _local_reader(path, welcome))
+            segment = open_segment(Region("shm", welcome.segment, welcome.capacity), welcome.epoch)
+            return Link(segment, _local_reader(segment, welcome), charges_tenants=welcome.charges_tenants)
     greeting = msgspec.structs.replace(hello, session=welcome.session)
     region = Region("tcp", address, welcome.capacity)
-    return Link(TcpPath(region, wire.encode_hello(greeting), timeout_s=stall_s))
+    path = TcpPath(region, wire.encode_hello(greeting), timeout_s=stall_s)
+    return Link(path, charges_tenants=welcome.charges_tenants)
 
 
 def _local_reader(path: ShmPath, welcome: wire.Welcome) -> LocalReader | None:

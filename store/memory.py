@@ -38,7 +38,8 @@ class MemoryNode:
         self._clients = itertools.count(1)
 
     def attach(self) -> tuple[int, Link]:
-        return next(self._clients), Link(self._transport.open(self._registration.region))
+        path = self._transport.open(self._registration.region)
+        return next(self._clients), Link(path, charges_tenants=bool(self.core.tenants()))
 
     def handle(self, event: Event) -> list[Command]:
         """What came of the event, reports excepted. Deadlines that passed since the last event pass first."""

@@ -303,6 +303,7 @@ class StoreNode:
         self._last_client += 1
         connection.client = self._last_client
         connection.session = secrets.token_bytes(16)
+        connection.minor = hello.minor
         self._clients[connection.client] = connection
         self._sessions[connection.session] = connection
         if hello.tenant in self.config.quotas:
@@ -321,6 +322,7 @@ class StoreNode:
             connection.session,
             num_entries,
             config.alignment,
+            bool(config.quotas),
         )
 
     def gone(self, connection: Connection) -> None:
@@ -342,7 +344,8 @@ class StoreNode:
     def _carry_out(self, command: Command) -> None:
         match command:
             case Reply():
-                self._clients[command.client].reply(wire.encode_reply(command.request_id, command.results))
+                connection = self._clients[command.client]
+                connection.reply(wire.encode_reply(command.request_id, command.results, connection.minor))
             case Fault():
                 self.count("faults")
                 self._clients[command.client].reply(wire.encode_error(BadArgument(command.detail), command.request_id))

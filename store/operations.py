@@ -42,9 +42,10 @@ class StoreOperations(ABC):
         ephemeral: bool = False,
         ephemeral_last: bool = False,
         checksums: Sequence[int] = (),
+        tenant: str = "",
         deadline_s: float = DEADLINE_S,
     ) -> Reservation:
-        """Space for new objects; what became of each key is in `statuses`. See `events.Reserve` for the flags."""
+        """Space for new objects; what became of each key is in `statuses`. For flags and tenant see `events.Reserve`."""
         link = self._link_or_raise()
         request = Reserve(
             0,
@@ -57,6 +58,7 @@ class StoreOperations(ABC):
             ephemeral,
             tuple(checksums),
             ephemeral_last,
+            tenant if link.charges_tenants else "",
         )
         puts: Puts = await self._call(request, deadline_s)
         return Reservation(link, puts.locations(), puts.statuses)
@@ -92,13 +94,14 @@ class StoreOperations(ABC):
             if open_at and reservation.link.lost is None:
                 await self._call_of(reservation, Cancel(0, 0, reservation.numbers(open_at)), deadline_s)
 
-    async def lease(self, keys: Sequence[bytes], *, deadline_s: float = DEADLINE_S) -> LeasedObjects:
-        """Claim objects for reading: they stay where they are until released."""
+    async def lease(self, keys: Sequence[bytes], *, tenant: str = "", deadline_s: float = DEADLINE_S) -> LeasedObjects:
+        """Claim objects for reading: they stay where they are until released. tenant: see `events.Lease`."""
         link = self._link_or_raise()
         leased = link.local.lease(keys) if link.local is not None else None
         if leased is not None:
             return LeasedObjects.found(link, *leased)
-        places: Places = await self._call(Lease(0, 0, tuple(keys)), deadline_s)
+        request = Lease(0, 0, tuple(keys), tenant if link.charges_tenants else "")
+        places: Places = await self._call(request, deadline_s)
         return LeasedObjects.placed(link, places)
 
     async def release(

@@ -72,7 +72,7 @@ class NodeSession:
         if not addresses:
             raise BadArgument("addresses: at least one is needed")
         self.addresses = tuple(sorted(addresses, key=lambda address: not address.startswith("unix:")))
-        self._hello = wire.Hello(wire.VERSION, token, name, tenant)
+        self._hello = wire.Hello(wire.VERSION, token, name, tenant, minor=wire.MINOR)
         self._node = node
         self._stall_s = stall_s
         self._lock = threading.Lock()

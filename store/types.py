@@ -60,12 +60,13 @@ class Location(msgspec.Struct, frozen=True, gc=False):
 
 class Places(msgspec.Struct, frozen=True):
     """Locations column by column, by key; numbers are generations. None in all three: there is none, as for a miss. checksums:
-    if they were asked for, of the objects that have one."""
+    if they were asked for, of the objects that have one. num_loaded: how many were read from SSD for the call."""
 
     offsets: tuple[int | None, ...]
     sizes: tuple[int | None, ...]
     numbers: tuple[int | None, ...]
     checksums: tuple[int | None, ...] = ()
+    num_loaded: int = 0
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -18,6 +18,7 @@ from mooncake.core.errors import AuthError, BadArgument, ProtocolError, StoreErr
 from mooncake.core.keys import OBJECT_KEY_BYTES
 from mooncake.store.events import (
     MAX_BATCH,
+    TENANT_BYTES_MAX,
     Cancel,
     Commit,
     Exists,
@@ -35,6 +36,9 @@ from mooncake.transport.frames import ErrorCode, Frame, Kind, pack, pack_error
 
 _T = TypeVar("_T")
 VERSION = 3
+TELLS_LOADED = 1
+"""The minor version from which on a lease's answer may say how many objects were read from SSD for it."""
+MINOR = TELLS_LOADED
 MAX_CONTROL_BYTES = MAX_BATCH * (OBJECT_KEY_BYTES + 16) + 4096
 MAX_HELLO_BYTES = 4096
 
@@ -66,21 +70,33 @@ class Flag(enum.IntFlag):
     CHECKSUMS = 16
     EPHEMERAL_LAST = 32
     DAMAGED = 64
+    TENANT = 128
+    """The payload ends with the tenant's name. Only to nodes that say in their WELCOME that they charge tenants."""
+
+
+class ReplyFlag(enum.IntFlag):
+    """Of a REPLY, beside Flag.CHECKSUMS."""
+
+    LOADED = 1
+    """To a LEASE: the payload ends with the number of objects that were read from SSD for it."""
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """session: empty to open one; that of the WELCOME to add a data connection to it."""
+    """session: empty to open one; that of the WELCOME to add a data connection to it. minor: what the client knows beyond what
+    all of that version do."""
 
     version: int
     token: str
     client: str
     tenant: str
     session: bytes = b""
+    minor: int = 0
 
 
 class Welcome(msgspec.Struct, frozen=True):
     """segment: path of the shared segment. session: a secret that admits data connections. num_entries: of the index in front
-    of the segment, 0 if there is none. alignment: what sizes are rounded up to."""
+    of the segment, 0 if there is none. alignment: what sizes are rounded up to. charges_tenants: whether the node has quotas,
+    so that requests say for whom they are."""
 
     node: str
     epoch: int
@@ -89,6 +105,7 @@ class Welcome(msgspec.Struct, frozen=True):
     session: bytes
     num_entries: int = 0
     alignment: int = 4096
+    charges_tenants: bool = False
 
 
 def encode_hello(hello: Hello) -> bytes:
@@ -129,8 +146,9 @@ def encode_request(event: Request) -> bytes:
                 | Flag.EPHEMERAL_LAST * event.ephemeral_last
                 | Flag.STRICT * (event.mode is PutMode.STRICT)
                 | Flag.CHECKSUMS * bool(event.checksums)
+                | Flag.TENANT * bool(event.tenant)
             )
-            payload = b"".join(event.keys) + _u64s(event.sizes) + _u64s(event.checksums)
+            payload = b"".join(event.keys) + _u64s(event.sizes) + _u64s(event.checksums) + event.tenant.encode()
             return pack(op, payload, flags=flags, count=len(event.keys), request=event.request_id)
         case Commit():
             flags = Flag.LEASE * event.lease | Flag.CHECKSUMS * bool(event.checksums)
@@ -145,7 +163,11 @@ def encode_request(event: Request) -> bytes:
             return pack(op, payload, flags=flags, count=len(event.keys), request=event.request_id)
         case Cancel() | Release():
             return pack(op, _u64s(event.numbers), count=len(event.numbers), request=event.request_id)
-        case Lease() | Exists() | Remove():
+        case Lease():
+            payload = b"".join(event.keys) + event.tenant.encode()
+            flags = Flag.TENANT * bool(event.tenant)
+            return pack(op, payload, flags=flags, count=len(event.keys), request=event.request_id)
+        case Exists() | Remove():
             flags = Flag.DAMAGED * (isinstance(event, Remove) and event.damaged)
             return pack(op, b"".join(event.keys), flags=flags, count=len(event.keys), request=event.request_id)
     raise TypeError(f"not a request: {event!r}")
@@ -162,8 +184,8 @@ def decode_request(client: int, frame: Frame) -> Request:
 def _decode_reserve(client: int, frame: Frame) -> Request:
     n, flags = frame.count, frame.flags
     num_sums = n if flags & Flag.CHECKSUMS else 0
-    _expect_length(frame, n * (OBJECT_KEY_BYTES + 8) + num_sums * 8)
-    values = struct.unpack(f"<{'24s' * n}{n + num_sums}Q", frame.payload)
+    tenant = _take_tenant(frame, n * (OBJECT_KEY_BYTES + 8) + num_sums * 8)
+    values = struct.unpack_from(f"<{'24s' * n}{n + num_sums}Q", frame.payload)
     return Reserve(
         client,
         frame.request,
@@ -175,6 +197,7 @@ def _decode_reserve(client: int, frame: Frame) -> Request:
         ephemeral=bool(flags & Flag.EPHEMERAL),
         ephemeral_last=bool(flags & Flag.EPHEMERAL_LAST),
         checksums=values[2 * n :],
+        tenant=tenant,
     )
 
 
@@ -210,17 +233,37 @@ def _numbers_decoder(make: type[Cancel | Release]) -> Callable[[int, Frame], Req
     return decode
 
 
-def _keys_decoder(make: type[Lease | Exists]) -> Callable[[int, Frame], Request]:
-    return lambda client, frame: make(client, frame.request, _decode_keys(frame))
+def _decode_lease(client: int, frame: Frame) -> Request:
+    tenant = _take_tenant(frame, frame.count * OBJECT_KEY_BYTES)
+    return Lease(client, frame.request, _decode_keys(frame), tenant)
+
+
+def _decode_exists(client: int, frame: Frame) -> Request:
+    _expect_length(frame, frame.count * OBJECT_KEY_BYTES)
+    return Exists(client, frame.request, _decode_keys(frame))
 
 
 def _decode_remove(client: int, frame: Frame) -> Request:
+    _expect_length(frame, frame.count * OBJECT_KEY_BYTES)
     return Remove(client, frame.request, _decode_keys(frame), bool(frame.flags & Flag.DAMAGED))
 
 
 def _decode_keys(frame: Frame) -> tuple[bytes, ...]:
-    _expect_length(frame, frame.count * OBJECT_KEY_BYTES)
-    return struct.unpack("<" + "24s" * frame.count, frame.payload)
+    return struct.unpack_from("<" + "24s" * frame.count, frame.payload)
+
+
+def _take_tenant(frame: Frame, length: int) -> str:
+    """The name behind the payload proper, which has that length; empty if there is none."""
+    if not frame.flags & Flag.TENANT:
+        _expect_length(frame, length)
+        return ""
+    name = frame.payload[length:]
+    if not 0 < len(name) <= TENANT_BYTES_MAX:
+        raise ProtocolError(f"a tenant's name has 1 to {TENANT_BYTES_MAX} bytes, got {len(frame.payload) - length}")
+    try:
+        return name.decode()
+    except UnicodeDecodeError as error:
+        raise ProtocolError(f"a tenant's name is not UTF-8: {error.reason}") from None
 
 
 _OPS: dict[type[Request], Op] = {
@@ -240,9 +283,9 @@ _DECODERS: dict[int, Callable[[int, Frame], Request]] = {
     Op.GRANT: _decode_grant,
     Op.NAME: _decode_name,
     Op.CANCEL: _numbers_decoder(Cancel),
-    Op.LEASE: _keys_decoder(Lease),
+    Op.LEASE: _decode_lease,
     Op.RELEASE: _numbers_decoder(Release),
-    Op.EXISTS: _keys_decoder(Exists),
+    Op.EXISTS: _decode_exists,
     Op.REMOVE: _decode_remove,
 }
 
@@ -253,7 +296,8 @@ _PUT_STATUSES = tuple(PutStatus).__getitem__  # a tenth of the time of calling t
 _COMMIT_STATUSES = tuple(CommitStatus).__getitem__
 
 
-def encode_reply(request_id: int, results: Results) -> bytes:
+def encode_reply(request_id: int, results: Results, minor: int = MINOR) -> bytes:
+    """minor: of the client."""
     flags = 0
     if isinstance(results, Puts):
         payload = bytes(results.statuses) + _encode_places(results)
@@ -261,6 +305,8 @@ def encode_reply(request_id: int, results: Results) -> bytes:
         payload = _encode_places(results)
         if results.checksums:
             flags, payload = Flag.CHECKSUMS, payload + _encode_checksums(results.checksums)
+        if results.num_loaded and minor >= TELLS_LOADED:
+            flags, payload = flags | ReplyFlag.LOADED, payload + _u64s((results.num_loaded,))
     else:
         payload = bytes(results)  # statuses and bools are small integers
     return pack(Op.REPLY, payload, flags=flags, count=len(results), request=request_id)
@@ -281,7 +327,11 @@ def decode_reply(event: Request, frame: Frame) -> Results:
             case Grant():
                 return _decode_places(n, payload, checksums=False)
             case Lease():
-                return _decode_places(n, payload, checksums=bool(frame.flags & Flag.CHECKSUMS))
+                loaded_at = len(payload) - 8 if frame.flags & ReplyFlag.LOADED else len(payload)
+                places = _decode_places(n, payload[:loaded_at], checksums=bool(frame.flags & Flag.CHECKSUMS))
+                if not frame.flags & ReplyFlag.LOADED:
+                    return places
+                return msgspec.structs.replace(places, num_loaded=int.from_bytes(payload[loaded_at:], "little"))
             case Commit() | Name():
                 return tuple(map(_COMMIT_STATUSES, payload))
             case _:

@@ -31,12 +31,15 @@ from mooncake.config import (
     child_environment,
     cores_of_instance,
     engine_environment,
+    format_quotas,
     load_config,
+    parse_quotas,
     save_config,
     socket_address,
     threads_per_instance,
 )
 from mooncake.core.errors import ConfigError, ProcessError
+from mooncake.frontend.keys import read_keys, store_quotas
 from mooncake.transport.shm import cleanup_stale
 
 NODE = "node-0"
@@ -55,8 +58,15 @@ def serve(config: Config, screen: Screen) -> int:
             port=_free_port(config),
             token=config.token or secrets.token_hex(16),
             threads=threads_per_instance(config),
+            store_quotas=all_quotas(config),
         )
         return asyncio.run(_serve(config, run_dir, screen))
+
+
+def all_quotas(config: Config) -> str:
+    """`store_quotas` with those of the key file; what the option says of a tenant goes first. Raises ConfigError."""
+    of_keys = {} if config.api_keys is None else store_quotas(read_keys(Path(config.api_keys)))
+    return format_quotas(of_keys | parse_quotas(config.store_quotas))
 
 
 def refuse_foreign_package() -> None:

@@ -59,7 +59,7 @@ def _cluster_lines(cluster: Cluster) -> Iterator[str]:
     reused, prompt = cluster.reused, cluster.reused.prompt
     tiers = [("hbm", reused.hbm), ("dram", reused.dram), ("ssd", reused.ssd)]
     rates = ", ".join(f"{tier} {_percent(count / prompt if prompt else None)}" for tier, count in tiers)
-    yield f"hit rate    {rates} of {prompt} prompt tokens placed since its start"
+    yield f"hit rate    {rates} of {prompt} prompt tokens, since the instances started"
     yield ""
     yield from table(_INSTANCE_HEAD, [_instance_row(each) for each in cluster.instances])
     if cluster.nodes:

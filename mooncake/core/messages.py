@@ -18,6 +18,7 @@ from mooncake.core.types import (
     InstanceState,
     Job,
     KvSource,
+    ReusedTokens,
     Role,
     Slo,
     TierLoad,
@@ -148,10 +149,11 @@ class Abort(Message, frozen=True):
 
 class LoadAhead(Message, frozen=True):
     """A sequence will come whose leading blocks are at `source`: load them if there is room, and if those up to token `start`,
-    named by an earlier such message, are still there. Nobody waits for it, and there is no answer."""
+    named by an earlier such message, are still there. Nobody waits for it, and there is no answer. tenant: whose it is."""
 
     start: int
     source: KvSource
+    tenant: str = ""
 
 
 class HandoverDone(Message, frozen=True):
@@ -390,18 +392,9 @@ class NodeStatus(msgspec.Struct, frozen=True):
     tiers: tuple[TierLoad, ...]
 
 
-class ReusedTokens(msgspec.Struct, frozen=True):
-    """Prompt tokens of all placements since the Conductor's start, and those whose KV was reused, by the tier that it was
-    in: pages of the instance, memory of a store node, its SSD."""
-
-    prompt: int = 0
-    hbm: int = 0
-    dram: int = 0
-    ssd: int = 0
-
-
 class ClusterStatus(Message, frozen=True):
-    """counts: as the Conductor counts its answers: placed, waited, rejected_REASON, soft_REASON and so on."""
+    """counts: as the Conductor counts its answers: placed, waited, rejected_REASON, soft_REASON and so on. reused: by all
+    instances that it knows, as they report it."""
 
     number: int
     policy: str

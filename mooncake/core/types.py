@@ -220,6 +220,21 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     """An operator wants it to take nothing new."""
 
 
+class ReusedTokens(msgspec.Struct, frozen=True):
+    """Prompt tokens whose prefill is done, and those of them whose KV was reused, by the tier that it was in: pages of the
+    instance, memory of a store node, its SSD."""
+
+    prompt: int = 0
+    hbm: int = 0
+    dram: int = 0
+    ssd: int = 0
+
+    def __add__(self, other: ReusedTokens) -> ReusedTokens:
+        return ReusedTokens(
+            self.prompt + other.prompt, self.hbm + other.hbm, self.dram + other.dram, self.ssd + other.ssd
+        )
+
+
 class InstanceLoad(msgspec.Struct, frozen=True):
     """One load report. Counts are of now; `seq` grows by one with each report of this epoch."""
 
@@ -240,6 +255,8 @@ class InstanceLoad(msgspec.Struct, frozen=True):
     """Attempts that are not over for it, those included whose KV is held for decode."""
     num_computed_tokens: int = 0
     """Tokens whose KV was computed, since the start."""
+    reused: ReusedTokens = ReusedTokens()
+    """Likewise."""
 
 
 class TierLoad(msgspec.Struct, frozen=True):

@@ -72,10 +72,11 @@ class Tick(msgspec.Struct, frozen=True, tag=True):
 
 
 class OpenSource(msgspec.Struct, frozen=True):
-    """Lease the source's objects at its node. Answered by `SourceOpened`."""
+    """Lease the source's objects at its node, for that tenant. Answered by `SourceOpened`."""
 
     seq: int
     source: KvSource
+    tenant: str = ""
 
 
 class CloseSource(msgspec.Struct, frozen=True):

@@ -171,6 +171,12 @@ class KvReader(Protocol):
         ...
 
 
+class SourceKvReader(KvReader, Protocol):
+    """Of a sequence's source. ssd_tokens: of its tokens, those that were read from SSD for it."""
+
+    ssd_tokens: int
+
+
 class KvWriter(Protocol):
     """Reserved objects of one sequence. Errors are `MooncakeError`s. num_stored: leading ones that exist already."""
 
@@ -196,7 +202,7 @@ class Engine(Protocol):
         job: Job,
         *,
         one_token: bool,
-        reader: KvReader | None = None,
+        reader: SourceKvReader | None = None,
         writer: KvWriter | None = None,
         turn: int = 0,
     ) -> None:

@@ -29,7 +29,7 @@ from bisect import insort
 import msgspec
 import numpy as np
 
-from mooncake.core.types import FinishReason, Job, TokenLogprobs
+from mooncake.core.types import FinishReason, Job, ReusedTokens, TokenLogprobs
 from mooncake.engine.ahead import AheadLoad, AheadLoads
 from mooncake.engine.base import EngineLimits, StepItem, StepPlan, StepResult
 from mooncake.engine.page_pool import PagePool
@@ -131,8 +131,8 @@ _NOWHERE = np.empty(0, dtype=np.int64)
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
-    """What there is now; the counters of preemptions, computed and loaded tokens count since the start. waiting_context:
-    tokens of the waiting sequences, to be computed or loaded."""
+    """What there is now; the counters of preemptions, of computed, loaded and reused tokens count since the start.
+    waiting_context: tokens of the waiting sequences, to be computed or loaded."""
 
     num_waiting: int
     waiting_tokens: int
@@ -143,6 +143,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
     num_computed_tokens: int = 0
     num_loaded_tokens: int = 0
     waiting_context: int = 0
+    reused: ReusedTokens = ReusedTokens()
 
 
 class EngineCore:
@@ -160,6 +161,7 @@ class EngineCore:
         self.num_preempted = 0
         self.num_computed_tokens = 0
         self.num_loaded_tokens = 0
+        self.reused = ReusedTokens()
         self._longest = min(limits.max_context, limits.num_pages * limits.page_tokens)
         """Tokens of a sequence: one that outgrew all pages would wait for ever, and all others behind it."""
         self._overlap = overlap_loads
@@ -194,18 +196,20 @@ class EngineCore:
         job: Job,
         *,
         source_tokens: int = 0,
+        ssd_tokens: int = 0,
         one_token: bool = False,
         store: bool = False,
         stored_tokens: int = 0,
         turn: int = 0,
     ) -> None:
-        """Queue a sequence under a number of the caller's choice. source_tokens: how many leading tokens can be loaded.
+        """Queue a sequence under a number of the caller's choice. source_tokens: how many leading tokens can be loaded;
+        ssd_tokens: of these, those that came from SSD for it.
         one_token: draw one token, or one for each choice of a joint job, and end (prefill role). store: pass all KV of the
         known tokens to the sink, but for the leading stored_tokens, which it has. turn: as in `Order`."""
         order = (turn, -job.priority, self._num_submitted)
         self._num_submitted += 1
         source_tokens = min(source_tokens, job.num_tokens - 1)
-        state = Sequence(seq, job, order, source_tokens, one_token, store, stored_tokens)
+        state = Sequence(seq, job, order, source_tokens, ssd_tokens, one_token, store, stored_tokens)
         self._seqs[seq] = state
         self._enqueue(state)
 
@@ -382,6 +386,7 @@ class EngineCore:
             self.num_computed_tokens,
             self.num_loaded_tokens,
             self._waiting_context,
+            self.reused,
         )
 
     def continue_counts(self, other: EngineCore) -> None:
@@ -389,6 +394,7 @@ class EngineCore:
         self.num_preempted = other.num_preempted
         self.num_computed_tokens = other.num_computed_tokens
         self.num_loaded_tokens = other.num_loaded_tokens
+        self.reused = other.reused
 
     @property
     def idle(self) -> bool:
@@ -463,7 +469,7 @@ class EngineCore:
             self._outputs.append(SequenceStarted(state.seq))
         state.page_array = None
         state.num_published = num_matched
-        state.computed = state.cached_tokens = num_matched * self.limits.block_tokens
+        state.computed = state.cached_tokens = state.own_tokens = num_matched * self.limits.block_tokens
         state.state = State.RUNNING
         self._store(state, 0, state.computed, Behind.NOTHING)
         if state.source_tokens > state.computed:
@@ -661,7 +667,13 @@ class EngineCore:
         if state.told_cached:
             return None
         state.told_cached = True
-        return min(state.cached_tokens, state.job.num_prompt_tokens)
+        job = state.job
+        cached = min(state.cached_tokens, job.num_prompt_tokens)
+        if job.num_tokens == job.num_prompt_tokens:  # else it is handed over, or computed again
+            own = min(state.own_tokens, cached)
+            ssd = min(state.ssd_tokens, cached - own)
+            self.reused += ReusedTokens(job.num_prompt_tokens, own, cached - own - ssd, ssd)
+        return cached
 
     def _fault(self, state: Sequence, fault: _Fault) -> None:
         self._outputs.append(SequenceFailed(state.seq, *fault))

@@ -21,6 +21,10 @@ def instrument_instance(registry: Registry, host: EngineHost, role: Callable[[],
         free = host.counts().load.free_pages
         return {("free",): free, ("used",): host.limits.num_pages - free}
 
+    def reused() -> Readings:
+        found = host.counts().load.reused
+        return {("hbm",): found.hbm, ("dram",): found.dram, ("ssd",): found.ssd}
+
     gauge, total = registry.gauge, registry.total
     gauge(_NAME + "role", "1 for the role that it serves in.", ("role",), lambda: {(role(),): 1})
     gauge(_NAME + "waiting", "Sequences that wait for pages or a place in the batch.", (), load("num_waiting"))
@@ -31,6 +35,11 @@ def instrument_instance(registry: Registry, host: EngineHost, role: Callable[[],
     total(_NAME + "preemptions", "Sequences put back for want of pages.", (), load("num_preempted"))
     total(_NAME + "computed_tokens", "Tokens whose KV was computed.", (), load("num_computed_tokens"))
     total(_NAME + "loaded_tokens", "Tokens whose KV was loaded.", (), load("num_loaded_tokens"))
+    prompts = "Prompt tokens whose prefill is done."
+    total(_NAME + "prompt_tokens", prompts, (), lambda: {(): host.counts().load.reused.prompt})
+    total(
+        _NAME + "reused_tokens", "Of these, those whose KV was reused, by the tier that it was in.", ("tier",), reused
+    )
     _instrument_work(registry, host.counts)
 
 

@@ -21,7 +21,8 @@ _FIRST_LOOK_S, _LOOK_S = 0.002, 0.05
 
 
 class SourceReader:
-    """The leading objects of a source that could be leased. num_tokens: how many tokens they cover."""
+    """The leading objects of a source that could be leased. num_tokens: how many tokens they cover; ssd_tokens: of these, those
+    that were read from SSD for it."""
 
     def __init__(
         self, client: StoreOperations, leased: LeasedObjects, source: KvSource, keys: Sequence[bytes], block_tokens: int
@@ -31,6 +32,7 @@ class SourceReader:
         self._keys = keys
         whole = leased.hits == len(leased)
         self.num_tokens = source.num_tokens if whole else leased.hits * block_tokens
+        self.ssd_tokens = min(self.num_tokens, leased.num_loaded * block_tokens)
 
     def use(self, index: int, offset: int, size: int, use: Callable[[memoryview], None]) -> None:
         self._leased.use(index, offset, size, use)
@@ -41,10 +43,12 @@ class SourceReader:
             await self._client.remove([self._keys[at] for at in self._leased.damaged], damaged=True)
 
 
-async def open_source(client: StoreOperations, source: KvSource, shard: bytes, block_tokens: int) -> SourceReader:
+async def open_source(
+    client: StoreOperations, source: KvSource, shard: bytes, block_tokens: int, tenant: str = ""
+) -> SourceReader:
     """Lease what there is of the source. Raises StoreError if the node cannot be asked."""
     keys = object_keys(_keys(source), shard)
-    leased = await client.lease(keys)
+    leased = await client.lease(keys, tenant=tenant)
     return SourceReader(client, leased, source, keys, block_tokens)
 
 
@@ -131,9 +135,10 @@ async def watch_target(
 
 
 async def reserve_target(
-    client: StoreOperations, target: KvSource, layout: KvLayout, shard: bytes, block_tokens: int
+    client: StoreOperations, target: KvSource, layout: KvLayout, shard: bytes, block_tokens: int, tenant: str = ""
 ) -> TargetWriter | None:
-    """All or nothing; None if there is no room now. Raises StoreError if the node cannot be asked."""
+    """All or nothing; None if there is no room now. What exceeds the tenant's quota lives as long as its leases. Raises
+    StoreError if the node cannot be asked."""
     num_blocks = len(target.block_keys)
     sizes = [layout.object_bytes(block_tokens)] * num_blocks
     if target.partial_key:
@@ -144,6 +149,7 @@ async def reserve_target(
         lease_existing=True,
         all_or_nothing=True,
         ephemeral_last=bool(target.partial_key),
+        tenant=tenant,
     )
     if all(status in (PutStatus.RESERVED, PutStatus.EXISTS) for status in reservation.statuses):
         return TargetWriter(client, reservation, target)

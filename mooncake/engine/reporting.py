@@ -123,6 +123,7 @@ class InstanceReporter:
                     queued_tokens + load.waiting_context,
                     num_attempts,
                     load.num_computed_tokens,
+                    load.reused,
                 )
             )
         )

@@ -34,21 +34,31 @@ class State(enum.IntEnum):
 
 class Sequence:
     """num_tokens: known tokens; of a member of the decode batch, ask the batch. told: position of the first token that was not
-    passed on yet. due: the clock at which the batch wants to look at it. stored_tokens: leading ones that the sink has."""
+    passed on yet. due: the clock at which the batch wants to look at it. stored_tokens: leading ones that the sink has.
+    cached_tokens: leading ones that need not be computed, of which own_tokens were in pages. ssd_tokens: of the source's."""
 
     __slots__ = (
         "cached_tokens", "computed", "due", "in_step", "job", "keys", "loading", "loading_keys", "num_published", "num_tokens",
-        "offset", "one_token", "order", "page_array", "seq", "source_tokens", "started", "state", "stored_tokens", "storing",
-        "told", "told_cached", "wants_store",
+        "offset", "one_token", "order", "own_tokens", "page_array", "seq", "source_tokens", "ssd_tokens", "started", "state",
+        "stored_tokens", "storing", "told", "told_cached", "wants_store",
     )  # fmt: skip
 
     def __init__(
-        self, seq: int, job: Job, order: Order, source_tokens: int, one_token: bool, store: bool, stored_tokens: int
+        self,
+        seq: int,
+        job: Job,
+        order: Order,
+        source_tokens: int,
+        ssd_tokens: int,
+        one_token: bool,
+        store: bool,
+        stored_tokens: int,
     ) -> None:
         self.seq = seq
         self.job = job
         self.order = order
         self.source_tokens = source_tokens
+        self.ssd_tokens = ssd_tokens
         self.one_token = one_token
         self.wants_store = store
         self.stored_tokens = stored_tokens
@@ -59,7 +69,7 @@ class Sequence:
         self.offset = 0
         self.due: int | None = None
         self.num_published = 0
-        self.cached_tokens = 0
+        self.cached_tokens = self.own_tokens = 0
         self.started = False
         self.told_cached = False
         self.in_step = False

@@ -119,7 +119,7 @@ class InstanceShell:
         num_tokens = 0
         try:
             client = await self._store_for(command.source)
-            reader = await open_source(client, command.source, self.shard, self.block_tokens)
+            reader = await open_source(client, command.source, self.shard, self.block_tokens, command.tenant)
             num_tokens = reader.num_tokens
             if num_tokens:
                 self._readers[command.seq] = reader

@@ -13,7 +13,16 @@ from collections.abc import Callable, Mapping
 
 from mooncake.core.types import CostModel, Job, Role, bytes_to_tokens
 from mooncake.engine.attempts import EngineProgress, KvStored
-from mooncake.engine.base import EngineLimits, KvReader, KvWriter, LayerLoad, StepEngine, StepPlan, StepResult
+from mooncake.engine.base import (
+    EngineLimits,
+    KvReader,
+    KvWriter,
+    LayerLoad,
+    SourceKvReader,
+    StepEngine,
+    StepPlan,
+    StepResult,
+)
 from mooncake.engine.core import (
     AheadEnded,
     Behind,
@@ -117,7 +126,7 @@ class SteppedEngine:
         job: Job,
         *,
         one_token: bool,
-        reader: KvReader | None = None,
+        reader: SourceKvReader | None = None,
         writer: KvWriter | None = None,
         turn: int = 0,
     ) -> None:
@@ -147,7 +156,7 @@ class SteppedEngine:
     # ------------------------------------------------------------------ in the engine thread
 
     def _submit(
-        self, seq: int, job: Job, one_token: bool, reader: KvReader | None, writer: KvWriter | None, turn: int
+        self, seq: int, job: Job, one_token: bool, reader: SourceKvReader | None, writer: KvWriter | None, turn: int
     ) -> None:
         tokens = bytes_to_tokens(job.token_ids)
         self._engine.add_sequence(seq, tokens, job.num_prompt_tokens, job.sampling, job.key.choice, job.num_choices)
@@ -159,6 +168,7 @@ class SteppedEngine:
             seq,
             job,
             source_tokens=0 if reader is None else reader.num_tokens,
+            ssd_tokens=0 if reader is None else reader.ssd_tokens,
             one_token=one_token,
             store=writer is not None,
             stored_tokens=0 if writer is None else writer.num_stored * self.core.limits.block_tokens,

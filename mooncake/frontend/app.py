@@ -16,14 +16,14 @@ from starlette.routing import Route
 from mooncake.engine.grammar import Grammars
 from mooncake.frontend.answer import FAULT
 from mooncake.frontend.backend import Backend
-from mooncake.frontend.connection import Receive, Scope, Send, send_error
+from mooncake.frontend.connection import PageAnswer, Receive, Scope, Send, send_error
 from mooncake.frontend.dialect import Dialect
 from mooncake.frontend.endpoint import Endpoint, Kind, Settings
 from mooncake.frontend.errors import ApiError
 from mooncake.frontend.guidance import Guidance
 from mooncake.frontend.instruments import Instruments
 from mooncake.frontend.openapi import document
-from mooncake.frontend.params import check_model_name
+from mooncake.frontend.params import check_model_name, read_request_id
 from mooncake.frontend.parts import PartParser
 from mooncake.frontend.prompts import PromptEncoder
 from mooncake.frontend.render import ChatRenderer, CompletionRenderer, Head, Renderer
@@ -63,6 +63,10 @@ GENERATING = {
     "/v1/completions": Kind("completions", parse_completion, _completion_renderer),
     "/v1/responses": Kind("responses", parse_responses, _responses_renderer),
 }
+_PAGES = ("tokenize", "detokenize", "openapi.json", "health", "ready", "metrics", "dashboard")
+_PATHS = {path: kind.name for path, kind in GENERATING.items()} | {f"/{page}": page for page in _PAGES}
+_PREFIXES = {"/v1/models": "models", "/v1/embeddings": "embeddings", "/dashboard/": "dashboard", "/admin/": "admin"}
+"""What requests are counted by."""
 
 
 def create_app(
@@ -100,29 +104,62 @@ def create_app(
         *more_routes,
     ]
     handlers: dict[Any, Any] = {HTTPException: _on_http_error, ApiError: _on_api_error, Exception: _on_fault}
-    return App(generating, Starlette(routes=routes, exception_handlers=handlers), door or OpenDoor())
+    rest = Starlette(routes=routes, exception_handlers=handlers)
+    return App(generating, rest, door or OpenDoor(), instruments, rng)
 
 
 class App:
     """Starlette's middleware would wrap every send, so of every token too: the generating endpoints go past it. Nobody goes
-    past the door."""
+    past the door. Whatever is answered has the request's id and is counted."""
 
-    def __init__(self, generating: dict[str, Endpoint], rest: Starlette, door: Door) -> None:
+    def __init__(
+        self,
+        generating: dict[str, Endpoint],
+        rest: Starlette,
+        door: Door,
+        instruments: Instruments,
+        rng: random.Random,
+    ) -> None:
         self._generating = generating
         self._rest = rest
         self._door = door
+        self._instruments = instruments
+        self._rng = rng
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                scope[CALLER] = self._door.admit(scope["path"], dict(scope["headers"]))
-            except ApiError as error:
-                await send_error(send, error, None)
-                return
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self._generating:
-            await self._generating[scope["path"]](scope, receive, send)
-        else:
+        if scope["type"] != "http":
             await self._rest(scope, receive, cast(Any, send))  # ASGI's types are not nameable: each library has its own
+            return
+        path, headers = scope["path"], dict(scope["headers"])
+        try:
+            scope[CALLER] = self._door.admit(path, headers)
+        except ApiError as error:
+            self._count(path, error.status)
+            await send_error(send, error, read_request_id(headers, self._rng))
+            return
+        if scope["method"] == "POST" and path in self._generating:
+            await self._generating[path](scope, receive, send)
+            return
+        answer = PageAnswer(send, read_request_id(headers, self._rng))
+        try:
+            await self._rest(scope, receive, cast(Any, answer))
+        finally:
+            if answer.status is not None:
+                self._count(path, answer.status)
+
+    def not_http(self, status: int) -> str:
+        """Something came that is no request, and is answered so by the server. The id of the answer."""
+        self._count("", status)
+        return read_request_id({}, self._rng)
+
+    def _count(self, path: str, status: int) -> None:
+        self._instruments.requests.add(1, _endpoint_name(path), str(status))
+
+
+def _endpoint_name(path: str) -> str:
+    """One of few: what clients ask for by other names is `other`."""
+    found = next((name for prefix, name in _PREFIXES.items() if path.startswith(prefix)), None)
+    return found or _PATHS.get(path, "other")
 
 
 class _Pages:
@@ -183,7 +220,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return Response(error.body(), error.status, media_type="application/json")
+    headers = {name.decode(): value.decode() for name, value in error.headers()}
+    return Response(error.body(), error.status, headers, media_type="application/json")
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:

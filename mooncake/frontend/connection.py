@@ -129,10 +129,24 @@ def _body_too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body exceeds the limit of {limit} bytes", code="body_too_large")
 
 
-async def send_error(send: Send, error: ApiError, request_id: str | None) -> None:
+class PageAnswer:
+    """The `send` of a page: its answer gets the request's id. status: None before it began."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self.status: int | None = None
+        self._send = send
+        self._header = (b"x-request-id", request_id.encode())
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message = {**message, "headers": [*message.get("headers", ()), self._header]}
+        await self._send(message)
+
+
+async def send_error(send: Send, error: ApiError, request_id: str) -> None:
     body = error.body()
-    headers = [*JSON_HEADERS, (b"content-length", b"%d" % len(body)), *error.headers()]
-    if request_id is not None:
-        headers.append((b"x-request-id", request_id.encode()))
+    own = ((b"content-length", b"%d" % len(body)), (b"x-request-id", request_id.encode()))
+    headers = [*JSON_HEADERS, *error.headers(), *own]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -21,7 +21,7 @@ from mooncake.frontend.dialect import Dialect, Reading
 from mooncake.frontend.errors import ApiError, from_backend
 from mooncake.frontend.guidance import Guidance
 from mooncake.frontend.instruments import Instruments
-from mooncake.frontend.params import build_generates, check_model_name, read_headers, read_request_id
+from mooncake.frontend.params import build_generates, check_model_name, check_request_id, read_headers, read_request_id
 from mooncake.frontend.parts import PartParser
 from mooncake.frontend.prompts import PromptEncoder
 from mooncake.frontend.render import Head, Renderer
@@ -118,10 +118,10 @@ class Endpoint:
         started_at = time.perf_counter()
         self._instruments.num_running += 1
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        request_id: str | None = None
+        request_id = read_request_id(headers, self._rng)
         code = 500
         try:
-            request_id = read_request_id(headers, self._rng)
+            check_request_id(headers)
             code = await self._serve(request_id, scope, headers, receive, send, started_at)
         except ApiError as error:
             code = error.status

@@ -166,6 +166,12 @@ def _write_keys(path: Path, content: KeyFile) -> None:
             raise
 
 
+def store_quotas(content: KeyFile) -> dict[str, int]:
+    """Bytes by tenant, of those that have `store_bytes`."""
+    limits = {name: tenant.limits.store_bytes for name, tenant in content.tenants.items()}
+    return {name: quota for name, quota in limits.items() if quota is not None}
+
+
 # ---------------------------------------------------------------- what the command does
 
 

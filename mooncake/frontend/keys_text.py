@@ -21,7 +21,7 @@ TENANT_TEXTS = {
     "tokens_per_minute": "prompt and output",
     "concurrent_requests": "at once",
     "priority_max": "highest x-mooncake-priority; 0",
-    "store_bytes": "of the store, such as 2GiB",
+    "store_bytes": "KV kept in the store's memory, such as 2GiB; serve reads it at its start",
 }
 """Options of a tenant, with their help."""
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}

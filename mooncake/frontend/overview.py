@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import msgspec
 
-from mooncake.core.messages import ClusterStatus, InstanceStatus, NodeStatus, ReusedTokens
+from mooncake.core.messages import ClusterStatus, InstanceStatus, NodeStatus
+from mooncake.core.types import ReusedTokens
 from mooncake.frontend.outcomes import Summary
 
 _ROLE_ORDER = {"prefill": 0, "decode": 1}
 
 
 class Cluster(msgspec.Struct, frozen=True):
-    """What the Conductor tells. counts: its answers by kind, since its start. reused: likewise."""
+    """What the Conductor tells. counts: its answers by kind, since its start. reused: since that of the instances."""
 
     policy: str
     num_waiting: int

@@ -48,14 +48,21 @@ def _salt(headers: Mapping[bytes, bytes]) -> str:
 
 
 def read_request_id(headers: Mapping[bytes, bytes], rng: random.Random) -> str:
-    """The client's, or a new one."""
-    value = headers.get(b"x-request-id")
-    if value is None:
-        return f"{rng.getrandbits(128):032x}"
-    text = value.decode("latin-1")
-    if not _REQUEST_ID.fullmatch(text):
+    """The client's, or a new one if it gave none that is valid: every answer has one."""
+    given = _given_request_id(headers)
+    return given if given is not None and _REQUEST_ID.fullmatch(given) else f"{rng.getrandbits(128):032x}"
+
+
+def check_request_id(headers: Mapping[bytes, bytes]) -> None:
+    """Raises ApiError."""
+    given = _given_request_id(headers)
+    if given is not None and not _REQUEST_ID.fullmatch(given):
         raise bad_field("x-request-id", "must be 1 to 128 printable ASCII characters without spaces")
-    return text
+
+
+def _given_request_id(headers: Mapping[bytes, bytes]) -> str | None:
+    value = headers.get(b"x-request-id")
+    return None if value is None else value.decode("latin-1")
 
 
 def _objective(headers: Mapping[bytes, bytes], name: bytes, default: int | None) -> int | None:

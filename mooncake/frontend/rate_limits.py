@@ -24,7 +24,7 @@ Limit = Annotated[int, Meta(ge=1, le=10**15)]
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Of a tenant, over all its keys. None: no limit. store_bytes is for the store."""
+    """Of a tenant, over all its keys. None: no limit. store_bytes is for store nodes."""
 
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None

@@ -49,13 +49,14 @@ class _Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         body = ApiError(400, msg, code="invalid_http").body()
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[400] + head + body)
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
+        request_id = b"x-request-id: %b\r\n\r\n" % self.app.not_http(400).encode()
+        self.transport.write(STATUS_LINE[400] + head + request_id + body)
         self.transport.close()
 
 
 class HttpServer:
-    """Serves an application. The port is taken at construction; ConfigError if it cannot be.
+    """Serves an `App`. The port is taken at construction; ConfigError if it cannot be.
 
     tls: with a certificate and its key the port speaks HTTPS. grace_s: how long running requests may go on after `stop`;
     then they are cancelled, and their clients told."""

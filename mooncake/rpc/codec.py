@@ -48,7 +48,6 @@ from mooncake.core.messages import (
     Registered,
     RegisterNode,
     Rejected,
-    ReusedTokens,
     SnapshotRequest,
     StateChange,
     StepTokens,
@@ -68,6 +67,7 @@ from mooncake.core.types import (
     InstanceState,
     Job,
     KvSource,
+    ReusedTokens,
     Role,
     SamplingParams,
     Slo,
@@ -77,7 +77,8 @@ from mooncake.core.types import (
 from mooncake.rpc.generated import mooncake_pb2 as pb
 
 _FINISHES = tuple(FinishReason)
-_LOAD_FIELDS = InstanceLoad.__struct_fields__
+_LOAD_FIELDS = InstanceLoad.__struct_fields__[:-1]
+_REUSED_FIELDS = ReusedTokens.__struct_fields__
 _PREDICTION_FIELDS = Prediction.__struct_fields__
 _TIER_FIELDS = TierLoad.__struct_fields__
 _STATUS_FIELDS = ClusterStatus.__struct_fields__[:4]
@@ -552,6 +553,7 @@ def _to_kv_part_ready(message: pb.KvPartReady) -> KvPartReady:
 def _load_ahead(message: LoadAhead, item: pb.Item) -> None:
     item.load_ahead.start = message.start
     _source(message.source, item.load_ahead.source)
+    item.load_ahead.tenant = message.tenant
 
 
 def _attempt_failed(message: AttemptFailed, item: pb.Item) -> None:
@@ -577,10 +579,11 @@ def _registered(message: Registered, item: pb.Item) -> None:
 def _load_report(message: LoadReport, item: pb.Item) -> None:
     for field in _LOAD_FIELDS:
         setattr(item.load_report, field, getattr(message.load, field))
+    _set(message.load.reused, item.load_report.reused, _REUSED_FIELDS)
 
 
 def _to_load_report(message: pb.InstanceLoad) -> LoadReport:
-    return LoadReport(InstanceLoad(*(getattr(message, field) for field in _LOAD_FIELDS)))
+    return LoadReport(InstanceLoad(**_values(message, _LOAD_FIELDS), reused=_to_reused(message.reused)))
 
 
 def _cache_delta(message: CacheDelta, item: pb.Item) -> None:
@@ -660,6 +663,10 @@ def _values(message: Any, fields: Sequence[str]) -> dict[str, Any]:
     return {field: getattr(message, field) for field in fields}
 
 
+def _to_reused(message: pb.ReusedTokens) -> ReusedTokens:
+    return ReusedTokens(**_values(message, _REUSED_FIELDS))
+
+
 def _tiers(tiers: Sequence[TierLoad], out: Any) -> None:
     for tier in tiers:
         _set(tier, out.add(), _TIER_FIELDS)
@@ -693,7 +700,7 @@ def _told(message: Told, item: pb.Item) -> None:
 def _cluster_status(message: ClusterStatus, item: pb.Item) -> None:
     out = item.cluster_status
     _set(message, out, _STATUS_FIELDS)
-    _set(message.reused, out.reused, ReusedTokens.__struct_fields__)
+    _set(message.reused, out.reused, _REUSED_FIELDS)
     for name, count in message.counts:
         out.counts.add(name=name, count=count)
     for instance in message.instances:
@@ -708,7 +715,7 @@ def _to_cluster_status(message: pb.ClusterStatus) -> ClusterStatus:
     return ClusterStatus(
         **_values(message, _STATUS_FIELDS),
         counts=tuple((each.name, each.count) for each in message.counts),
-        reused=ReusedTokens(**_values(message.reused, ReusedTokens.__struct_fields__)),
+        reused=_to_reused(message.reused),
         instances=tuple(
             InstanceStatus(**_values(each, InstanceStatus.__struct_fields__)) for each in message.instances
         ),
@@ -744,7 +751,7 @@ _TABLE: tuple[tuple[type, str, Callable[[Any, pb.Item], None], Callable[[Any], A
     ),
     (StepTokens, "step_tokens", _step_tokens, _to_step_tokens),
     (KvPartReady, "kv_part_ready", _kv_part_ready, _to_kv_part_ready),
-    (LoadAhead, "load_ahead", _load_ahead, lambda m: LoadAhead(m.start, _to_source(m.source))),
+    (LoadAhead, "load_ahead", _load_ahead, lambda m: LoadAhead(m.start, _to_source(m.source), m.tenant)),
     (KvReady, "kv_ready", _kv_ready, lambda m: KvReady(m.instance, _to_key(m.key), _to_source(m.source))),
     (
         AttemptFailed,

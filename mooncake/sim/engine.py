@@ -154,10 +154,19 @@ class SimEngine:
     # ------------------------------------------------------------------ calls
 
     def submit(
-        self, seq: int, job: Job, *, source_tokens: int, one_token: bool, store: bool, stored_tokens: int, turn: int
+        self,
+        seq: int,
+        job: Job,
+        *,
+        source_tokens: int,
+        ssd_tokens: int,
+        one_token: bool,
+        store: bool,
+        stored_tokens: int,
+        turn: int,
     ) -> None:
         self._jobs[seq] = job
-        self._call(self._submit, seq, job, source_tokens, one_token, store, stored_tokens, turn)
+        self._call(self._submit, seq, job, source_tokens, ssd_tokens, one_token, store, stored_tokens, turn)
 
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int) -> None:
         self._call(self.core.load_ahead, seq, block_keys, start)
@@ -209,12 +218,21 @@ class SimEngine:
         on_replaced()
 
     def _submit(
-        self, seq: int, job: Job, source_tokens: int, one_token: bool, store: bool, stored_tokens: int, turn: int
+        self,
+        seq: int,
+        job: Job,
+        source_tokens: int,
+        ssd_tokens: int,
+        one_token: bool,
+        store: bool,
+        stored_tokens: int,
+        turn: int,
     ) -> None:
         self.core.submit(
             seq,
             job,
             source_tokens=source_tokens,
+            ssd_tokens=ssd_tokens,
             one_token=one_token,
             store=store,
             stored_tokens=stored_tokens,

@@ -201,7 +201,7 @@ class SimInstance:
                 self._sources[command.seq] = source
             self.runner.handle(SourceOpened(command.seq, num_tokens))
 
-        source = SimSource(client, command.source, opened)
+        source = SimSource(client, command.source, opened, command.tenant)
 
     def _reserve(self, command: ReserveKv) -> None:
         client = self._client(command.target.node)
@@ -215,7 +215,7 @@ class SimInstance:
             num_stored = target.num_stored if granted else 0
             self.runner.handle(KvReserved(command.seq, granted, not client.lost, num_stored))
 
-        target = SimTarget(client, command.target, reserved)
+        target = SimTarget(client, command.target, reserved, command.tenant)
 
     def _commit(self, command: CommitKv) -> None:
         def committed(ok: bool) -> None:
@@ -229,6 +229,7 @@ class SimInstance:
             command.seq,
             command.job,
             source_tokens=command.source_tokens,
+            ssd_tokens=self._sources[command.seq].ssd_tokens if command.source_tokens else 0,
             one_token=command.one_token,
             store=command.store,
             stored_tokens=self._targets[command.seq].num_stored * limits.block_tokens if command.store else 0,

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from mooncake.config import Config
+from mooncake.config import Config, parse_quotas
 from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S
 from mooncake.engine.build import PREFILL_BATCH_MAX, engine_limits
 from mooncake.engine.simulated import DEFAULT_KV_TOKENS, HARDWARE, LAYOUT, MODEL_CONTEXT, scaled
@@ -55,6 +55,7 @@ def cluster_config(config: Config) -> ClusterConfig:
         node=NodeConfig(
             capacity_bytes=config.store_memory,
             eviction=config.eviction,
+            quotas=parse_quotas(config.store_quotas),
             token_bytes=LAYOUT.object_bytes(1),
             block_tokens=limits.block_tokens,
             call_ns=CALL_NS,

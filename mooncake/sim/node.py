@@ -50,6 +50,7 @@ from mooncake.store.events import (
     SsdRests,
     SsdWritten,
     Tick,
+    Usage,
     WriteSsd,
 )
 from mooncake.store.eviction import POLICIES
@@ -80,6 +81,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     """Between the segment and instances of the same machine."""
     nic_bytes_per_s: float = 5e9
     eviction: str = "lru"
+    quotas: dict[str, int] = {}
+    """Bytes of memory by tenant."""
     ssd_bytes: int = 0
     """Of the tier below memory; 0: there is none."""
     ssd_bytes_per_s: float = 6e9
@@ -130,6 +133,7 @@ class SimNode:
             policy=POLICIES[config.eviction](),
             allocator=Budget(config.capacity_bytes, config.alignment),
             ssd=_ssd_config(config),
+            quotas=config.quotas,
         )
         self.memory = Link(f"{name}.memory", config.local_bytes_per_s)
         self.nic_in = Link(f"{name}.in", config.nic_bytes_per_s)
@@ -146,6 +150,7 @@ class SimNode:
             Reply: self._reply,
             Fault: self._fault,
             Report: self._report,
+            Usage: lambda command: None,  # for a directory, which the Conductor is not in this
             Snapshot: self._snapshot,
             WriteSsd: self._ssd_job,
             ReadSsd: self._ssd_job,
@@ -205,8 +210,6 @@ class SimNode:
     def _reply(self, command: Reply) -> None:
         client = self._clients.get(command.client)
         if client is not None and client.awaits(command.request_id):
-            if command.num_loaded:
-                client.note_loaded(command.request_id, command.num_loaded)
             self.loop.after(self.config.call_ns, client.replied, command.request_id, command.results)
 
     def _fault(self, command: Fault) -> None:
@@ -254,8 +257,6 @@ class NodeClient:
         self.is_local = home is node
         self._ids = itertools.count(1)
         self._pending: dict[int, OnReply] = {}
-        self._num_loaded: dict[int, int] = {}
-        """By request, how many of the objects that it leases come from SSD; until its reply is there."""
         self._path_in, self._path_out = [node.memory], [node.memory]
         if not self.is_local:
             self._path_in += [node.nic_in, *([home.nic_out] if home is not None else [])]
@@ -277,8 +278,8 @@ class NodeClient:
         for on_reply in pending.values():
             on_reply(None)
 
-    def call(self, kind: Callable[..., Request], on_reply: OnReply | None, *arguments: Any, **more: Any) -> int:
-        """kind: of the request, to which the arguments go. Its number is returned; on_reply is never called before."""
+    def call(self, kind: Callable[..., Request], on_reply: OnReply | None, *arguments: Any, **more: Any) -> None:
+        """kind: of the request, to which the arguments go. on_reply is never called before this returns."""
         node, request_id = self.node, next(self._ids)
         if on_reply is not None:
             self._pending[request_id] = on_reply
@@ -286,7 +287,6 @@ class NodeClient:
             node.loop.after(node.config.call_ns, self.replied, request_id, None)
         else:
             node.loop.after(node.config.call_ns, self._arrive, kind(self.number, request_id, *arguments, **more))
-        return request_id
 
     def _arrive(self, request: Request) -> None:
         if not self.lost:
@@ -295,18 +295,10 @@ class NodeClient:
     def awaits(self, request_id: int) -> bool:
         return request_id in self._pending
 
-    def note_loaded(self, request_id: int, num_loaded: int) -> None:
-        self._num_loaded[request_id] = num_loaded
-
-    def num_loaded(self, request_id: int) -> int:
-        """Of a request that is being replied to."""
-        return self._num_loaded.get(request_id, 0)
-
     def replied(self, request_id: int, results: Any) -> None:
         on_reply = self._pending.pop(request_id, None)
         if on_reply is not None:
             on_reply(results)
-        self._num_loaded.pop(request_id, None)
 
     def copy(self, locations: Sequence[Location], num_bytes: int, write: bool, done: Callable[[bool], None]) -> None:
         """Move bytes between the instance and objects, given if claims are checked. done(ok) when the last have arrived."""
@@ -331,7 +323,9 @@ class NodeClient:
 class SimSource:
     """Leased leading objects of a source (`mooncake.engine.kv_objects.SourceReader`)."""
 
-    def __init__(self, client: NodeClient, source: KvSource, on_opened: Callable[[int], None]) -> None:
+    def __init__(
+        self, client: NodeClient, source: KvSource, on_opened: Callable[[int], None], tenant: str = ""
+    ) -> None:
         self.num_tokens = 0
         self.ssd_tokens = 0
         """Of these, those that were read from SSD for it."""
@@ -342,7 +336,7 @@ class SimSource:
         self._held: tuple[int, ...] = ()
         keys = _object_keys(source.block_keys, source.partial_key)
         # on_opened is not kept: it may hold this object, and what is no cycle is freed at once.
-        self._request_id = client.call(Lease, lambda found: self._leased(found, on_opened), keys)
+        client.call(Lease, lambda found: self._leased(found, on_opened), keys, tenant)
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:
         config = self._client.node.config
@@ -368,7 +362,7 @@ class SimSource:
             self.num_tokens = numbers.index(None) * config.block_tokens
         else:
             self.num_tokens = self._source.num_tokens if numbers else 0
-        num_loaded = self._client.num_loaded(self._request_id)
+        num_loaded = 0 if results is None else results.num_loaded
         self.ssd_tokens = min(self.num_tokens, num_loaded * config.block_tokens)
         if not self.num_tokens:
             self.close()
@@ -378,7 +372,9 @@ class SimSource:
 class SimTarget:
     """Objects reserved for a sequence (`mooncake.engine.kv_objects.TargetWriter`): blocks, and the ephemeral last one."""
 
-    def __init__(self, client: NodeClient, target: KvSource, on_reserved: Callable[[bool], None]) -> None:
+    def __init__(
+        self, client: NodeClient, target: KvSource, on_reserved: Callable[[bool], None], tenant: str = ""
+    ) -> None:
         self.num_tokens = target.num_tokens
         self.num_stored = 0
         """Leading objects that exist already."""
@@ -403,6 +399,7 @@ class SimTarget:
             lease_existing=True,
             all_or_nothing=True,
             ephemeral_last=partial,
+            tenant=tenant,
         )
 
     def copy(self, start: int, end: int, done: Callable[[bool], None]) -> None:

@@ -13,8 +13,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from mooncake.cluster.local import all_quotas
 from mooncake.cluster.run_dir import ProcessId, open_run_dir
+from mooncake.config import load_config
 from mooncake.core.errors import ConfigError
+from mooncake.frontend.keys import TenantChanges, add_key
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -175,6 +178,19 @@ def test_a_process_with_a_reused_pid_is_left_alone(tmp_path: Path) -> None:
         with open_run_dir(str(tmp_path / "run"), "x"):
             assert other.poll() is None
         other.kill()
+
+
+def test_quotas_of_the_key_file_reach_the_store(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    for tenant, store_bytes in (("a", 1000), ("b", 2000), ("c", None)):
+        add_key(path, tenant, TenantChanges(store_bytes=store_bytes), 0, None, admin=False)
+    given = {"store_quotas": "b=7,d=8", "api_keys": str(path)}
+    assert all_quotas(load_config(None, given, {})) == "a=1000,b=7,d=8"
+    assert all_quotas(load_config(None, {"store_quotas": "b=7KiB"}, {})) == "b=7168"
+    assert all_quotas(load_config(None, {}, {})) == ""
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=f"key file {path}"):
+        all_quotas(load_config(None, given, {}))
 
 
 def test_run_dir_must_be_ours(tmp_path: Path) -> None:

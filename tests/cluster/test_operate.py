@@ -17,9 +17,12 @@ import pytest
 from mooncake.cli import main
 from mooncake.cluster.status_text import table
 from mooncake.config import load_config, save_config
+from mooncake.core.messages import LoadReport
+from mooncake.core.types import ReusedTokens
 from mooncake.frontend.tokenizer import Tokenizer
 from tests.frontend.conductor import Site, site
 from tests.frontend.conftest import model_folder, tokenizer
+from tests.scheduler.cluster import load
 
 __all__ = ["model_folder", "tokenizer"]  # fixtures of the frontend's tests
 
@@ -43,11 +46,14 @@ def against(tokenizer: Tokenizer, test: Callable[[Site, Run], Awaitable[None]]) 
 def test_the_status_is_a_table_or_json(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     async def check(opened: Site, command: Run) -> None:
         await opened.complete("first")
+        opened.cluster.tell("prefill-0", LoadReport(load("prefill-0", 1, reused=ReusedTokens(200, 100, 50, 20))))
         assert await command("status") == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "mooncake test: tiny, frontend-0 ready, up 0 s"
         assert any(line.startswith("TTFT        100.0 % of 1 met their objective (by default 1.0 s)") for line in lines)
-        assert "hit rate    hbm 0.0 %, dram 0.0 %, ssd 0.0 % of 3 prompt tokens placed since its start" in lines
+        assert (
+            "hit rate    hbm 50.0 %, dram 25.0 %, ssd 10.0 % of 200 prompt tokens, since the instances started" in lines
+        )
         head = next(at for at, line in enumerate(lines) if line.startswith("instance "))
         assert [line.split()[:3] for line in lines[head + 1 : head + 4]] == [
             ["prefill-0", "prefill", "ready"],

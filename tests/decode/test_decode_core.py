@@ -68,8 +68,8 @@ UNREADABLE = "the KV that was handed over cannot be read"
 
 def test_a_sequence_from_hand_over_to_its_end() -> None:
     drive = Driver()
-    assert drive.submit(1) == [OpenSource(1, make_source(1, 20))]
-    job = make_job(1, 21, source=make_source(1, 20))
+    assert drive.submit(1, tenant="acme") == [OpenSource(1, make_source(1, 20), "acme")]
+    job = make_job(1, 21, source=make_source(1, 20), tenant="acme")
     assert drive(SourceOpened(1, 20)) == [RunSequence(1, job, 20)]
     assert drive(progress(KvLoaded(1, True))) == [CloseSource(1)]
     [send] = drive(progress(Drawn(1, 21, (5,), None, (), 20)))
@@ -209,12 +209,12 @@ def test_live_attempts_name_the_unknown_and_drop_the_unwanted() -> None:
 
 # ---------------------------------------------------------------- loads ahead
 
-AHEAD = LoadAhead(8, make_source(1, 16))
+AHEAD = LoadAhead(8, make_source(1, 16), "acme")
 
 
 def test_what_exists_of_a_prompt_is_leased_loaded_and_let_go() -> None:
     drive = Driver()
-    assert drive.message(AHEAD) == [OpenSource(1, AHEAD.source)]
+    assert drive.message(AHEAD) == [OpenSource(1, AHEAD.source, "acme")]
     assert drive(SourceOpened(1, 16)) == [LoadBlocks(1, AHEAD.source.block_keys, 8)]
     assert drive.core.num_attempts == 0, "nobody waits for it"
     assert drive(PeerGone("f0")) == [], "it ends by itself"

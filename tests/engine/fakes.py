@@ -54,7 +54,7 @@ class Objects:
         missing: Sequence[int] | None = None,
     ) -> None:
         self.num_tokens = num_tokens
-        self.num_stored = 0
+        self.num_stored = self.ssd_tokens = 0
         self.data = [bytearray(each) for each in data]
         self.calls: list[tuple[int, int, int]] = []
         self.copies = [np.zeros(len(each), dtype=np.uint8) for each in data]

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mooncake.core.types import AttemptKey, FinishReason, Job, SamplingParams, TokenLogprobs
+from mooncake.core.types import AttemptKey, FinishReason, Job, ReusedTokens, SamplingParams, TokenLogprobs
 from mooncake.engine.base import EngineLimits, StepPlan, StepResult
 from mooncake.engine.core import (
     AheadEnded,
@@ -191,6 +191,35 @@ def test_a_prefix_is_reused_and_one_token_is_left_to_compute() -> None:
     assert drive.step() == [(2, 8, 8)]
     assert drive.of(Drawn)[-1].cached_tokens == 8
     assert drive.core.pool.cached_keys() == keys
+
+
+def test_what_is_reused_is_counted_by_where_it_was() -> None:
+    drive = Driver(num_pages=40, overlap=True)
+    keys = (b"a", b"b", b"c", b"d")
+    drive.submit(1, 8, one_token=True, fields={"block_keys": keys[:1]})
+    drive.run()
+    assert drive.core.load.reused == ReusedTokens(prompt=8)
+    drive.submit(2, 40, source_tokens=32, ssd_tokens=16, one_token=True, fields={"block_keys": keys})
+    drive.run()
+    assert drive.core.load.reused == ReusedTokens(prompt=48, hbm=8, dram=8, ssd=16)
+    assert drive.of(Drawn)[-1].cached_tokens == 32
+    drive.core.submit(3, msgspec.structs.replace(make_job(3, 12), num_prompt_tokens=11), source_tokens=12)
+    drive.run()
+    assert drive.core.load.reused.prompt == 48, "a hand-over is no reuse"
+    other = EngineCore(drive.core.limits, overlap_loads=False)
+    other.continue_counts(drive.core)
+    assert other.load.reused == drive.core.load.reused
+
+
+def test_what_could_not_be_loaded_is_not_reused() -> None:
+    drive = Driver()
+    drive.hold = True
+    drive.submit(1, 20, source_tokens=16, ssd_tokens=16)
+    drive.step()
+    drive.core.loaded(1, False)
+    drive.step()
+    drive.step()
+    assert drive.of(Drawn) and drive.core.load.reused == ReusedTokens(prompt=20)
 
 
 def test_a_joint_sequence_draws_for_each_choice_from_one_row_and_ends() -> None:

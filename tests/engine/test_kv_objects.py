@@ -37,9 +37,9 @@ CONTENTS = contents(21)
 class Node:
     """A store in this process with room for so many objects. now: its time."""
 
-    def __init__(self, num_objects: int = 10) -> None:
+    def __init__(self, num_objects: int = 10, *, quotas: dict[str, int] | None = None) -> None:
         self.now = 0
-        core = StoreCore(num_objects * UNIT, epoch=1, alignment=UNIT)
+        core = StoreCore(num_objects * UNIT, epoch=1, alignment=UNIT, quotas=quotas)
         self.memory = MemoryNode(num_objects * UNIT, core=core, clock=lambda: self.now)
 
     def client(self) -> MemoryStore:
@@ -82,6 +82,27 @@ def read(reader: SourceReader, index: int, offset: int, size: int) -> bytes:
     found = bytearray()
     reader.use(index, offset, size, found.extend)
     return bytes(found)
+
+
+@pytest.mark.parametrize(("tenant", "kept"), [("acme", 1), ("other", 2)])
+def test_what_is_over_the_quota_is_handed_over_and_not_kept(tenant: str, kept: int) -> None:
+    """Acme may have one object: the first block stays."""
+
+    async def main() -> None:
+        node = Node(quotas={"acme": UNIT})
+        client = node.client()
+        writer = await reserve_target(client, SOURCE, LAYOUT, SHARD, BLOCK, tenant)
+        assert writer is not None and all(writer.wants(at) for at in range(3))
+        write(writer, 0, 1, 2)
+        assert await writer.commit(0, 3)
+        reader = await open_source(node.client(), SOURCE, SHARD, BLOCK, tenant)
+        assert reader.num_tokens == 21
+        await writer.close()
+        assert [read(reader, at, 0, len(CONTENTS[at])) for at in range(3)] == CONTENTS
+        await reader.close()
+        assert node.held == (0, 0, kept)
+
+    asyncio.run(main())
 
 
 # ---------------------------------------------------------------- sources

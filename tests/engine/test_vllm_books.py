@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mooncake.core.types import FinishReason, SamplingParams, TokenLogprobs, tokens_to_bytes
+from mooncake.core.types import FinishReason, ReusedTokens, SamplingParams, TokenLogprobs, tokens_to_bytes
 from mooncake.engine.base import EngineLimits
 from mooncake.engine.core import (
     Drawn,
@@ -37,6 +37,18 @@ def test_a_sequence_that_continues_tells_its_tokens_and_its_end() -> None:
     assert found.ended(7) == [SequenceReleased(7)] and found.ended(7) == []
     assert found.drawn(7, Tokens(0, (9,)), 0) == [] and 7 not in found
     assert found.load == EngineLoad(0, 0, 0, 0, 8, 0, 1, 10)
+
+
+def test_reused_tokens_of_a_request_with_a_source_are_taken_for_loaded_ones() -> None:
+    found = books()
+    found.add(1, make_job(1), one_token=True, has_reader=True, ssd_tokens=8)
+    found.drawn(1, Tokens(0, (5,)), num_cached=16)
+    assert found.load.reused == ReusedTokens(prompt=20, dram=8, ssd=8)
+    found.add(2, make_job(2), one_token=True, has_reader=False)
+    found.drawn(2, Tokens(0, (5,)), num_cached=16)
+    found.add(3, make_job(3, num_prompt_tokens=19), one_token=False, has_reader=True)
+    found.drawn(3, Tokens(0, (5,)), num_cached=19)
+    assert found.load.reused == ReusedTokens(prompt=40, hbm=16, dram=8, ssd=8), "a hand-over is no reuse"
 
 
 def test_the_first_of_two_pools_draws_one_token_that_ends_nothing_but_a_finished_sequence() -> None:

@@ -133,7 +133,8 @@ def test_questions_are_bounded_and_late_answers_are_nobodys() -> None:
 
 
 def _status(number: int) -> Any:
-    from mooncake.core.messages import ClusterStatus, ReusedTokens
+    from mooncake.core.messages import ClusterStatus
+    from mooncake.core.types import ReusedTokens
 
     return ClusterStatus(number, "joint", 0, 0, (), ReusedTokens(), (), ())
 

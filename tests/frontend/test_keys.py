@@ -12,7 +12,7 @@ import pytest
 
 from mooncake.core.errors import ConfigError
 from mooncake.frontend.keyring import LOOK_AGAIN_S, Keyring
-from mooncake.frontend.keys import TenantChanges, add_key, change_tenant, find_key, read_keys, revoke_key
+from mooncake.frontend.keys import TenantChanges, add_key, change_tenant, find_key, read_keys, revoke_key, store_quotas
 from mooncake.frontend.keys_text import listing, listing_text, parse_changes, parse_expiry
 
 NOW = 1_800_000_000
@@ -75,6 +75,8 @@ def test_limits_are_changed_one_by_one(tmp_path: Path) -> None:
     change_tenant(path, "acme", TenantChanges(share_group="friends", store_bytes=1 << 30))
     tenant = read_keys(path).tenants["acme"]
     limits = tenant.limits
+    add_key(path, "other", TenantChanges(), NOW, None, admin=False)
+    assert store_quotas(read_keys(path)) == {"acme": 1 << 30}
     assert (tenant.weight, tenant.share_group) == (2.0, "friends")
     assert (limits.requests_per_minute, limits.tokens_per_minute, limits.store_bytes) == (10, 500, 1 << 30)
 

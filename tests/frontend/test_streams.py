@@ -34,7 +34,8 @@ def test_a_client_that_leaves_is_cancelled(tokenizer: Tokenizer, stream: bool) -
             writer.close()
             await until(lambda: s.backend.num_cancelled == 1, 1.0)
             assert s.backend.num_running == 0
-            await until_metric(s, 'requests_total{code="499",endpoint="completions"} 1.0' if not stream else "} 1.0")
+            code = "" if stream else 'requests_total{code="499",'
+            await until_metric(s, code + 'endpoint="completions"} 1.0')
 
     run(test)
 

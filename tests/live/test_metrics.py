@@ -93,7 +93,7 @@ def test_a_prometheus_has_all_of_them(
         assert hits["node-0 dram"] > 0 and used["node-0 dram"] > 0
         assert numbers("mooncake_store_capacity_bytes", 1) == {"node-0 dram": 64 << 20}
         assert numbers("mooncake_store_leases", 1) == {"node-0": 0}
-        assert sum(numbers("mooncake_frontend_requests_total", 1).values()) >= NUM_REQUESTS
+        assert sum(numbers('mooncake_frontend_requests_total{endpoint="completions"}', 1).values()) >= NUM_REQUESTS
         assert len(prometheus.query("process_resident_memory_bytes")) == len(addresses)
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
 from mooncake.core.event_log import read_log
 from mooncake.core.keys import block_keys_of
-from mooncake.core.types import Tier
+from mooncake.core.types import ReusedTokens, Tier
 from mooncake.engine.models import resolve_model
 from mooncake.engine.simulated import draw_token
 from mooncake.frontend.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ from mooncake.sim.replay_log import Replayed, replay_log
 from mooncake.store.client import StoreClient
 from mooncake.store.types import PutStatus
 from tests.live.harness import MODEL, READY_S, Client, Cluster, Completion
+from tests.live.prometheus import free_ports
 
 NUM_OBJECTS = 600
 SIZE_MAX = 300_000
@@ -162,14 +164,31 @@ def ask(cluster: Cluster, numbers: Sequence[int]) -> list[Completion]:
     return completions
 
 
+def reused(cluster: Cluster, num_prompt: int) -> ReusedTokens:
+    """What instances have reused, as soon as the Conductor has heard of so many prompt tokens; their metrics say the same."""
+    deadline = time.monotonic() + READY_S
+    while True:
+        found = httpx.get(f"{cluster.url}/admin/status").json()["cluster"]["reused"]
+        if found["prompt"] == num_prompt:
+            break
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    lines = httpx.get(f"http://127.0.0.1:{cluster.config['metrics_port'] + 2}/metrics").text.splitlines()
+    for tier in ("hbm", "dram", "ssd"):
+        assert f'mooncake_instance_reused_tokens_total{{tier="{tier}"}} {float(found[tier])}' in lines
+    return msgspec.convert(found, ReusedTokens)
+
+
 def test_prompts_that_left_memory_are_served_from_ssd_also_after_kill_9(tmp_path: Path) -> None:
-    options = ("--store-memory", "4MiB", "--store-ssd-dir", str(tmp_path / "ssd"))
+    metrics = ("--metrics-port", str(free_ports(5)))
+    options = ("--store-memory", "4MiB", "--store-ssd-dir", str(tmp_path / "ssd"), *metrics)
     with Cluster(*FIXED, *options) as cluster:
         ask(cluster, range(NUM_PROMPTS))
         reads = last_life(cluster).core.metrics()["ssd_reads"]
         again = ask(cluster, range(10))
         assert [found.num_cached for found in again] == [BLOCKS * 128] * 10
         assert last_life(cluster).core.metrics()["ssd_reads"] >= reads + 9 * BLOCKS
+        assert reused(cluster, (NUM_PROMPTS + 10) * len(prompt(0))).ssd >= 9 * BLOCKS * 128
         kill_and_wait(cluster)
         after = ask(cluster, range(20, 30))
         assert [found.num_cached for found in after] == [BLOCKS * 128] * 10

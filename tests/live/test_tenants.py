@@ -130,4 +130,4 @@ def test_a_key_file_that_cannot_be_used(tmp_path: Path, content: str | None, sen
     path = tmp_path / "keys.json"
     if content is not None:
         path.write_text(content)
-    assert refused(tmp_path, "--api-keys", str(path)) == f"mooncake: frontend-0: key file {path}: {sentence}"
+    assert refused(tmp_path, "--api-keys", str(path)) == f"mooncake: key file {path}: {sentence}"

@@ -113,6 +113,14 @@ def test_a_request_from_queue_to_hand_over() -> None:
     assert drive.core.num_attempts == 0
 
 
+def test_the_store_hears_whose_the_kv_is() -> None:
+    drive, source = Driver(), make_source(9, 16)
+    assert drive.submit(1, source=source, tenant="acme") == [
+        OpenSource(1, source, "acme"),
+        ReserveKv(1, KvSource("n0", 20, blocks(1, 2), PARTIAL, ("unix:/n0",)), "acme"),
+    ]
+
+
 def test_a_joint_attempt_gives_a_first_token_for_each_choice_and_one_hand_over() -> None:
     drive = Driver()
     drive.submit(1, num_choices=3)

@@ -114,6 +114,7 @@ def steps(draw: st.DrawFn) -> m.StepTokens:
 OPTIONAL = st.none() | INT64
 TIERS = st.lists(st.builds(t.TierLoad, TEXT, INT64, INT64, INT64), max_size=2).map(tuple)
 INSTANCE_STATUS = st.builds(m.InstanceStatus, *[TEXT] * 4, *[INT64] * 7, FLOAT, INT64, INT64)
+REUSED = st.builds(t.ReusedTokens, *[INT64] * 4)
 NODE_STATUS = st.builds(m.NodeStatus, TEXT, st.booleans(), *[INT64] * 4, TIERS)
 MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.PlaceRequest: st.builds(
@@ -142,7 +143,7 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.Members: st.builds(m.Members, st.lists(INFO, max_size=2).map(tuple)),
     m.Submit: st.builds(m.Submit, jobs()),
     m.Abort: st.builds(m.Abort, KEYS),
-    m.LoadAhead: st.builds(m.LoadAhead, INT64, SOURCE),
+    m.LoadAhead: st.builds(m.LoadAhead, INT64, SOURCE, TEXT),
     m.HandoverDone: st.builds(m.HandoverDone, KEYS),
     m.LiveAttempts: st.builds(m.LiveAttempts, TEXT, KEYS, KEYS),
     m.StepTokens: steps(),
@@ -151,7 +152,7 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
     m.AttemptFailed: st.builds(m.AttemptFailed, TEXT, KEY, TEXT, TEXT),
     m.Register: st.builds(m.Register, INFO),
     m.Registered: st.builds(m.Registered, st.booleans(), TEXT),
-    m.LoadReport: st.builds(m.LoadReport, st.builds(t.InstanceLoad, TEXT, *[INT64] * 11)),
+    m.LoadReport: st.builds(m.LoadReport, st.builds(t.InstanceLoad, TEXT, *[INT64] * 11, REUSED)),
     m.CacheDelta: st.builds(m.CacheDelta, TEXT, INT64, INT64, TEXT, BLOCK_KEYS, BLOCK_KEYS),
     m.CacheSnapshot: st.builds(m.CacheSnapshot, TEXT, INT64, INT64, TEXT, BLOCK_KEYS),
     m.SnapshotRequest: st.builds(m.SnapshotRequest, TEXT, TEXT),
@@ -172,7 +173,7 @@ MESSAGES: dict[type, st.SearchStrategy[Any]] = {
         INT64,
         INT64,
         st.lists(st.tuples(TEXT, INT64), max_size=3).map(tuple),
-        st.builds(m.ReusedTokens, *[INT64] * 4),
+        REUSED,
         st.lists(INSTANCE_STATUS, max_size=2).map(tuple),
         st.lists(NODE_STATUS, max_size=2).map(tuple),
     ),

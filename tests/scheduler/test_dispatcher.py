@@ -600,10 +600,10 @@ PART = KvPartReady("p0", key(), 8, KvSource("n0", 16, SOURCE.block_keys))
 
 def test_decode_loads_a_reused_prefix_as_soon_as_it_is_placed() -> None:
     drive = Driver(part_tokens=16)
-    drive(Start(spec()))
+    drive(Start(spec(tenant="acme")))
     commands = drive.hear(Placed(key(), "p0", "d0", REUSED, PREDICTION))
     assert [(to, type(message)) for to, message in sends(commands, object)] == [("p0", Submit), ("d0", LoadAhead)]
-    assert sends(commands, LoadAhead) == [("d0", LoadAhead(0, REUSED))]
+    assert sends(commands, LoadAhead) == [("d0", LoadAhead(0, REUSED, "acme"))]
 
 
 def test_a_short_prefix_and_one_that_is_not_handed_over_are_not_loaded_ahead() -> None:

@@ -17,12 +17,11 @@ from mooncake.core.messages import (
     Members,
     NodeLoad,
     PrefillDone,
-    ReusedTokens,
     Send,
     StateChange,
     Told,
 )
-from mooncake.core.types import AttemptKey, InstanceState, Role, TierLoad
+from mooncake.core.types import AttemptKey, InstanceState, ReusedTokens, Role, TierLoad
 from mooncake.scheduler.core import PeerGone
 from tests.scheduler.cluster import COST, MS, Cluster, S, answers, info, load, messages
 
@@ -90,17 +89,14 @@ def test_tokens_per_second_are_those_of_the_last_seconds() -> None:
     assert instance(cluster, "d").tokens_per_s == 0.0, "nothing was computed since"
 
 
-def test_reused_tokens_are_counted_by_tier() -> None:
-    cluster = Cluster()
-    cluster.node("n", 1, 2, 3)
-    cluster.delta("n", 1, "ssd", added=(4,))
-    cluster.prefill("p", node="n")
-    cluster.decode("d", node="n")
-    cluster.delta("p", 1, "hbm", added=(1,))
-    cluster.place(1, 22, 1, 2, 3, 4, 5)
-    assert status(cluster).reused == ReusedTokens(prompt=22, hbm=4, dram=8, ssd=4)
-    cluster.place(2, 9)
-    assert status(cluster).reused == ReusedTokens(prompt=31, hbm=4, dram=8, ssd=4)
+def test_reused_tokens_are_what_the_instances_say() -> None:
+    cluster = pair()
+    assert status(cluster).reused == ReusedTokens()
+    cluster.receive("p", LoadReport(load("p", 1, reused=ReusedTokens(22, 4, 8, 4))))
+    cluster.receive("d", LoadReport(load("d", 1, reused=ReusedTokens(9, 1))))
+    assert status(cluster).reused == ReusedTokens(prompt=31, hbm=5, dram=8, ssd=4)
+    cluster.receive("p", LoadReport(load("p", 2, reused=ReusedTokens(30, 4, 12, 4))))
+    assert status(cluster).reused == ReusedTokens(prompt=39, hbm=5, dram=12, ssd=4), "counts since their start"
 
 
 def test_tiers_of_a_store_node_are_shown_as_it_reported_them() -> None:

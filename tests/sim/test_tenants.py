@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from mooncake.core.types import NANOS_PER_MS, NANOS_PER_S, Slo
@@ -113,6 +114,24 @@ def test_large_prompts_count_as_what_they_are() -> None:
         for name, records in found.items()
     }
     assert tokens["long"] / tokens["short"] == pytest.approx(1.0, abs=0.2)
+
+
+def test_a_tenant_that_fills_its_quota_takes_nothing_of_the_others_and_loses_no_request() -> None:
+    """A store of thirty prompts, of which the flood may have four; it brings two hundred."""
+    prompt_bytes = 512 * 1024
+    flood, light = load("flood", 20), load("light", 1)
+    later = [msgspec.structs.replace(each, arrival_ns=each.arrival_ns + 20 * NANOS_PER_S) for each in light]
+
+    def reused(quotas: dict[str, int]) -> int:
+        base = one_of_each()
+        node = msgspec.structs.replace(base.node, capacity_bytes=30 * prompt_bytes, quotas=quotas)
+        found = run(msgspec.structs.replace(base, node=node, num_pages=40), flood, light, later)
+        assert all(record.completed for records in found.values() for record in records)
+        return sum([record.cached_tokens for record in found["light"]])
+
+    whole = sum([each.num_tokens - BLOCK for each in later])  # the last block is computed: it gives the first token
+    assert reused({"flood": 4 * prompt_bytes}) == whole
+    assert reused({}) <= whole / 4
 
 
 def test_priority_stays_inside_a_tenant() -> None:

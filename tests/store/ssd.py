@@ -7,7 +7,7 @@ from typing import Any
 from mooncake.store.core import StoreCore
 from mooncake.store.events import ReadSsd, Reply, SsdJob, SsdRead, SsdWritten, WriteSsd
 from mooncake.store.ssd import SsdConfig
-from mooncake.store.types import Location
+from mooncake.store.types import Location, Places
 from tests.store.helpers import UNIT, Driver, by_key
 
 ROOM_WAIT, LOAD_WAIT = 100, 1000
@@ -52,7 +52,8 @@ class Tiered(Driver):
                 self.jobs.append(command)
             elif isinstance(command, Reply):
                 result = by_key(command.results)
-                self.num_loaded[command.request_id] = command.num_loaded
+                if isinstance(command.results, Places):
+                    self.num_loaded[command.request_id] = command.results.num_loaded
                 if (command.client, command.request_id) == own:
                     answer = result
                 else:

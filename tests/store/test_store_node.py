@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from mooncake.core.errors import (
@@ -27,13 +28,13 @@ from mooncake.core.keys import KEY_BYTES, object_key
 from mooncake.core.messages import CacheDelta, CacheSnapshot
 from mooncake.store import wire
 from mooncake.store.client import StoreClient
-from mooncake.store.events import Report, Snapshot
+from mooncake.store.events import Lease, Report, Snapshot
 from mooncake.store.handles import Link
 from mooncake.store.node import StoreNode
 from mooncake.store.service import to_message
-from mooncake.store.types import CommitStatus, PutMode, PutStatus
+from mooncake.store.types import CommitStatus, Places, PutMode, PutStatus
 from mooncake.transport.base import Piece, Region
-from mooncake.transport.frames import HEADER, PIECE, ErrorCode, Kind
+from mooncake.transport.frames import HEADER, PIECE, ErrorCode, FrameReader, Kind
 from mooncake.transport.tcp import TcpPath, parse_address
 from tests.store.helpers import TOKEN, eventually, keys, node_config, run, running_node
 
@@ -113,6 +114,17 @@ def raw_exchange(address: str, *sent: bytes) -> list[tuple[int, int, bytes]]:
         frames.append((kind, count, received[HEADER.size : HEADER.size + length]))
         received = received[HEADER.size + length :]
     return frames
+
+
+def test_who_leases_hears_how_much_came_from_ssd_unless_it_is_too_old_to_understand_it() -> None:
+    event = Lease(1, 5, keys(1, 2))
+    for checksums in ((), (7, None)):
+        places = Places((0, 64), (64, 64), (3, 4), checksums, num_loaded=1)
+        told, untold = [
+            wire.decode_reply(event, FrameReader(1 << 10).feed(wire.encode_reply(5, places, minor))[0])
+            for minor in (wire.TELLS_LOADED, wire.TELLS_LOADED - 1)
+        ]
+        assert (told, untold) == (places, msgspec.structs.replace(places, num_loaded=0))
 
 
 HELLO = wire.encode_hello(wire.Hello(wire.VERSION, TOKEN, "raw", ""))

@@ -8,12 +8,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from mooncake.config import load_config, parse_quotas
-from mooncake.core.errors import ConfigError
+from mooncake.config import format_quotas, load_config, parse_quotas
+from mooncake.core.errors import ConfigError, ProtocolError
 from mooncake.core.messages import NodeInfo
+from mooncake.store import wire
 from mooncake.store.api import PutResult, Store
+from mooncake.store.client import StoreClient
 from mooncake.store.directory.core import (
     DirectoryConfig,
     DirectoryCore,
@@ -37,6 +40,7 @@ from mooncake.store.events import (
     ReadSsd,
     Release,
     Remove,
+    Report,
     Reserve,
     SnapshotWanted,
     SsdRead,
@@ -44,11 +48,25 @@ from mooncake.store.events import (
     Usage,
     UsedElsewhere,
     WriteSsd,
+    fault_of,
 )
 from mooncake.store.node import StoreNode
 from mooncake.store.ssd import SsdConfig
-from mooncake.store.types import PutStatus
-from tests.store.helpers import TOKEN, UNIT, Driver, die, eventually, key, keys, node_config, run, ten_objects
+from mooncake.store.types import CommitStatus, PutStatus
+from mooncake.transport.frames import FrameReader
+from tests.store.helpers import (
+    TOKEN,
+    UNIT,
+    Driver,
+    die,
+    eventually,
+    key,
+    keys,
+    node_config,
+    run,
+    running_node,
+    ten_objects,
+)
 from tests.store.test_store_directory import cluster
 
 ALICE, BOB, NOBODY = 1, 2, 3
@@ -178,6 +196,160 @@ def test_quotas_are_of_memory_and_what_is_read_back_from_ssd_counts_for_who_want
     assert used(drive) == {"alice": 4, "bob": 1}
 
 
+# ---------------------------------------------------------------- a client that puts for many
+
+ENGINE = 4
+
+
+def hand_over(drive: Driver, tenant: str, *numbers: int) -> tuple[int, ...]:
+    """Put, as prefill does, and keep leased: all of it has to be there. The numbers of the leases."""
+    request = Reserve(
+        ENGINE, 0, keys(*numbers), (UNIT,) * len(numbers), lease_existing=True, all_or_nothing=True, tenant=tenant
+    )
+    puts = drive(request)
+    assert all(each.location is not None for each in puts)
+    made = tuple([each.location.generation for each in puts if each.status is PutStatus.RESERVED])
+    if made:
+        assert drive(Commit(ENGINE, 0, made, True)) == (CommitStatus.COMMITTED,) * len(made)
+    return tuple([each.location.generation for each in puts])
+
+
+def listed(drive: Driver) -> set[bytes]:
+    """What the directory believes to be there."""
+    found: set[bytes] = set()
+    for each in drive.reports:
+        if isinstance(each, Report):
+            found = (found | set(each.added)) - set(each.removed)
+    return found
+
+
+def test_what_a_hand_over_has_beyond_the_quota_can_be_read_and_is_not_kept() -> None:
+    drive = two_tenants()
+    put(drive, BOB, 20, 21)
+    held = hand_over(drive, "alice", 1, 2, 3, 4, 5, 6)
+    assert used(drive) == {"alice": 6, "bob": 2}, "in flight it counts"
+    assert listed(drive) == set(keys(20, 21, 1, 2, 3, 4)), "nobody is told of what will not stay"
+    read = drive(Lease(NOBODY, 0, keys(1, 2, 3, 4, 5, 6)))
+    drive(Release(ENGINE, 0, held))
+    assert there(drive, *range(1, 7)) == [1, 2, 3, 4, 5, 6], "somebody reads it"
+    drive(Release(NOBODY, 0, tuple([each.generation for each in read])))
+    assert there(drive, *range(1, 7), 20, 21) == [1, 2, 3, 4, 20, 21], "the leading part"
+    assert used(drive) == {"alice": 4, "bob": 2} and drive.core.tenants()[0].num_refused == 2
+    drive(Flush())
+    assert listed(drive) == set(keys(20, 21, 1, 2, 3, 4))
+
+
+def test_a_hand_over_takes_the_place_of_its_tenants_oldest() -> None:
+    drive = two_tenants()
+    put(drive, BOB, 20, 21, 22)
+    for chain in ((1, 2), (3, 4)):
+        drive(Release(ENGINE, 0, hand_over(drive, "alice", *chain)))
+    drive(Release(ENGINE, 0, hand_over(drive, "alice", 3, 4, 5)))
+    assert there(drive, 1, 2, 3, 4, 5, 20, 21, 22) == [1, 3, 4, 5, 20, 21, 22], "what it reuses costs nothing"
+    drive(Release(ENGINE, 0, hand_over(drive, "alice", 11, 12, 13, 14, 15)))
+    assert there(drive, 1, 3, 4, 5, *range(11, 16), 20, 21, 22) == [11, 12, 13, 14, 20, 21, 22]
+    assert used(drive) == {"alice": 4, "bob": 3}
+    assert drive.core.metrics()["refusals"] == 0
+
+
+def test_hand_overs_of_several_requests_count_together() -> None:
+    drive = two_tenants()
+    first, second = hand_over(drive, "bob", 1, 2), hand_over(drive, "bob", 3, 4)
+    assert used(drive)["bob"] == 4
+    drive(Release(ENGINE, 0, second))
+    assert there(drive, 1, 2, 3, 4) == [1, 2, 3]
+    drive(Release(ENGINE, 0, first))
+    assert there(drive, 1, 2, 3) == [1, 2, 3] and used(drive)["bob"] == 3
+
+
+def test_whoever_is_named_pays_and_the_others_have_no_limit() -> None:
+    drive = two_tenants()
+    reserve = Reserve(BOB, 0, keys(1), (UNIT,), tenant="alice")
+    drive(reserve)
+    assert used(drive) == {"alice": 1, "bob": 0}, "in place of the client's own"
+    assert len(hand_over(drive, "carol", *range(10, 19))) == 9 and used(drive) == {"alice": 1, "bob": 0}
+
+
+def test_a_store_that_is_full_of_what_is_in_use_refuses_a_hand_over_as_ever() -> None:
+    drive = two_tenants()
+    put(drive, NOBODY, *range(10, 18), lease=True)
+    request = Reserve(ENGINE, 0, keys(1, 2, 3), (UNIT,) * 3, all_or_nothing=True, tenant="bob")
+    assert [each.status for each in drive(request)] == [PutStatus.REFUSED] * 3 and used(drive)["bob"] == 0
+
+
+def test_the_partial_last_object_is_gone_with_its_leases_whatever_the_quota() -> None:
+    drive = two_tenants()
+    request = Reserve(ENGINE, 0, keys(1, 2), (UNIT,) * 2, all_or_nothing=True, ephemeral_last=True, tenant="alice")
+    numbers = tuple([each.location.generation for each in drive(request)])
+    drive(Commit(ENGINE, 0, numbers, True))
+    drive(Release(ENGINE, 0, numbers))
+    assert there(drive, 1, 2) == [1] and used(drive)["alice"] == 1
+    assert drive.core.tenants()[0].num_refused == 0
+
+
+def test_what_is_read_back_from_ssd_counts_for_who_is_named() -> None:
+    drive = two_tenants(ssd=SsdConfig(1 << 20, extent_bytes=1 << 16, alignment=UNIT, ready_bytes=4 * UNIT))
+    put(drive, ALICE, 1, 2, 3, 4)
+    put(drive, NOBODY, *range(10, 14))
+    for each in [each for each in drive.reports if isinstance(each, WriteSsd)]:
+        drive(SsdWritten(each.job))
+    put(drive, ALICE, 5, 6, 7, 8)
+    assert there(drive, 3) == [3] and used(drive) == {"alice": 4, "bob": 0}
+    drive(Lease(ENGINE, 0, keys(3), tenant="bob"))
+    assert used(drive) == {"alice": 4, "bob": 1}
+
+
+def test_tenants_go_with_requests_only_to_nodes_that_charge_them() -> None:
+    events = [
+        Reserve(5, 6, keys(1, 2), (UNIT, UNIT), checksums=(7, 8), ephemeral_last=True, tenant="alïce"),
+        Lease(5, 6, keys(1, 2), "alïce"),
+    ]
+    for event in events:
+        frame = FrameReader(wire.MAX_CONTROL_BYTES).feed(wire.encode_request(event))[0]
+        assert wire.decode_request(5, frame) == event
+        for payload in (frame.payload[: -len("alïce".encode())], frame.payload + b"x" * 256, frame.payload + b"\xff"):
+            with pytest.raises(ProtocolError, match="tenant's name"):
+                wire.decode_request(5, msgspec.structs.replace(frame, payload=payload))
+    assert fault_of(Lease(0, 0, keys(1), "x" * 257), 1) == "tenant: must have at most 256 bytes, got 257"
+
+    async def main(**options: Any) -> list[str]:
+        async with running_node(**options) as node:
+            client = await StoreClient.connect(node.addresses[:1], token=TOKEN, name="engine")
+            seen: list[str] = []
+            handle = node.handle
+
+            def watched(event: Any) -> None:
+                seen.extend([event.tenant] if isinstance(event, Reserve | Lease) else [])
+                handle(event)
+
+            node.handle = watched  # type: ignore[method-assign]
+            await client.reserve(keys(1), (UNIT,), tenant="alice")
+            await client.lease(keys(9), tenant="alice")
+            await client.close()
+            return seen
+
+    assert asyncio.run(main()) == ["", ""]
+    assert asyncio.run(main(quotas={"bob": UNIT})) == ["alice", "alice"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_history_of_hand_overs_keeps_more_than_the_quota(seed: int) -> None:
+    rng, drive = random.Random(seed), two_tenants()
+    held: list[tuple[int, ...]] = []
+    for _ in range(600):
+        drive.now += 1
+        if held and (len(held) == 3 or rng.random() < 0.5):
+            drive(Release(ENGINE, 0, held.pop(rng.randrange(len(held)))))
+        else:
+            first = rng.randrange(20)
+            chain = tuple(range(first, first + rng.randrange(1, 4)))
+            held.append(hand_over(drive, rng.choice(("alice", "bob", "carol")), *chain))
+    while held:
+        drive(Release(ENGINE, 0, held.pop()))
+    assert all(tenant.used <= tenant.quota for tenant in drive.core.tenants())
+    assert any(tenant.num_refused for tenant in drive.core.tenants())
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_books_are_right_after_any_history(seed: int) -> None:
     """`Driver` checks all conservation laws after every event, the quotas' among them."""
@@ -296,6 +468,7 @@ def test_a_node_that_is_killed_and_adopts_its_memory_knows_whose_it_is(tmp_path:
 def test_quotas_are_read_from_one_option_and_errors_name_it() -> None:
     assert parse_quotas("alice=10GiB, b=c=5k") == {"alice": 10 << 30, "b=c": 5000}
     assert parse_quotas("") == {}
+    assert format_quotas({}) == "" and parse_quotas(format_quotas({"a": 1, "b": 2})) == {"a": 1, "b": 2}
     for text in ("alice", "alice=", "=5", "alice=0", "alice=x", "a=1,a=2", "alice=-1"):
         with pytest.raises(ConfigError, match="store_quotas"):
             load_config(None, {"store_quotas": text}, {})

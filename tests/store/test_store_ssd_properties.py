@@ -157,7 +157,7 @@ class TieredHistory:
                         self.lease_to(request.client, name, put.location)
             case Lease():
                 found = [location for location in results if location is not None]
-                assert 0 <= reply.num_loaded <= len(found)
+                assert 0 <= reply.results.num_loaded <= len(found)
                 for name, location in zip(request.keys, results, strict=True):
                     if location is not None:
                         self.lease_to(request.client, name, location)

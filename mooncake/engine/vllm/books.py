@@ -7,7 +7,7 @@ from collections import Counter
 import msgspec
 
 from mooncake.core.noise import noise
-from mooncake.core.types import FinishReason, Job, TokenLogprobs, bytes_to_tokens
+from mooncake.core.types import FinishReason, Job, ReusedTokens, TokenLogprobs, bytes_to_tokens
 from mooncake.engine.base import EngineLimits
 from mooncake.engine.core import (
     Drawn,
@@ -29,14 +29,21 @@ class Tokens(msgspec.Struct, frozen=True):
 
 
 class _Sequence:
-    __slots__ = ("has_reader", "job", "num_tokens", "one_token", "started")
+    __slots__ = ("has_reader", "job", "num_tokens", "one_token", "ssd_tokens", "started")
 
-    def __init__(self, job: Job, one_token: bool, has_reader: bool) -> None:
+    def __init__(self, job: Job, one_token: bool, has_reader: bool, ssd_tokens: int) -> None:
         self.job = job
+        self.ssd_tokens = ssd_tokens
         self.one_token = one_token
         self.has_reader = has_reader
         self.num_tokens = job.num_tokens
         self.started = False
+
+    def reused(self, cached: int) -> ReusedTokens:
+        """vLLM does not tell its own pages from what the connector loaded: where there was a source, it is taken for that."""
+        loaded = cached if self.has_reader else 0
+        ssd = min(loaded, self.ssd_tokens)
+        return ReusedTokens(self.job.num_prompt_tokens, cached - loaded, loaded - ssd, ssd)
 
 
 class SequenceBooks:
@@ -46,6 +53,7 @@ class SequenceBooks:
         self._sequences: dict[int, _Sequence] = {}
         self._num_loaded = 0
         self._num_computed = 0
+        self._reused = ReusedTokens()
 
     def __contains__(self, seq: int) -> bool:
         return seq in self._sequences
@@ -55,8 +63,9 @@ class SequenceBooks:
             return f"{job.num_tokens} tokens do not fit: a sequence holds at most {self._longest} here"
         return None
 
-    def add(self, seq: int, job: Job, *, one_token: bool, has_reader: bool) -> None:
-        self._sequences[seq] = _Sequence(job, one_token, has_reader)
+    def add(self, seq: int, job: Job, *, one_token: bool, has_reader: bool, ssd_tokens: int = 0) -> None:
+        """ssd_tokens: of what can be read, those that came from SSD for it."""
+        self._sequences[seq] = _Sequence(job, one_token, has_reader, ssd_tokens)
 
     def max_tokens(self, seq: int) -> int:
         """How many tokens it draws at most."""
@@ -75,6 +84,8 @@ class SequenceBooks:
             cached = min(num_cached, state.job.num_prompt_tokens)
             self._num_loaded += num_cached
             self._num_computed += state.job.num_tokens - num_cached
+            if state.job.num_tokens == state.job.num_prompt_tokens:
+                self._reused += state.reused(cached)
             outputs.append(SequenceStarted(seq))
             if state.has_reader:
                 outputs.append(KvLoaded(seq, True))
@@ -112,6 +123,7 @@ class SequenceBooks:
             self._num_computed,
             self._num_loaded,
             waiting_tokens,
+            self._reused,
         )
 
     def _end(self, job: Job) -> int:

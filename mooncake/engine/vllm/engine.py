@@ -20,7 +20,7 @@ from mooncake.config import Config, RoleConfig, socket_address
 from mooncake.core.errors import ProcessError
 from mooncake.core.types import CostModel, Job, KvSource, Role, TokenLogprobs, bytes_to_tokens
 from mooncake.engine.attempts import EngineProgress, KvStored
-from mooncake.engine.base import EngineLimits, KvLayout, KvReader, KvWriter
+from mooncake.engine.base import EngineLimits, KvLayout, KvReader, KvWriter, SourceKvReader
 from mooncake.engine.core import AheadEnded, ServiceOutput
 from mooncake.engine.host import EngineCounts, OnFailure, OnProgress
 from mooncake.engine.kv_objects import StoredTarget
@@ -167,7 +167,7 @@ class VllmEngine:
         job: Job,
         *,
         one_token: bool,
-        reader: KvReader | None = None,
+        reader: SourceKvReader | None = None,
         writer: KvWriter | None = None,
         turn: int = 0,
     ) -> None:
@@ -191,8 +191,11 @@ class VllmEngine:
 
     # ------------------------------------------------------------------ in the loop
 
-    def _submit(self, seq: int, job: Job, one_token: bool, reader: KvReader | None, writer: KvWriter | None) -> None:
-        self._books.add(seq, job, one_token=one_token, has_reader=reader is not None)
+    def _submit(
+        self, seq: int, job: Job, one_token: bool, reader: SourceKvReader | None, writer: KvWriter | None
+    ) -> None:
+        ssd_tokens = 0 if reader is None else reader.ssd_tokens
+        self._books.add(seq, job, one_token=one_token, has_reader=reader is not None, ssd_tokens=ssd_tokens)
         assert writer is None or isinstance(writer, StoredTarget)
         told = _hand_over(job, None if writer is None else writer.target, load=reader is not None)
         stored = None

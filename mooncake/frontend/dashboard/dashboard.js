@@ -138,8 +138,8 @@ const NODE_COLUMNS = [
 function showReuse(reused) {
   const total = reused.prompt;
   $("reuse-note").textContent = total
-    ? `${number(total)} tokens placed since the Conductor's start`
-    : "nothing was placed since the Conductor's start";
+    ? `${number(total)} prompt tokens since the instances started`
+    : "no prompt was prefilled since the instances started";
   const found = TIERS.map(([key, name]) => [name, reused[key]]);
   const computed = Math.max(0, total - found.reduce((sum, [, count]) => sum + count, 0));
   const parts = [...found, ["computed", computed]];

@@ -459,12 +459,14 @@ class KvPartReady(_message.Message):
     def __init__(self, instance: _Optional[str] = ..., key: _Optional[_Union[Key, _Mapping]] = ..., start: _Optional[int] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ...) -> None: ...
 
 class LoadAhead(_message.Message):
-    __slots__ = ("start", "source")
+    __slots__ = ("start", "source", "tenant")
     START_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     start: int
     source: KvSource
-    def __init__(self, start: _Optional[int] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ...) -> None: ...
+    tenant: str
+    def __init__(self, start: _Optional[int] = ..., source: _Optional[_Union[KvSource, _Mapping]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class AttemptFailed(_message.Message):
     __slots__ = ("instance", "key", "reason", "detail")
@@ -487,7 +489,7 @@ class Registered(_message.Message):
     def __init__(self, accepted: bool = ..., detail: _Optional[str] = ...) -> None: ...
 
 class InstanceLoad(_message.Message):
-    __slots__ = ("name", "epoch", "seq", "num_waiting", "waiting_tokens", "num_running", "context_tokens", "free_pages", "step_ns", "waiting_context", "num_attempts", "num_computed_tokens")
+    __slots__ = ("name", "epoch", "seq", "num_waiting", "waiting_tokens", "num_running", "context_tokens", "free_pages", "step_ns", "waiting_context", "num_attempts", "num_computed_tokens", "reused")
     NAME_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
@@ -500,6 +502,7 @@ class InstanceLoad(_message.Message):
     WAITING_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REUSED_FIELD_NUMBER: _ClassVar[int]
     name: str
     epoch: int
     seq: int
@@ -512,7 +515,8 @@ class InstanceLoad(_message.Message):
     waiting_context: int
     num_attempts: int
     num_computed_tokens: int
-    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., step_ns: _Optional[int] = ..., waiting_context: _Optional[int] = ..., num_attempts: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ...) -> None: ...
+    reused: ReusedTokens
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., num_waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., num_running: _Optional[int] = ..., context_tokens: _Optional[int] = ..., free_pages: _Optional[int] = ..., step_ns: _Optional[int] = ..., waiting_context: _Optional[int] = ..., num_attempts: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., reused: _Optional[_Union[ReusedTokens, _Mapping]] = ...) -> None: ...
 
 class CacheDelta(_message.Message):
     __slots__ = ("holder", "epoch", "seq", "tier", "added", "removed")
