@@ -105,6 +105,7 @@ def create_app(
     ]
     handlers: dict[Any, Any] = {HTTPException: _on_http_error, ApiError: _on_api_error, Exception: _on_fault}
     rest = Starlette(routes=routes, exception_handlers=handlers)
+    rest.router.redirect_slashes = False  # a redirect names a scheme and a host that only the client knows
     return App(generating, rest, door or OpenDoor(), instruments, rng)
 
 

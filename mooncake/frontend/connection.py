@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from mooncake.frontend.backend import Generation
-from mooncake.frontend.errors import ApiError
+from mooncake.frontend.errors import ApiError, bad_field
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
@@ -103,6 +103,10 @@ class Client:
 
 async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int, timeout_s: float) -> bytes:
     """Raises ApiError 413 before anything beyond the limit is kept, ClientGone if the client leaves."""
+    encoding = headers.get(b"content-encoding", b"identity")
+    if encoding.lower() != b"identity":
+        reason = f"is not supported: send the body as it is; the value is {encoding.decode('latin-1')!r:.60}"
+        raise bad_field("content-encoding", reason, "unsupported_parameter")
     length = headers.get(b"content-length", b"0")
     if length.isdigit() and int(length) > limit:
         raise _body_too_large(limit)

@@ -78,9 +78,9 @@ class _Asked(msgspec.Struct, frozen=True):
     def question(self) -> Question:
         num_prompt = sum([len(generate.token_ids) for generate in self.generates])
         openings = [echo for echo in self.echoes for _ in range(self.per_prompt)]
-        return Question(
-            self.generates[0].request_id, self.request.prompt_field, num_prompt, tuple(openings), self._choose()
-        )
+        request_id, form = self.generates[0].request_id, self.reading.form
+        form_field = form.field if form else None
+        return Question(request_id, self.request.prompt_field, form_field, num_prompt, tuple(openings), self._choose())
 
     def _choose(self) -> Choose | None:
         n, per_prompt = self.request.n or 1, self.per_prompt

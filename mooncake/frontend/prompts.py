@@ -32,6 +32,8 @@ class PromptEncoder:
     async def encode(self, request: Request) -> list[list[int]]:
         """The request's prompts. Raises ApiError if the template refuses the messages or a prompt is certain not to fit."""
         if isinstance(request, ChatRequest):
+            if len(request.messages) > self._max_context:  # each is a token at least; not to run the template for them
+                raise too_long("messages", f"more than {self._max_context}", 1, self._max_context)
             return [await self.encode_text("messages", self._chat_text(request), add_special_tokens=False)]
         prompts = request.prompts
         field = "prompt" if len(prompts) == 1 else "prompt[{}]"

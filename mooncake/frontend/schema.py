@@ -109,6 +109,8 @@ _REFUSED_NAMES = _Refused.__struct_fields__
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+    """Padding against who listens to the lengths of events: there is none."""
 
 
 class _Common(_Refused, kw_only=True):
@@ -285,10 +287,19 @@ def check_chat(request: ChatRequest) -> None:
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_field("top_logprobs", "needs logprobs to be true")
     for index, message in enumerate(request.messages):
-        if message.function_call:
-            field = f"messages[{index}].function_call"
-            raise bad_field(field, "is not supported by this server; use tool_calls", "unsupported_parameter")
+        _check_message(f"messages[{index}]", message)
     check_tools(request.tools or ())
+
+
+def _check_message(field: str, message: ChatMessage) -> None:
+    """Only the assistant may have said nothing: it may have called tools."""
+    if message.function_call:
+        text = "is not supported by this server; use tool_calls"
+        raise bad_field(f"{field}.function_call", text, "unsupported_parameter")
+    if message.content is None and message.role != "assistant":
+        raise bad_field(f"{field}.content", "is required", "missing_required_parameter")
+    if message.tool_call_id is None and message.role == "tool":
+        raise bad_field(f"{field}.tool_call_id", "is required", "missing_required_parameter")
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
@@ -315,7 +326,7 @@ def _decode(body: bytes, decode: Callable[[bytes], _Any]) -> _Any:
     try:
         return decode(body)
     except msgspec.ValidationError as error:
-        raise _explain(error, body) from None
+        raise explain(error, lambda: msgspec.json.decode(body)) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # malformed JSON and malformed UTF-8 alike
@@ -335,24 +346,31 @@ def _parse(body: bytes, decode: Callable[[bytes], _Kind]) -> _Kind:
     return request
 
 
-_PATH = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?")
-_MISSING = re.compile(r"Object missing required field `(.*)`")
+_PATH = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
+_MAX_EXPECTED_CHARS = 200
+"""msgspec repeats values that are none of those it knows."""
 
 
-def _explain(error: msgspec.ValidationError, body: bytes) -> ApiError:
-    """msgspec says what it expected and where; OpenAI's clients want the field by name, people want the value."""
+def explain(error: msgspec.ValidationError, read: Callable[[], Any], within: str = "") -> ApiError:
+    """msgspec says what it expected and where; OpenAI's clients want the field by name, people want the value.
+
+    read: gives what was checked, as plain objects. within: the field that it is; empty: the body."""
     match = _PATH.fullmatch(str(error))
-    assert match is not None  # the pattern matches anything on one line
-    expected, path = match[1], match[2] or ""
-    missing = _MISSING.fullmatch(expected)
+    assert match is not None  # the pattern matches anything
+    expected, path = match[1][:_MAX_EXPECTED_CHARS], match[2] or ""
+    missing = _MISSING.fullmatch(match[1])
     if missing is not None:
-        return bad_field(f"{path}.{missing[1]}" if path else missing[1], "is required", "missing_required_parameter")
-    if not path:
+        field = ".".join(filter(None, (within, path, missing[1])))
+        return bad_field(field, "is required", "missing_required_parameter")
+    field = ".".join(filter(None, (within, path)))
+    if not field:
         return ApiError(400, f"the body is not a JSON object of a request: {expected}", code="invalid_json")
     message = f"{expected[:1].lower()}{expected[1:]}"
-    with contextlib.suppress(ValueError, RecursionError):  # what follows the bad field may not even be JSON
-        message += f"; the value is {show(_look_up(msgspec.json.decode(body), path))}"
-    return bad_field(path, message, "invalid_value")
+    # What follows the bad field may not even be JSON, or be the same key again with another value.
+    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
+        message += f"; the value is {show(_look_up(read(), path))}"
+    return bad_field(field, message, "invalid_value")
 
 
 def _look_up(value: Any, path: str) -> Any:

@@ -15,7 +15,7 @@ from mooncake.frontend.endpoint import Settings
 from mooncake.frontend.errors import bad_field
 from mooncake.frontend.params import check_model_name
 from mooncake.frontend.prompts import PromptEncoder
-from mooncake.frontend.schema import ChatMessage, ChatRequest, TokenId, parse_as
+from mooncake.frontend.schema import ChatMessage, ChatRequest, TokenId, check_chat, parse_as
 from mooncake.frontend.tokenizer import Tokenizer
 
 
@@ -68,7 +68,9 @@ class TokenPages:
 
     async def _encode(self, asked: TokenizeRequest) -> list[int]:
         if asked.messages is not None:
-            [token_ids] = await self._prompts.encode(ChatRequest(model="", messages=asked.messages))
+            request = ChatRequest(model="", messages=asked.messages)
+            check_chat(request)
+            [token_ids] = await self._prompts.encode(request)
             return token_ids
         text = asked.prompt or ""
         return await self._prompts.encode_text("prompt", text, add_special_tokens=asked.add_special_tokens)

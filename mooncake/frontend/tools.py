@@ -18,7 +18,8 @@ MAX_TOOLS_BYTES = 512 * 1024
 """Of the schemas of all tools: the chat template writes them into the prompt."""
 MAX_DEPTH = 64
 """Of objects and lists in schemas and arguments."""
-Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}(?!\n)$")]
+"""Python's `$` would let a line break stand behind it."""
 
 
 class Function(msgspec.Struct, omit_defaults=True):

@@ -102,7 +102,7 @@ def test_a_conversation_is_a_list_of_items(tokenizer: Tokenizer) -> None:
         {"role": "user", "content": "more"},
     ]
     messages = [
-        {"role": "developer", "content": "rules"},
+        {"role": "system", "content": "rules"},  # the template does not know of developers
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "yes?"},
         {"role": "user", "content": "more"},
@@ -146,9 +146,14 @@ def test_a_call_is_an_item_of_its_own(tokenizer: Tokenizer) -> None:
         ({"input": []}, "input"),
         ({"input": ""}, "input"),
         ({"input": None}, "input"),
-        ({"input": [{"role": "king", "content": "x"}]}, "input[0]"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0]"),
+        ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": "x"}, 3]}, "input[1]"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "input[0].content[0].type",
+        ),
         ({"input": "hello " * 10_000}, "input"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "c"}, "conversation"),
