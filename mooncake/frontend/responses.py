@@ -14,6 +14,7 @@ from mooncake.frontend.schema import (
     ChatRequest,
     ContentPart,
     Count,
+    Metadata,
     StreamOptions,
     check_chat,
     explain,
@@ -127,7 +128,7 @@ class ResponsesBody(_Refused, kw_only=True):
     parallel_tool_calls: bool | None = None
     store: bool | None = None
     """Taken, and nothing is stored: the answer says so."""
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
@@ -43,6 +44,8 @@ Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Metadata = Annotated[dict[str, str | int | float | bool | None], Meta(max_length=16)]
+"""OpenAI's limit."""
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -145,7 +148,7 @@ class _Common(_Refused, kw_only=True):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     """Hints, like `user`: what is reused is decided by what prompts have in common."""
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -326,7 +329,8 @@ def _decode(body: bytes, decode: Callable[[bytes], _Any]) -> _Any:
     try:
         return decode(body)
     except msgspec.ValidationError as error:
-        raise explain(error, lambda: msgspec.json.decode(body)) from None
+        read = partial(msgspec.json.decode, body) if len(body) <= _MAX_SHOWN_BYTES else None
+        raise explain(error, read) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # malformed JSON and malformed UTF-8 alike
@@ -346,30 +350,34 @@ def _parse(body: bytes, decode: Callable[[bytes], _Kind]) -> _Kind:
     return request
 
 
-_PATH = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
 _MAX_EXPECTED_CHARS = 200
 """msgspec repeats values that are none of those it knows."""
+_MAX_SHOWN_BYTES = 256 * 1024
+"""Of a body that is read again to show the value: a few milliseconds."""
 
 
-def explain(error: msgspec.ValidationError, read: Callable[[], Any], within: str = "") -> ApiError:
+def explain(error: msgspec.ValidationError, read: Callable[[], Any] | None, within: str = "") -> ApiError:
     """msgspec says what it expected and where; OpenAI's clients want the field by name, people want the value.
 
-    read: gives what was checked, as plain objects. within: the field that it is; empty: the body."""
-    match = _PATH.fullmatch(str(error))
-    assert match is not None  # the pattern matches anything
-    expected, path = match[1][:_MAX_EXPECTED_CHARS], match[2] or ""
-    missing = _MISSING.fullmatch(match[1])
+    read: gives what was checked, as plain objects; None: the value is not shown. within: the field that it is; empty: the
+    body."""
+    expected, _, path = str(error).rpartition(" - at `$")
+    if not expected:
+        expected, path = str(error), ""
+    path = path.removeprefix(".").removesuffix("`")
+    missing = _MISSING.fullmatch(expected)
     if missing is not None:
         field = ".".join(filter(None, (within, path, missing[1])))
         return bad_field(field, "is required", "missing_required_parameter")
     field = ".".join(filter(None, (within, path)))
     if not field:
-        return ApiError(400, f"the body is not a JSON object of a request: {expected}", code="invalid_json")
-    message = f"{expected[:1].lower()}{expected[1:]}"
+        message = f"the body is not a JSON object of a request: {expected[:_MAX_EXPECTED_CHARS]}"
+        return ApiError(400, message, code="invalid_json")
+    message = f"{expected[:1].lower()}{expected[1:_MAX_EXPECTED_CHARS]}"
     # What follows the bad field may not even be JSON, or be the same key again with another value.
     with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
-        message += f"; the value is {show(_look_up(read(), path))}"
+        message += f"; the value is {show(_look_up(read(), path))}" if read is not None else ""
     return bad_field(field, message, "invalid_value")
 
 

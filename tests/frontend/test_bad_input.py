@@ -81,6 +81,9 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "js\non"}}, "response_format.type"),
     ({"structured_outputs": {"a\nb": 1}}, "structured_outputs"),
     ({"user": 5}, "user"),
+    ({"metadata": {"a": [1]}}, "metadata[...]"),
+    ({"metadata": {str(at): "x" for at in range(17)}}, "metadata"),
+    ({"messages": [1] + [[]] * 10**6}, "messages[0]"),
 ]
 
 COMPLETION_FIELDS: list[tuple[dict[str, Any], str]] = [
