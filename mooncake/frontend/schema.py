@@ -365,7 +365,7 @@ def explain(error: msgspec.ValidationError, read: Callable[[], Any] | None, with
     expected, _, path = str(error).rpartition(" - at `$")
     if not expected:
         expected, path = str(error), ""
-    path = path.removeprefix(".").removesuffix("`")
+    path = path.removeprefix(".").removesuffix("`").partition("[...]")[0]  # which key of several, msgspec does not say
     missing = _MISSING.fullmatch(expected)
     if missing is not None:
         field = ".".join(filter(None, (within, path, missing[1])))
@@ -382,10 +382,8 @@ def explain(error: msgspec.ValidationError, read: Callable[[], Any] | None, with
 
 
 def _look_up(value: Any, path: str) -> Any:
-    """Follows a path such as messages[0].content; stops where msgspec does not name the key ("[...]")."""
-    for step in re.findall(r"[^.\[\]]+|\[\.\.\.\]", path):
-        if step == "[...]":
-            break
+    """Follows a path such as messages[0].content."""
+    for step in re.findall(r"[^.\[\]]+", path):
         value = value[int(step)] if isinstance(value, list) else value[step]
     return value
 
