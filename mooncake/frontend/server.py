@@ -18,9 +18,10 @@ from mooncake.rpc.http import BACKLOG, QuietServer, bind
 
 MAX_HEAD_BYTES = 64 * 1024
 """Request line and headers; more ends the connection, so that no client can make us keep them."""
-HEAD_TIMEOUT_S = 30.0
+HEAD_TIMEOUT_S = 75.0
 """From the beginning of a connection, or the end of an answer, to the end of the next head; the rest of a body that was not
-wanted has to come meanwhile."""
+wanted has to come meanwhile. Longer than clients and proxies keep connections that they do not use (up to 60 s): who ends one
+just when the other sends makes an error of it."""
 _LINGER_S = 1.0
 """How long a client that was refused may go on sending, which is not read."""
 SEND_BUFFER_BYTES = 256 * 1024
@@ -150,6 +151,7 @@ class HttpServer:
             server_header=False,
             proxy_headers=False,
             backlog=BACKLOG,
+            timeout_keep_alive=int(HEAD_TIMEOUT_S),
             ssl_certfile=self._tls.cert,
             ssl_keyfile=self._tls.key,
         )
