@@ -32,9 +32,10 @@ class PromptEncoder:
     async def encode(self, request: Request) -> list[list[int]]:
         """The request's prompts. Raises ApiError if the template refuses the messages or a prompt is certain not to fit."""
         if isinstance(request, ChatRequest):
+            name = request.prompt_field
             if len(request.messages) > self._max_context:  # each is a token at least; not to run the template for them
-                raise too_long("messages", f"more than {self._max_context}", 1, self._max_context)
-            return [await self.encode_text("messages", self._chat_text(request), add_special_tokens=False)]
+                raise too_long(name, f"more than {self._max_context}", 1, self._max_context)
+            return [await self.encode_text(name, self._chat_text(request), add_special_tokens=False)]
         prompts = request.prompts
         field = "prompt" if len(prompts) == 1 else "prompt[{}]"
         return [
@@ -62,7 +63,7 @@ class PromptEncoder:
         try:
             return self._dialect.prompt(request)
         except TemplateFailed as error:
-            raise bad_field("messages", str(error)) from None
+            raise bad_field(request.prompt_field, str(error)) from None
 
     def _encode_long(self, field: str, text: str, add_special_tokens: bool) -> list[int]:
         num_head = self._max_context * _HEAD_CHARS_PER_TOKEN
