@@ -154,7 +154,7 @@ class Dialect:
 def _sources(use: ToolUse) -> tuple[tuple[str, str], ...]:
     """The grammar of each tool's arguments, by the field that it comes from."""
     return tuple(
-        (f"tools[{index}].function.parameters", json_grammar(function.schema, strict=bool(function.strict)))
+        (use.schema_field(index), json_grammar(function.schema, strict=bool(function.strict)))
         for index, function in enumerate(use.tools)
     )
 

@@ -142,6 +142,9 @@ class ResponsesRequest(ChatRequest, kw_only=True):
     """The chat that it is. asked: what the answer repeats."""
 
     prompt_field: ClassVar[str] = "input"
+    format_field: ClassVar[str] = "text.format"
+    schema_field: ClassVar[str] = "text.format.schema"
+    function_field: ClassVar[str] = ""
     asked: ResponsesBody
 
 

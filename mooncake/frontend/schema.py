@@ -120,6 +120,8 @@ class _Common(_Refused, kw_only=True):
     """What both endpoints take. None: not given."""
 
     refused: ClassVar[tuple[str, ...]]
+    format_field: ClassVar[str] = "response_format"
+    schema_field: ClassVar[str] = "response_format.json_schema.schema"
     model: str
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Count | None = None
@@ -203,6 +205,8 @@ class ChatMessage(msgspec.Struct):
 
 class ChatRequest(_Common, kw_only=True):
     prompt_field: ClassVar[str] = "messages"
+    function_field: ClassVar[str] = "function"
+    """Within a tool, and within `tool_choice`; empty: they are what a function is."""
     refused: ClassVar[tuple[str, ...]] = _REFUSED_NAMES
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: Count | None = None
@@ -214,7 +218,7 @@ class ChatRequest(_Common, kw_only=True):
 
     def tool_use(self) -> ToolUse:
         """Raises ApiError naming the field."""
-        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls, self.function_field)
 
     @property
     def max_output(self) -> int | None:
@@ -291,7 +295,7 @@ def check_chat(request: ChatRequest) -> None:
         raise bad_field("top_logprobs", "needs logprobs to be true")
     for index, message in enumerate(request.messages):
         _check_message(f"messages[{index}]", message)
-    check_tools(request.tools or ())
+    check_tools(request.tools or (), request.function_field)
 
 
 def _check_message(field: str, message: ChatMessage) -> None:

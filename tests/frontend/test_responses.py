@@ -167,7 +167,14 @@ def test_a_call_is_an_item_of_its_own(tokenizer: Tokenizer) -> None:
         ({"temperature": 3}, "temperature"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"text": {"format": {"type": "json_object"}}}, "response_format"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].name"),
+        ({"tools": [TOOL | {"parameters": {"x": "y" * 2**17}}]}, "tools[0].parameters"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "sub"}}, "tool_choice.name"),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"x": "y" * 2**17}}}},
+            "text.format.schema",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tokenizer: Tokenizer, fields: dict[str, Any], param: str) -> None:
