@@ -15,8 +15,9 @@ INLINE_CHARS = 2048
 THREADS = 2
 MAX_WAITING = 256
 """Long prompts in the threads or waiting for one; more are told to come back."""
-_HEAD_CHARS_PER_TOKEN = 8
-"""A head of that many characters per token of context is tokenised first: nearly always it tells whether all fits."""
+_HEADS = (3, 8)
+"""Of a text with more characters per token of context than the last of these, heads of so many are tokenised first: nearly
+always one of them tells that not all fits."""
 _HEAD_SLACK = 64
 """How many tokens of a head may differ from those of the whole text, at the cut."""
 
@@ -66,8 +67,8 @@ class PromptEncoder:
             raise bad_field(request.prompt_field, str(error)) from None
 
     def _encode_long(self, field: str, text: str, add_special_tokens: bool) -> list[int]:
-        num_head = self._max_context * _HEAD_CHARS_PER_TOKEN
-        if len(text) > 2 * num_head:
+        heads = [self._max_context * num_chars for num_chars in _HEADS]
+        for num_head in heads if len(text) > heads[-1] else ():
             num_tokens = len(self._tokenizer.encode(text[:num_head], add_special_tokens=False))
             if num_tokens > self._max_context + _HEAD_SLACK:
                 raise too_long(field, f"more than {num_tokens - _HEAD_SLACK}", 1, self._max_context)
