@@ -90,6 +90,8 @@ class _Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Closing while the client still sends would reset the connection, perhaps before it has read this."""
+        if self._refused:
+            return
         self._refused = True
         body = ApiError(400, msg, code="invalid_http").body()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
