@@ -1,12 +1,14 @@
 """The simulated engine: time by a cost model, tokens by a pure function, KV bytes by another one.
 
-A token depends on (seed, choice, absolute position) alone, so whoever continues a sequence continues it exactly. The KV of a
-token depends on its id, its position and the layer; an engine that meets KV it has not computed checks it before it goes on, so
-that a test which moves KV moves the right KV. The simulator (`mooncake.sim`) uses the same tokens and the same step times.
+A token depends on (seed, choice, absolute position) alone, so whoever continues a sequence continues it exactly. All words are
+equally likely, and log probabilities say so. The KV of a token depends on its id, its position and the layer; an engine that
+meets KV it has not computed checks it before it goes on, so that a test which moves KV moves the right KV. The simulator
+(`mooncake.sim`) uses the same tokens and the same step times.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from mooncake.config import Config
 from mooncake.core.noise import noise
-from mooncake.core.types import NANOS_PER_S, CostModel, SamplingParams
+from mooncake.core.types import NANOS_PER_S, CostModel, SamplingParams, TokenLogprobs
 from mooncake.engine.base import EngineLimits, KvLayout, LayerHook, LayerLoad, StepItem, StepPlan, StepResult
 from mooncake.engine.build import engine_limits
 
@@ -36,11 +38,18 @@ MODEL_CONTEXT = 131_072
 DEFAULT_KV_TOKENS = 131_072
 _NO_GRAMMAR = "the simulated engine follows no grammar"
 _WORDS = LAYOUT.token_bytes // 8
+_LOGPROB = -math.log(NUM_TOKENS)
 
 
 def draw_token(seed: int, choice: int, position: int, *, first: int = FIRST_TOKEN, count: int = NUM_TOKENS) -> int:
     """The token at that position of that output: see `mooncake.core.noise`."""
     return first + noise(seed, choice, position) % count
+
+
+def token_logprobs(token: int, num_top: int) -> TokenLogprobs:
+    """Of a token that was drawn: it, then others, as none is likelier."""
+    others = [other for other in range(FIRST_TOKEN, FIRST_TOKEN + num_top) if other != token]
+    return TokenLogprobs(_LOGPROB, tuple([(each, _LOGPROB) for each in [token, *others][:num_top]]))
 
 
 def step_ns(cost: CostModel, items: Iterable[StepItem]) -> int:
@@ -65,12 +74,13 @@ def scaled(cost: CostModel, speed: float) -> CostModel:
 
 
 class _Sequence:
-    __slots__ = ("choices", "guided", "seed", "tokens", "trusted")
+    __slots__ = ("choices", "guided", "num_logprobs", "seed", "tokens", "trusted")
 
     def __init__(self, token_ids: Sequence[int], sampling: SamplingParams, choices: range) -> None:
         self.tokens = list(token_ids)
         self.seed = sampling.seed
         self.guided = bool(sampling.grammar)
+        self.num_logprobs = sampling.num_logprobs
         self.choices = choices
         self.trusted = 0
         """Tokens whose KV this engine computed or checked, for this sequence in its present pages."""
@@ -120,7 +130,7 @@ class SimulatedEngine:
                 failed[item.seq] = None
         tokens = tuple(self._draw(item) if item.sample and item.seq not in failed else () for item in plan.items)
         lost = tuple((item.seq, _NO_GRAMMAR) for item in plan.items if self._sequences[item.seq].guided)
-        return StepResult(tokens, failed=tuple(failed), step_ns=duration, lost=lost)
+        return StepResult(tokens, self._logprobs(plan.items, tokens), tuple(failed), duration, lost=lost)
 
     def read_pages(self, layer: int, pages: np.ndarray, start: int, count: int, out: memoryview) -> None:
         target = np.frombuffer(out, dtype=np.uint64).reshape(count, _WORDS)
@@ -165,6 +175,17 @@ class SimulatedEngine:
         tokens = tuple(draw_token(sequence.seed, choice, item.start + item.count) for choice in sequence.choices)
         sequence.tokens.append(tokens[0])  # a joint sequence never computes it
         return tokens
+
+    def _logprobs(
+        self, items: Sequence[StepItem], tokens: Sequence[tuple[int, ...]]
+    ) -> tuple[tuple[TokenLogprobs, ...], ...]:
+        wanted = [self._sequences[item.seq].num_logprobs for item in items]
+        if all(num_top is None for num_top in wanted):
+            return ()
+        return tuple(
+            () if num_top is None else tuple([token_logprobs(token, num_top) for token in drawn])
+            for num_top, drawn in zip(wanted, tokens, strict=True)
+        )
 
 
 def kv_words(token_ids: Sequence[int], start: int, layer: int) -> np.ndarray:

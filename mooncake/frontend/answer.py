@@ -38,11 +38,12 @@ Choose = Callable[[list[tuple[Delta, FinishReason]]], list[tuple[Delta, FinishRe
 
 
 class Question(msgspec.Struct, frozen=True):
-    """num_prompt: tokens of all prompts. openings: by choice, text before its own. choose: which choices of a whole answer the
-    client gets; None: all."""
+    """form_field: what asked for the form of the output. num_prompt: tokens of all prompts. openings: by choice, text before
+    its own. choose: which choices of a whole answer the client gets; None: all."""
 
     request_id: str
     prompt_field: str
+    form_field: str | None
     num_prompt: int
     openings: tuple[str, ...] = ()
     choose: Choose | None = None
@@ -144,7 +145,7 @@ class Answer:
         try:
             outputs = await self._generation.next()
         except BackendError as error:
-            raise from_backend(error, self._question.prompt_field) from None
+            raise from_backend(error, self._question.prompt_field, self._question.form_field) from None
         except asyncio.CancelledError:
             raise SHUTTING_DOWN from None
         if not outputs:

@@ -16,9 +16,9 @@ from starlette.routing import Route
 from mooncake.engine.grammar import Grammars
 from mooncake.frontend.answer import FAULT
 from mooncake.frontend.backend import Backend
-from mooncake.frontend.connection import PageAnswer, Receive, Scope, Send, send_error
+from mooncake.frontend.connection import ClientGone, PageAnswer, Receive, Scope, Send, send_error
 from mooncake.frontend.dialect import Dialect
-from mooncake.frontend.endpoint import Endpoint, Kind, Settings
+from mooncake.frontend.endpoint import CLIENT_GONE, Endpoint, Kind, Settings
 from mooncake.frontend.errors import ApiError
 from mooncake.frontend.guidance import Guidance
 from mooncake.frontend.instruments import Instruments
@@ -103,8 +103,14 @@ def create_app(
         Route("/metrics", pages.metrics),
         *more_routes,
     ]
-    handlers: dict[Any, Any] = {HTTPException: _on_http_error, ApiError: _on_api_error, Exception: _on_fault}
+    handlers: dict[Any, Any] = {
+        HTTPException: _on_http_error,
+        ApiError: _on_api_error,
+        ClientGone: _on_client_gone,
+        Exception: _on_fault,
+    }
     rest = Starlette(routes=routes, exception_handlers=handlers)
+    rest.router.redirect_slashes = False  # a redirect names a scheme and a host that only the client knows
     return App(generating, rest, door or OpenDoor(), instruments, rng)
 
 
@@ -222,6 +228,11 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     headers = {name.decode(): value.decode() for name, value in error.headers()}
     return Response(error.body(), error.status, headers, media_type="application/json")
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    """While its body was awaited; nobody reads this."""
+    return Response(status_code=CLIENT_GONE)
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from mooncake.frontend.backend import Generation
-from mooncake.frontend.errors import ApiError
+from mooncake.frontend.errors import ApiError, bad_field
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
@@ -21,6 +21,8 @@ HeaderList = list[tuple[bytes, bytes]]
 
 ABORT_EXTENSION = "mooncake.abort"
 """Scope extension of our server: a function that drops the connection, unsent bytes included."""
+MAX_FULL_BODIES = 16
+"""Bodies of the largest size that are kept while they arrive; smaller ones are more."""
 JSON_HEADERS = [(b"content-type", b"application/json")]
 
 
@@ -101,28 +103,51 @@ class Client:
             self._abort()
 
 
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int, timeout_s: float) -> bytes:
-    """Raises ApiError 413 before anything beyond the limit is kept, ClientGone if the client leaves."""
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > limit:
-        raise _body_too_large(limit)
-    parts: list[bytes] = []
-    num_bytes = 0
-    try:
-        async with asyncio.timeout(timeout_s):
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                parts.append(message.get("body", b""))
-                num_bytes += len(parts[-1])
-                if num_bytes > limit:
-                    raise _body_too_large(limit)
-                more = message.get("more_body", False)
-    except TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {timeout_s:g} s", code="timeout") from None
-    return b"".join(parts)
+class Bodies:
+    """Reads the bodies of requests. limit: bytes of one; of all that are being read, `MAX_FULL_BODIES` times as many are
+    kept."""
+
+    def __init__(self, limit: int, timeout_s: float) -> None:
+        self._limit = limit
+        self._timeout_s = timeout_s
+        self._num_bytes = 0
+
+    async def read(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
+        """Raises ApiError, for a body that is too large before anything beyond the limit is kept; ClientGone if the client
+        leaves."""
+        encoding = headers.get(b"content-encoding", b"identity")
+        if encoding.lower() != b"identity":
+            reason = f"is not supported: send the body as it is; the value is {encoding.decode('latin-1')!r:.60}"
+            raise bad_field("content-encoding", reason, "unsupported_parameter")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._limit:
+            raise _body_too_large(self._limit)
+        parts: list[bytes] = []
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._read(receive, parts)
+        except TimeoutError:
+            raise ApiError(408, f"the body did not arrive within {self._timeout_s:g} s", code="timeout") from None
+        finally:
+            self._num_bytes -= sum(map(len, parts))
+        return b"".join(parts)
+
+    async def _read(self, receive: Receive, parts: list[bytes]) -> None:
+        num_bytes = 0
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            parts.append(message.get("body", b""))
+            num_bytes += len(parts[-1])
+            self._num_bytes += len(parts[-1])
+            if num_bytes > self._limit:
+                raise _body_too_large(self._limit)
+            if self._num_bytes > MAX_FULL_BODIES * self._limit:
+                text = "too many large bodies are being received"
+                raise ApiError(429, text, kind="rate_limit_error", code="overloaded", retry_after_s=1.0)
+            more = message.get("more_body", False)
 
 
 def _body_too_large(limit: int) -> ApiError:

@@ -49,6 +49,7 @@ class Dialect:
         self._rng = rng
         self._knows_tools = re.search(r"\btools\b", tokenizer.chat_template) is not None
         self._knows_calls = "tool_calls" in tokenizer.chat_template
+        self._knows_developers = "developer" in tokenizer.chat_template
         self._marks = self._special(tool_format.marks())
         self._reasoning_marks = self._special((OPEN, CLOSE)) if reasoning else {}
 
@@ -75,6 +76,8 @@ class Dialect:
 
     def _message(self, field: str, message: ChatMessage) -> dict[str, Any]:
         found = message.as_template_input()
+        if message.role == "developer" and not self._knows_developers:
+            found["role"] = "system"  # OpenAI's newer word for it, which templates ignore or refuse
         calls = message.tool_calls or []
         if not calls:
             return found
@@ -151,7 +154,7 @@ class Dialect:
 def _sources(use: ToolUse) -> tuple[tuple[str, str], ...]:
     """The grammar of each tool's arguments, by the field that it comes from."""
     return tuple(
-        (f"tools[{index}].function.parameters", json_grammar(function.schema, strict=bool(function.strict)))
+        (use.schema_field(index), json_grammar(function.schema, strict=bool(function.strict)))
         for index, function in enumerate(use.tools)
     )
 

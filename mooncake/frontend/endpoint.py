@@ -16,7 +16,7 @@ from mooncake.frontend.answer import FAULT, SHUTTING_DOWN, Answer, Choose, Quest
 from mooncake.frontend.assembly import Assemblies, Assembly
 from mooncake.frontend.backend import Backend, BackendError, Generate, Generation
 from mooncake.frontend.best_of import best
-from mooncake.frontend.connection import Client, ClientGone, Receive, Scope, Send, read_body, send_error
+from mooncake.frontend.connection import Bodies, Client, ClientGone, Receive, Scope, Send, send_error
 from mooncake.frontend.dialect import Dialect, Reading
 from mooncake.frontend.errors import ApiError, from_backend
 from mooncake.frontend.guidance import Guidance
@@ -78,9 +78,9 @@ class _Asked(msgspec.Struct, frozen=True):
     def question(self) -> Question:
         num_prompt = sum([len(generate.token_ids) for generate in self.generates])
         openings = [echo for echo in self.echoes for _ in range(self.per_prompt)]
-        return Question(
-            self.generates[0].request_id, self.request.prompt_field, num_prompt, tuple(openings), self._choose()
-        )
+        request_id, form = self.generates[0].request_id, self.reading.form
+        form_field = form.field if form else None
+        return Question(request_id, self.request.prompt_field, form_field, num_prompt, tuple(openings), self._choose())
 
     def _choose(self) -> Choose | None:
         n, per_prompt = self.request.n or 1, self.per_prompt
@@ -112,6 +112,7 @@ class Endpoint:
         self._guidance = guidance
         self._instruments = instruments
         self._settings = settings
+        self._bodies = Bodies(settings.max_body_bytes, settings.body_timeout_s)
         self._rng = rng
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -154,8 +155,9 @@ class Endpoint:
             raise ApiError(429, message, kind="rate_limit_error", code="overloaded", retry_after_s=1.0)
         caller: Caller = scope[CALLER]
         with caller.enter() as visit:
-            body = await read_body(headers, receive, self._settings.max_body_bytes, self._settings.body_timeout_s)
+            body = await self._bodies.read(headers, receive)
             asked = await self._prepare(request_id, body, headers)
+            del body  # not to be kept while the answer is generated
             announced = asked.request.max_output
             generates = [visit.admit(generate, announced) for generate in asked.generates]
             asked = msgspec.structs.replace(asked, generates=generates)

@@ -53,8 +53,9 @@ def too_long(param: str, num_prompt: str, max_tokens: int, max_context: int) -> 
     return bad_field(param, message, "context_length_exceeded")
 
 
-def from_backend(error: BackendError, prompt_field: str | None = None) -> ApiError:
-    """The HTTP answer to each error of the backend. prompt_field: the name that the prompt has in this request."""
+def from_backend(error: BackendError, prompt_field: str | None = None, form_field: str | None = None) -> ApiError:
+    """The HTTP answer to each error of the backend. prompt_field, form_field: what the request calls its prompt, and what asked
+    for the form of the output."""
     match error:
         case Overloaded():
             return ApiError(
@@ -63,7 +64,8 @@ def from_backend(error: BackendError, prompt_field: str | None = None) -> ApiErr
         case PromptTooLong():
             return ApiError(400, str(error), param=prompt_field, code="context_length_exceeded")
         case GrammarLost():
-            return ApiError(400, f"the output cannot follow what was asked for: {error}", code="grammar_lost")
+            message = f"the output cannot follow what was asked for: {error}"
+            return ApiError(400, message, param=form_field, code="grammar_lost")
         case Unavailable():
             return ApiError(503, str(error), kind="server_error", code="unavailable", retry_after_s=1.0)
         case Failed():

@@ -14,6 +14,9 @@ MAX_WAITING = 64
 """Grammars in the thread or waiting for it; requests with more are told to come back."""
 
 
+MAX_FAULT_CHARS = 300
+
+
 class Guidance:
     """grammars: None where the engines follow none."""
 
@@ -50,5 +53,11 @@ def _check(grammars: Grammars, form: Form) -> None:
     for field, grammar in form.sources:
         own = grammars.matcher(grammar).fault
         if own:
-            raise bad_field(field, f"cannot be followed: {own}", "invalid_value")
-    raise bad_field(form.field, f"cannot be followed: {fault}", "invalid_value")
+            raise _cannot_follow(field, own)
+    raise _cannot_follow(form.field, fault)
+
+
+def _cannot_follow(field: str, fault: str) -> ApiError:
+    """The library repeats what it does not understand."""
+    shown = fault if len(fault) <= MAX_FAULT_CHARS else f"{fault[:MAX_FAULT_CHARS]}..."
+    return bad_field(field, f"cannot be followed: {shown}", "invalid_value")

@@ -70,7 +70,7 @@ def _objective(headers: Mapping[bytes, bytes], name: bytes, default: int | None)
     if value is None:
         return default
     try:
-        ms = float(value)
+        ms = 0.0 if b"_" in value else float(value)
     except ValueError:
         ms = 0.0
     if not 0 < ms <= 1e9:

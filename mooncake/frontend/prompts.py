@@ -15,8 +15,9 @@ INLINE_CHARS = 2048
 THREADS = 2
 MAX_WAITING = 256
 """Long prompts in the threads or waiting for one; more are told to come back."""
-_HEAD_CHARS_PER_TOKEN = 8
-"""A head of that many characters per token of context is tokenised first: nearly always it tells whether all fits."""
+_HEADS = (3, 8)
+"""Of a text with more characters per token of context than the last of these, heads of so many are tokenised first: nearly
+always one of them tells that not all fits."""
 _HEAD_SLACK = 64
 """How many tokens of a head may differ from those of the whole text, at the cut."""
 
@@ -32,7 +33,10 @@ class PromptEncoder:
     async def encode(self, request: Request) -> list[list[int]]:
         """The request's prompts. Raises ApiError if the template refuses the messages or a prompt is certain not to fit."""
         if isinstance(request, ChatRequest):
-            return [await self.encode_text("messages", self._chat_text(request), add_special_tokens=False)]
+            name = request.prompt_field
+            if len(request.messages) > self._max_context:  # each is a token at least; not to run the template for them
+                raise too_long(name, f"more than {self._max_context}", 1, self._max_context)
+            return [await self.encode_text(name, self._chat_text(request), add_special_tokens=False)]
         prompts = request.prompts
         field = "prompt" if len(prompts) == 1 else "prompt[{}]"
         return [
@@ -60,11 +64,11 @@ class PromptEncoder:
         try:
             return self._dialect.prompt(request)
         except TemplateFailed as error:
-            raise bad_field("messages", str(error)) from None
+            raise bad_field(request.prompt_field, str(error)) from None
 
     def _encode_long(self, field: str, text: str, add_special_tokens: bool) -> list[int]:
-        num_head = self._max_context * _HEAD_CHARS_PER_TOKEN
-        if len(text) > 2 * num_head:
+        heads = [self._max_context * num_chars for num_chars in _HEADS]
+        for num_head in heads if len(text) > heads[-1] else ():
             num_tokens = len(self._tokenizer.encode(text[:num_head], add_special_tokens=False))
             if num_tokens > self._max_context + _HEAD_SLACK:
                 raise too_long(field, f"more than {num_tokens - _HEAD_SLACK}", 1, self._max_context)

@@ -14,7 +14,10 @@ from mooncake.frontend.schema import (
     ChatRequest,
     ContentPart,
     Count,
+    Metadata,
+    StreamOptions,
     check_chat,
+    explain,
     parse_as,
     show,
 )
@@ -27,7 +30,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include": ([],),
     "truncation": ("disabled",),
     "top_logprobs": (0,),
-    "reasoning": ({},),
+    "reasoning": ({}, {"effort": None, "summary": None}),
     "context_management": ([],),
 }
 """Refused fields, with the values that ask for nothing and pass; the rest passes only as null."""
@@ -118,14 +121,14 @@ class ResponsesBody(_Refused, kw_only=True):
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
     text: TextOptions | None = None
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     parallel_tool_calls: bool | None = None
     store: bool | None = None
     """Taken, and nothing is stored: the answer says so."""
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -139,6 +142,9 @@ class ResponsesRequest(ChatRequest, kw_only=True):
     """The chat that it is. asked: what the answer repeats."""
 
     prompt_field: ClassVar[str] = "input"
+    format_field: ClassVar[str] = "text.format"
+    schema_field: ClassVar[str] = "text.format.schema"
+    function_field: ClassVar[str] = ""
     asked: ResponsesBody
 
 
@@ -200,13 +206,14 @@ def _items(given: str | list[dict[str, Any]]) -> list[Item]:
         return [Message("user", given)] if given else []
     if len(given) > MAX_ITEMS:
         raise bad_field("input", f"has up to {MAX_ITEMS} items, got {len(given)}")
-    found: list[Item] = []
-    for at, item in enumerate(given):
-        try:
-            found.append(msgspec.convert({"type": "message", **item}, Item))
-        except msgspec.ValidationError as error:
-            text = str(error)
-            raise bad_field(f"input[{at}]", f"{text[:1].lower()}{text[1:]}", "invalid_value") from None
+    return [_item(f"input[{at}]", item) for at, item in enumerate(given)]
+
+
+def _item(field: str, given: dict[str, Any]) -> Item:
+    try:
+        found: Item = msgspec.convert({"type": "message", **given}, Item)
+    except msgspec.ValidationError as error:
+        raise explain(error, lambda: given, field) from None
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
@@ -43,6 +44,8 @@ Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Metadata = Annotated[dict[str, str | int | float | bool | None], Meta(max_length=16)]
+"""OpenAI's limit."""
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -109,12 +112,16 @@ _REFUSED_NAMES = _Refused.__struct_fields__
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+    """Padding against who listens to the lengths of events: there is none."""
 
 
 class _Common(_Refused, kw_only=True):
     """What both endpoints take. None: not given."""
 
     refused: ClassVar[tuple[str, ...]]
+    format_field: ClassVar[str] = "response_format"
+    schema_field: ClassVar[str] = "response_format.json_schema.schema"
     model: str
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     max_tokens: Count | None = None
@@ -143,7 +150,7 @@ class _Common(_Refused, kw_only=True):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     """Hints, like `user`: what is reused is decided by what prompts have in common."""
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -198,6 +205,8 @@ class ChatMessage(msgspec.Struct):
 
 class ChatRequest(_Common, kw_only=True):
     prompt_field: ClassVar[str] = "messages"
+    function_field: ClassVar[str] = "function"
+    """Within a tool, and within `tool_choice`; empty: they are what a function is."""
     refused: ClassVar[tuple[str, ...]] = _REFUSED_NAMES
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     max_completion_tokens: Count | None = None
@@ -209,7 +218,7 @@ class ChatRequest(_Common, kw_only=True):
 
     def tool_use(self) -> ToolUse:
         """Raises ApiError naming the field."""
-        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls, self.function_field)
 
     @property
     def max_output(self) -> int | None:
@@ -285,10 +294,19 @@ def check_chat(request: ChatRequest) -> None:
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_field("top_logprobs", "needs logprobs to be true")
     for index, message in enumerate(request.messages):
-        if message.function_call:
-            field = f"messages[{index}].function_call"
-            raise bad_field(field, "is not supported by this server; use tool_calls", "unsupported_parameter")
-    check_tools(request.tools or ())
+        _check_message(f"messages[{index}]", message)
+    check_tools(request.tools or (), request.function_field)
+
+
+def _check_message(field: str, message: ChatMessage) -> None:
+    """Only the assistant may have said nothing: it may have called tools."""
+    if message.function_call:
+        text = "is not supported by this server; use tool_calls"
+        raise bad_field(f"{field}.function_call", text, "unsupported_parameter")
+    if message.content is None and message.role != "assistant":
+        raise bad_field(f"{field}.content", "is required", "missing_required_parameter")
+    if message.tool_call_id is None and message.role == "tool":
+        raise bad_field(f"{field}.tool_call_id", "is required", "missing_required_parameter")
 
 
 def parse_completion(body: bytes) -> CompletionRequest:
@@ -315,7 +333,8 @@ def _decode(body: bytes, decode: Callable[[bytes], _Any]) -> _Any:
     try:
         return decode(body)
     except msgspec.ValidationError as error:
-        raise _explain(error, body) from None
+        read = partial(msgspec.json.decode, body) if len(body) <= _MAX_SHOWN_BYTES else None
+        raise explain(error, read) from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # malformed JSON and malformed UTF-8 alike
@@ -335,31 +354,40 @@ def _parse(body: bytes, decode: Callable[[bytes], _Kind]) -> _Kind:
     return request
 
 
-_PATH = re.compile(r"(.*?)(?: - at `\$\.?(.*)`)?")
-_MISSING = re.compile(r"Object missing required field `(.*)`")
+_MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
+_MAX_EXPECTED_CHARS = 200
+"""msgspec repeats values that are none of those it knows."""
+_MAX_SHOWN_BYTES = 256 * 1024
+"""Of a body that is read again to show the value: a few milliseconds."""
 
 
-def _explain(error: msgspec.ValidationError, body: bytes) -> ApiError:
-    """msgspec says what it expected and where; OpenAI's clients want the field by name, people want the value."""
-    match = _PATH.fullmatch(str(error))
-    assert match is not None  # the pattern matches anything on one line
-    expected, path = match[1], match[2] or ""
+def explain(error: msgspec.ValidationError, read: Callable[[], Any] | None, within: str = "") -> ApiError:
+    """msgspec says what it expected and where; OpenAI's clients want the field by name, people want the value.
+
+    read: gives what was checked, as plain objects; None: the value is not shown. within: the field that it is; empty: the
+    body."""
+    expected, _, path = str(error).rpartition(" - at `$")
+    if not expected:
+        expected, path = str(error), ""
+    path = path.removeprefix(".").removesuffix("`").partition("[...]")[0]  # which key of several, msgspec does not say
     missing = _MISSING.fullmatch(expected)
     if missing is not None:
-        return bad_field(f"{path}.{missing[1]}" if path else missing[1], "is required", "missing_required_parameter")
-    if not path:
-        return ApiError(400, f"the body is not a JSON object of a request: {expected}", code="invalid_json")
-    message = f"{expected[:1].lower()}{expected[1:]}"
-    with contextlib.suppress(ValueError, RecursionError):  # what follows the bad field may not even be JSON
-        message += f"; the value is {show(_look_up(msgspec.json.decode(body), path))}"
-    return bad_field(path, message, "invalid_value")
+        field = ".".join(filter(None, (within, path, missing[1])))
+        return bad_field(field, "is required", "missing_required_parameter")
+    field = ".".join(filter(None, (within, path)))
+    if not field:
+        message = f"the body is not a JSON object of a request: {expected[:_MAX_EXPECTED_CHARS]}"
+        return ApiError(400, message, code="invalid_json")
+    message = f"{expected[:1].lower()}{expected[1:_MAX_EXPECTED_CHARS]}"
+    # What follows the bad field may not even be JSON, or be the same key again with another value.
+    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):
+        message += f"; the value is {show(_look_up(read(), path))}" if read is not None else ""
+    return bad_field(field, message, "invalid_value")
 
 
 def _look_up(value: Any, path: str) -> Any:
-    """Follows a path such as messages[0].content; stops where msgspec does not name the key ("[...]")."""
-    for step in re.findall(r"[^.\[\]]+|\[\.\.\.\]", path):
-        if step == "[...]":
-            break
+    """Follows a path such as messages[0].content."""
+    for step in re.findall(r"[^.\[\]]+", path):
         value = value[int(step)] if isinstance(value, list) else value[step]
     return value
 

@@ -3,7 +3,7 @@ the older `guided_*` fields."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -67,8 +67,10 @@ class Form(msgspec.Struct, frozen=True):
 
 
 class FormFields(Protocol):
-    """Of a request."""
+    """Of a request. format_field, schema_field: what it calls the first of them, and the schema in it."""
 
+    format_field: ClassVar[str]
+    schema_field: ClassVar[str]
     response_format: ResponseFormat | None
     structured_outputs: StructuredOutputs | None
     guided_json: Schema | None
@@ -79,21 +81,20 @@ class FormFields(Protocol):
 
 def form_of(request: FormFields) -> Form | None:
     """None: any text will do. Raises ApiError naming the field."""
-    found = [form for form in (_response_form(request.response_format), *_other_forms(request)) if form is not None]
+    found = [form for form in (_response_form(request), *_other_forms(request)) if form is not None]
     if len(found) > 1:
         raise bad_field(found[1].field, f"cannot be combined with {found[0].field}")
     return found[0] if found else None
 
 
-def _response_form(wanted: ResponseFormat | None) -> Form | None:
-    match wanted:
+def _response_form(request: FormFields) -> Form | None:
+    match request.response_format:
         case JsonObjectFormat():
-            return Form("response_format", json_grammar(_ANY_OBJECT, strict=True))
+            return Form(request.format_field, json_grammar(_ANY_OBJECT, strict=True))
         case JsonSchemaFormat(json_schema=spec):
-            field = "response_format.json_schema.schema"
             schema = spec.schema or _ANY_OBJECT
-            check_schema(field, schema)
-            return Form(field, json_grammar(schema, strict=bool(spec.strict)))
+            check_schema(request.schema_field, schema)
+            return Form(request.schema_field, json_grammar(schema, strict=bool(spec.strict)))
         case _:
             return None
 

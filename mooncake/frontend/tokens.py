@@ -10,12 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mooncake.frontend.backend import ModelInfo
-from mooncake.frontend.connection import Receive, read_body
+from mooncake.frontend.connection import Bodies, Receive
 from mooncake.frontend.endpoint import Settings
 from mooncake.frontend.errors import bad_field
 from mooncake.frontend.params import check_model_name
 from mooncake.frontend.prompts import PromptEncoder
-from mooncake.frontend.schema import ChatMessage, ChatRequest, TokenId, parse_as
+from mooncake.frontend.schema import ChatMessage, ChatRequest, TokenId, check_chat, parse_as
 from mooncake.frontend.tokenizer import Tokenizer
 
 
@@ -39,7 +39,7 @@ class TokenPages:
         self._model = model
         self._tokenizer = tokenizer
         self._prompts = prompts
-        self._settings = settings
+        self._bodies = Bodies(settings.max_body_bytes, settings.body_timeout_s)
 
     async def tokenize(self, request: Request) -> Response:
         asked = parse_as(await self._body(request), TokenizeRequest)
@@ -68,15 +68,15 @@ class TokenPages:
 
     async def _encode(self, asked: TokenizeRequest) -> list[int]:
         if asked.messages is not None:
-            [token_ids] = await self._prompts.encode(ChatRequest(model="", messages=asked.messages))
+            request = ChatRequest(model="", messages=asked.messages)
+            check_chat(request)
+            [token_ids] = await self._prompts.encode(request)
             return token_ids
         text = asked.prompt or ""
         return await self._prompts.encode_text("prompt", text, add_special_tokens=asked.add_special_tokens)
 
     async def _body(self, request: Request) -> bytes:
-        headers, settings = dict(request.scope["headers"]), self._settings
-        receive = cast(Receive, request.receive)
-        return await read_body(headers, receive, settings.max_body_bytes, settings.body_timeout_s)
+        return await self._bodies.read(dict(request.scope["headers"]), cast(Receive, request.receive))
 
     def _check_model(self, name: str | None) -> None:
         if name is not None:

@@ -152,15 +152,12 @@ class CallParser:
         return parts
 
     def flush(self) -> list[Part]:
-        if self._step == self._between:
-            self._leave(self._raw + self._text)
-            self._text = ""
-        elif self._step == self._in_object and self._object.state == "undecided":
-            self._add_text(self._raw + self._object.text)
-        self._add_text(self._text)
+        if not self.num_calls:  # behind calls, what is held back is the beginning of one that was cut
+            begun = self._object.text if self._step == self._in_object else ""
+            self._add_text(self._raw + begun + self._text)
+            if self._space:
+                self._parts.append(Content(self._space))
         self._text = ""
-        if self._space and not self.num_calls:
-            self._parts.append(Content(self._space))
         parts, self._parts = self._parts, []
         return parts
 

@@ -18,7 +18,8 @@ MAX_TOOLS_BYTES = 512 * 1024
 """Of the schemas of all tools: the chat template writes them into the prompt."""
 MAX_DEPTH = 64
 """Of objects and lists in schemas and arguments."""
-Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}(?!\n)$")]
+"""Python's `$` would let a line break stand behind it."""
 
 
 class Function(msgspec.Struct, omit_defaults=True):
@@ -68,45 +69,55 @@ class ToolCall(msgspec.Struct):
 
 class ToolUse(msgspec.Struct, frozen=True):
     """tools: those that may be called. forced: those of which one must be; empty: the model may answer with text. parallel:
-    whether there may be several calls."""
+    whether there may be several calls. field: where a function is within a tool."""
 
     tools: tuple[Function, ...] = ()
     forced: tuple[Function, ...] = ()
     parallel: bool = True
+    field: str = "function"
+
+    def schema_field(self, index: int) -> str:
+        return _within(f"tools[{index}]", self.field, "parameters")
 
 
 NO_TOOLS = ToolUse()
 
 
-def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
-    """Raises ApiError naming the field."""
+def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None, field: str) -> ToolUse:
+    """field: see `ToolUse`. Raises ApiError naming what is wrong."""
     functions = tuple(tool.function for tool in tools or ())
     if choice == "none" or (not functions and choice in (None, "auto")):
         return NO_TOOLS
     if not functions:
         raise bad_field("tool_choice", "needs tools, and there are none")
     if choice in (None, "auto"):
-        return ToolUse(functions, (), parallel is not False)
+        return ToolUse(functions, (), parallel is not False, field)
     if choice == "required":
-        return ToolUse(functions, functions, parallel is not False)
+        return ToolUse(functions, functions, parallel is not False, field)
     assert isinstance(choice, NamedTool)
     forced = tuple(function for function in functions if function.name == choice.function.name)
     if not forced:
-        raise bad_field("tool_choice.function.name", f"{choice.function.name[:80]!r} is none of the tools")
-    return ToolUse(functions, forced, False)
+        name = _within("tool_choice", field, "name")
+        raise bad_field(name, f"{choice.function.name[:80]!r} is none of the tools")
+    return ToolUse(functions, forced, False, field)
 
 
-def check_tools(tools: Sequence[Tool]) -> None:
-    """Raises ApiError naming the field."""
+def check_tools(tools: Sequence[Tool], field: str) -> None:
+    """field: see `ToolUse`. Raises ApiError naming what is wrong."""
     seen: dict[str, int] = {}
     num_bytes = 0
     for index, function in enumerate(tool.function for tool in tools):
         first = seen.setdefault(function.name, index)
         if first != index:
-            raise bad_field(f"tools[{index}].function.name", f"{function.name!r} is the name of tools[{first}] too")
-        num_bytes += check_schema(f"tools[{index}].function.parameters", function.schema)
+            name = _within(f"tools[{index}]", field, "name")
+            raise bad_field(name, f"{function.name!r} is the name of tools[{first}] too")
+        num_bytes += check_schema(_within(f"tools[{index}]", field, "parameters"), function.schema)
     if num_bytes > MAX_TOOLS_BYTES:
         raise bad_field("tools", f"have schemas of {num_bytes} bytes; at most {MAX_TOOLS_BYTES} are supported")
+
+
+def _within(*fields: str) -> str:
+    return ".".join(filter(None, fields))
 
 
 def check_schema(field: str, schema: dict[str, Any]) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
 import pytest
 
 from mooncake.config import load_config
-from mooncake.core.types import NANOS_PER_MS, CostModel, SamplingParams
+from mooncake.core.types import NANOS_PER_MS, CostModel, SamplingParams, TokenLogprobs
 from mooncake.engine.base import EngineLimits, StepItem, StepPlan
 from mooncake.engine.simulated import (
     FIRST_TOKEN,
@@ -19,6 +20,7 @@ from mooncake.engine.simulated import (
     draw_token,
     scaled,
     step_ns,
+    token_logprobs,
 )
 
 LIMITS = EngineLimits(num_pages=64, page_tokens=4, block_tokens=8, max_batch=8, max_step_tokens=32, max_context=128)
@@ -46,6 +48,19 @@ def test_a_grammar_is_refused() -> None:
     target.add_sequence(1, PROMPT, len(PROMPT), SamplingParams(grammar='start: "a"'), 0)
     result = target.run(StepPlan((StepItem(1, 0, len(PROMPT), at, sample=True),)), None, {})
     assert result.faults() == {1: ("grammar", "the simulated engine follows no grammar")}
+
+
+def test_every_word_is_as_likely_as_any_other() -> None:
+    target = engine()
+    for seq, wanted in enumerate((None, 0, 2)):
+        target.add_sequence(seq, PROMPT, len(PROMPT), SamplingParams(seed=3, num_logprobs=wanted), 0)
+    items = [StepItem(seq, 0, len(PROMPT), pages(3 * seq, 3 * seq + 1, 3 * seq + 2), sample=True) for seq in range(3)]
+    result = target.run(StepPlan(tuple(items)), None, {})
+    [[token], _, _] = result.tokens
+    each = -math.log(NUM_TOKENS)
+    top = ((token, each), (FIRST_TOKEN, each))
+    assert result.logprobs == ((), (TokenLogprobs(each),), (TokenLogprobs(each, top),))
+    assert token_logprobs(FIRST_TOKEN, 2).top == ((FIRST_TOKEN, each), (FIRST_TOKEN + 1, each))
 
 
 def move(

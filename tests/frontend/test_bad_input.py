@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mooncake.frontend import server
 from mooncake.frontend.tokenizer import Tokenizer
 
 from .harness import CHAT, COMPLETIONS, run, site
@@ -27,7 +28,14 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "king", "content": "hi"}]}, "messages[0].role"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "tool", "tool_call_id": "1"}]}, "messages[0].content"),
+    ({"messages": [{"role": "tool", "tool_call_id": "1", "content": "x"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    ({"messages": [*MESSAGES, {"role": "system"}]}, "messages[1].content"),
+    ({"messages": MESSAGES * 4097}, "messages"),
+    ({"messages": [{"role": "k\nng", "content": "hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "k" * 100_000, "content": "hi"}]}, "messages[0].role"),
     ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0].id"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "warm"}, "temperature"),
@@ -50,7 +58,7 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"repetition_penalty": 0}, "repetition_penalty"),
     ({"logit_bias": {"a": 1}}, "logit_bias"),
     ({"logit_bias": {"999999": 1}}, "logit_bias"),
-    ({"logit_bias": {"1": 101}}, "logit_bias[...]"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
     ({"logit_bias": [1]}, "logit_bias"),
     ({"stop": ["x"] * 5000}, "stop"),
     ({"stop": [""]}, "stop[0]"),
@@ -63,12 +71,19 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ({"n": 0}, "n"),
     ({"n": 17}, "n"),
     ({"n": True}, "n"),
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "function", "function": {"name": "f\n"}}]}, "tools[0].function.name"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "js\non"}}, "response_format.type"),
+    ({"structured_outputs": {"a\nb": 1}}, "structured_outputs"),
     ({"user": 5}, "user"),
+    ({"metadata": {"a": [1]}}, "metadata"),
+    ({"metadata": {str(at): "x" for at in range(17)}}, "metadata"),
+    ({"messages": [1] + [[]] * 10**6}, "messages[0]"),
 ]
 
 COMPLETION_FIELDS: list[tuple[dict[str, Any], str]] = [
@@ -107,6 +122,8 @@ BODIES: list[tuple[bytes, int]] = [
     (b'{"model":"tiny","messages":[{"role":"user","content":"\\ud800"}]}', 400),
     (b'{"model":"tiny","temperature":NaN}', 400),
     (b'{"model":"tiny","temperature":1e999}', 400),
+    (b'{"model":"tiny","messages":[{"role":"king"}],"messages":[]}', 400),
+    (b'{"model":"tiny","stream_options":{"include_usage":1},"stream_options":3}', 400),
     (b'{"model":"tiny","metadata":' + DEEP + b"}", 400),
     (b'{"model":"tiny","unknown":' + DEEP + b"}", 400),
     (b'{"model":"' + b"x" * 2**20 + b'"}', 413),
@@ -179,7 +196,8 @@ def test_headers(tokenizer: Tokenizer) -> None:
         async with site(tokenizer) as s:
             for name, value in [
                 ("x-request-id", "a b"), ("x-request-id", "x" * 200), ("x-mooncake-ttft-ms", "-1"),
-                ("x-mooncake-ttft-ms", "nan"), ("x-mooncake-tbt-ms", "soon"), ("x-mooncake-priority", "1000"),
+                ("x-mooncake-ttft-ms", "nan"), ("x-mooncake-tbt-ms", "soon"), ("x-mooncake-tbt-ms", "1_0"),
+                ("x-mooncake-priority", "1000"), ("content-encoding", "gzip"),
             ]:  # fmt: skip
                 answer = await s.post(CHAT, body, **{name: value})
                 assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
@@ -195,6 +213,7 @@ def test_routes(tokenizer: Tokenizer) -> None:
         async with site(tokenizer) as s:
             for method, path, status in [
                 ("GET", "/nope", 404), ("GET", CHAT, 405), ("DELETE", "/v1/models", 405), ("GET", "/v1/models/x", 404),
+                ("POST", CHAT + "/", 404),
             ]:  # fmt: skip
                 answer = await s.client.request(method, path)
                 assert answer.status_code == status and answer.json()["error"]["message"]
@@ -207,10 +226,67 @@ def test_routes(tokenizer: Tokenizer) -> None:
 def test_not_http(tokenizer: Tokenizer) -> None:
     async def test() -> None:
         async with site(tokenizer) as s:
-            for sent in (b"\x16\x03\x01\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"y" * 80_000):
+            for sent in (b"\x16\x03\x01\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"y" * 80_000, b"?" * 200_000):
                 reader, writer = await s.connect()
                 writer.write(sent)
                 answer = await asyncio.wait_for(reader.read(), 2)
-                assert answer.startswith(b"HTTP/1.1 400 ") and b'"invalid_http"' in answer
+                assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b'"invalid_http"') == 1
+
+    run(test)
+
+
+def test_what_is_refused_while_it_is_sent_reads_why(tokenizer: Tokenizer) -> None:
+    async def test() -> None:
+        async with site(tokenizer) as s:
+            reader, writer = await s.connect()
+            for _ in range(64):
+                writer.write(b"GET /health HTTP/1.1\r\nx: " + b"y" * 2**14)
+                await writer.drain()
+            answer = await asyncio.wait_for(reader.read(), 2)
+            assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1") == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\n\r\nGET /he"])
+def test_a_head_that_does_not_come(tokenizer: Tokenizer, sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_TIMEOUT_S", 0.1)
+
+    async def test() -> None:
+        async with site(tokenizer) as s:
+            reader, writer = await s.connect()
+            writer.write(sent)
+            answer = await asyncio.wait_for(reader.read(), 2)
+            assert answer.count(b"HTTP/1.1 200 ") == sent.count(b"\r\n\r\n")
+
+    run(test)
+
+
+@pytest.mark.parametrize("pieces", [1, 40])
+def test_a_wish_for_another_protocol_is_passed_over(tokenizer: Tokenizer, pieces: int) -> None:
+    """As Java's client sends with its first request."""
+    body = b'{"model":"tiny","prompt":"hello","max_tokens":1}'
+    wish = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n"
+    first = b"POST %b HTTP/1.1\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n%b" % (
+        COMPLETIONS.encode(),
+        wish,
+        len(body),
+        body,
+    )
+    sent = first + b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+
+    async def test() -> None:
+        async with site(tokenizer) as s:
+            reader, writer = await s.connect()
+            size = -(-len(sent) // pieces)
+            for at in range(0, len(sent), size):
+                writer.write(sent[at : at + size])
+                await asyncio.sleep(0.001)
+            answer = await asyncio.wait_for(reader.read(), 2)
+            assert (
+                answer.count(b"HTTP/1.1 200 ") == 2
+                and b'"text":"hello"' in answer
+                and answer.endswith(b'{"status":"ok"}')
+            )
 
     run(test)

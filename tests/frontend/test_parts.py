@@ -74,6 +74,9 @@ TEXTS: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     (HERMES, f"<tool_call>{call()}</tool_call>\n<tool_call>\n{call('g', '{}')}\n</tool_call>", "",
      [("f", '{"x": 1}'), ("g", "{}")]),
     (HERMES, f"<tool_call>{call()}</tool_call> and more", " and more", [("f", '{"x": 1}')]),
+    (HERMES, f'<tool_call>{call()}</tool_call>\n<tool_call>\n{{"name": "g", "arg', "", [("f", '{"x": 1}')]),
+    (HERMES, f"<tool_call>{call()}</tool_call>\n<tool_call>", "", [("f", '{"x": 1}')]),
+    (HERMES, f"<tool_call>{call()}</tool_call> and <tool", " and", [("f", '{"x": 1}')]),
     (HERMES, "a < b <tool> <tool_calls", "a < b <tool> <tool_calls", []),
     (HERMES, "<tool_call>not JSON</tool_call>", "<tool_call>not JSON</tool_call>", []),
     (HERMES, '<tool_call>{"no": "call"}</tool_call>', '<tool_call>{"no": "call"}</tool_call>', []),
@@ -97,6 +100,7 @@ TEXTS: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     (PLAIN, "[1, 2]", "[1, 2]", []),
     (PLAIN, "{}", "{}", []),
     (PLAIN, f"{call()} is it", "is it", [("f", '{"x": 1}')]),
+    (PLAIN, f'{call()}\n{{"name": "f", "arguments"', "", [("f", '{"x": 1}')]),
     (PLAIN, "  ", "  ", []),
 ]  # fmt: skip
 

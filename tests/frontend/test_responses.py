@@ -102,7 +102,7 @@ def test_a_conversation_is_a_list_of_items(tokenizer: Tokenizer) -> None:
         {"role": "user", "content": "more"},
     ]
     messages = [
-        {"role": "developer", "content": "rules"},
+        {"role": "system", "content": "rules"},  # the template does not know of developers
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "yes?"},
         {"role": "user", "content": "more"},
@@ -146,10 +146,18 @@ def test_a_call_is_an_item_of_its_own(tokenizer: Tokenizer) -> None:
         ({"input": []}, "input"),
         ({"input": ""}, "input"),
         ({"input": None}, "input"),
-        ({"input": [{"role": "king", "content": "x"}]}, "input[0]"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0]"),
+        ({"input": [{"role": "king", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"role": "user", "content": "x"}, 3]}, "input[1]"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "input[0].content[0].type",
+        ),
         ({"input": "hello " * 10_000}, "input"),
+        ({"input": "hello " * 200_000}, "input"),
+        ({"input": [{"role": "user", "content": "x"}] * 5000}, "input"),
+        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "refused by the template"}]}, "input"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "c"}, "conversation"),
         ({"background": True}, "background"),
@@ -159,7 +167,14 @@ def test_a_call_is_an_item_of_its_own(tokenizer: Tokenizer) -> None:
         ({"temperature": 3}, "temperature"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"text": {"format": {"type": "json_object"}}}, "response_format"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].name"),
+        ({"tools": [TOOL | {"parameters": {"x": "y" * 2**17}}]}, "tools[0].parameters"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "sub"}}, "tool_choice.name"),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"x": "y" * 2**17}}}},
+            "text.format.schema",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tokenizer: Tokenizer, fields: dict[str, Any], param: str) -> None:

@@ -166,6 +166,27 @@ def test_a_body_that_does_not_come(tokenizer: Tokenizer) -> None:
     run(test)
 
 
+def test_bodies_that_are_received_at_once_are_bounded_together(tokenizer: Tokenizer) -> None:
+    head = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n" % COMPLETIONS.encode()
+    body = b'{"model":"tiny","prompt":"hello","max_tokens":1}'.ljust(1000)
+
+    async def test() -> None:
+        async with site(tokenizer, max_body_bytes=1000) as s:
+            opened = [await s.connect() for _ in range(16)]
+            for _, writer in opened:
+                writer.write(head + body[:-1])
+            reader, writer = await s.connect()
+            await s.client.get("/health")  # so all that was written is read
+            writer.write(head + body[:20])
+            assert (await asyncio.wait_for(reader.readline(), 2)).startswith(b"HTTP/1.1 429")
+            for each, writer in opened:
+                writer.write(body[-1:])
+                assert (await asyncio.wait_for(each.readline(), 2)).startswith(b"HTTP/1.1 200")
+            assert (await s.complete(max_tokens=1)).status_code == 200
+
+    run(test)
+
+
 def test_stopping_tells_the_clients(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         async with site(tokenizer, max_context=LONG, step_s=0.01) as s:

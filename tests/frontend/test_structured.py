@@ -97,6 +97,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [tool(f"f{at}", {"enum": ["x" * 60_000]}) for at in range(9)]}, "tools"),
     ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"guided_regex": "(" * 5000}, "guided_regex"),
     ({"tools": [tool()], "tool_choice": "always"}, "tool_choice"),
     ({"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice.function.name"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]}]},
@@ -114,6 +115,7 @@ def test_refusals_name_the_field(tokenizer: Tokenizer, grammars: Grammars) -> No
                 answer = await s.chat(**fields)
                 assert answer.status_code == 400, (fields, answer.text)
                 assert answer.json()["error"]["param"] == param, answer.text
+                assert len(answer.text) < 700, "what is wrong is not repeated at length"
             answer = await s.complete(tools=[tool()])
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
             assert s.backend.started == []

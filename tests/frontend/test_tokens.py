@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from mooncake.frontend import prompts
 from mooncake.frontend.tokenizer import Tokenizer
 from mooncake.scheduler.dispatcher import Route
 
-from .harness import run, site
+from .harness import COMPLETIONS, run, site
 
 TEXT = "hello, 世界 🎉"
 
@@ -38,6 +40,32 @@ def test_messages_become_what_a_chat_is_made_of(tokenizer: Tokenizer) -> None:
             assert found["tokens"] == s.backend.started[-1].token_ids
             text = (await s.post("/detokenize", {"tokens": found["tokens"]})).json()["prompt"]
             assert text == tokenizer.render_chat(messages), "special tokens too"
+
+    run(test)
+
+
+def test_a_client_that_leaves_is_no_fault(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with site(tokenizer) as s:
+            _, writer = await s.connect()
+            writer.write(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+            await writer.drain()
+            await s.client.get("/health")  # so the other's head was read
+            writer.close()
+            await asyncio.sleep(0.05)
+
+    run(test)
+    assert not caplog.records
+
+
+def test_too_many_long_prompts_are_told_to_come_back(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "MAX_WAITING", 0)
+
+    async def test() -> None:
+        async with site(tokenizer) as s:
+            for path, body in (("/tokenize", {}), (COMPLETIONS, {"model": "tiny"})):
+                answer = await s.post(path, {"prompt": "hello " * 1000, **body})
+                assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
 
     run(test)
 
