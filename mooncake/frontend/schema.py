@@ -329,7 +329,14 @@ def parse_as(body: bytes, kind: type[_Any]) -> _Any:
     return _decode(body, msgspec.json.Decoder(kind).decode)
 
 
+MAX_CONTAINERS = 500_000
+"""Lists and objects of a body, counted by their brackets, those within texts too. Millions of small ones hold the event loop
+for seconds, and a text with so many brackets is longer than any context."""
+
+
 def _decode(body: bytes, decode: Callable[[bytes], _Any]) -> _Any:
+    if len(body) > MAX_CONTAINERS and body.count(b"[") + body.count(b"{") > MAX_CONTAINERS:
+        raise ApiError(400, f"the body has more than {MAX_CONTAINERS} lists and objects", code="invalid_json")
     try:
         return decode(body)
     except msgspec.ValidationError as error:

@@ -181,6 +181,20 @@ def test_bodies(tokenizer: Tokenizer) -> None:
     run(test)
 
 
+def test_a_body_of_too_many_small_things_is_not_even_read(tokenizer: Tokenizer) -> None:
+    async def test() -> None:
+        async with site(tokenizer, max_body_bytes=2**21) as s:
+            few, many = ((b'{"model":"tiny","metadata":{"a":[' + b"[]," * count + b"[]]}}") for count in (9, 500_000))
+            assert (await s.post(CHAT, few)).json()["error"]["param"] == "metadata"
+            began = time.monotonic()
+            answer = await s.post(CHAT, many)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+            assert "more than 500000 lists and objects" in answer.json()["error"]["message"]
+            assert time.monotonic() - began < 0.1 and s.backend.started == []
+
+    run(test)
+
+
 def test_a_value_is_named_in_the_message(tokenizer: Tokenizer) -> None:
     async def test() -> None:
         async with site(tokenizer) as s:
