@@ -5,7 +5,7 @@ what a tenant has elsewhere, so nodes may exceed it together by what they give a
 quota are not counted. Memory only: what is copied to SSD counts until it leaves memory.
 
 A client acts for one tenant, or names one with each call. What exceeds the quota is refused to the first kind. To the second,
-an engine that must hand KV over, it is given all the same, counts, and is gone with its last lease (`StoreCore`).
+an engine that must hand KV over, it is given all the same, counts, and is gone with its last lease (`Reserving`).
 
 A tenant is known by a number, which the index of a segment keeps beside each object, so a node that adopts its memory still
 knows whose it is.

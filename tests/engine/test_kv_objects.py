@@ -19,10 +19,11 @@ from mooncake.engine.kv_objects import (
     reserve_target,
     watch_target,
 )
-from mooncake.store.core import RESERVATION_NS, StoreCore
+from mooncake.store.core import StoreCore
 from mooncake.store.events import Cancel, Request
 from mooncake.store.memory import MemoryNode, MemoryStore
 from mooncake.store.operations import StoreOperations
+from mooncake.store.reservations import RESERVATION_NS
 from tests.engine.fakes import BLOCK, LAYOUT, contents
 from tests.engine.jobs import make_source
 

@@ -85,7 +85,7 @@ def test_closed_reservations_are_forgotten_behind_one_that_stays_open() -> None:
     for number in range(1, 1000):
         [put] = drive(Reserve(1, 0, keys(number), (UNIT,)))
         drive(Cancel(1, 0, (put.location.generation,)))
-    assert len(drive.core._reserved) < 200
+    assert len(drive.core._book.in_order) < 200
     assert drive(Commit(1, 0, (stays.location.generation,))) == (0,) and drive.core.deadline() is None
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mooncake.core.types import NANOS_PER_S
-from mooncake.store.core import RESERVATION_NS
 from mooncake.store.events import Cancel, ClientGone, Commit, Exists, Lease, Release, Remove, Report, Reserve, Tick
+from mooncake.store.reservations import RESERVATION_NS
 from mooncake.store.types import CommitStatus, PutMode, PutStatus
 from tests.store.helpers import UNIT, Driver, Put, key, keys, ten_objects
 
