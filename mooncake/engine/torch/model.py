@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+import torch.nn.functional as functional
 import transformers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -57,11 +60,11 @@ def load_model(path: Path, dtype: str, device: str) -> Any:
         raise ModelError(f"cannot load the model in {path}: {error}") from error
     model = model.to(device).eval()
     if device == "cpu" and model.dtype == torch.bfloat16:
-        _use_row_kernel(model)
+        use_row_kernel(model, row_kernel_is_faster)
     return model
 
 
-class _RowLinear(torch.nn.Linear):
+class RowLinear(torch.nn.Linear):
     """One row times a matrix through `mv`: the CPU's matrix kernel for bfloat16 lays the weights out anew for every call, which
     takes up to half as long again (torch 2.13, measured)."""
 
@@ -74,10 +77,35 @@ class _RowLinear(torch.nn.Linear):
         return found.view(*input.shape[:-1], self.out_features)
 
 
-def _use_row_kernel(model: Any) -> None:
+def use_row_kernel(model: Any, is_faster: Callable[[torch.Tensor], bool]) -> None:
+    """For the shapes of weights for which it is."""
+    chosen: dict[torch.Size, bool] = {}
     for module in model.modules():
         if type(module) is torch.nn.Linear:
-            module.__class__ = _RowLinear
+            shape = module.weight.shape
+            if shape not in chosen:
+                chosen[shape] = is_faster(module.weight)
+            if chosen[shape]:
+                module.__class__ = RowLinear
+
+
+_ROW_TRIALS = 7
+
+
+@torch.inference_mode()
+def row_kernel_is_faster(weight: torch.Tensor) -> bool:
+    """Which one is depends on processor and threads. The best of some trials each, as a busy neighbour only adds."""
+    row = torch.ones(weight.shape[1], dtype=weight.dtype)
+    by_row: list[float] = []
+    by_matrix: list[float] = []
+    for _ in range(_ROW_TRIALS):
+        began = time.perf_counter()
+        torch.mv(weight, row)
+        between = time.perf_counter()
+        functional.linear(row[None], weight)
+        by_row.append(between - began)
+        by_matrix.append(time.perf_counter() - between)
+    return min(by_row) < min(by_matrix)
 
 
 def dimensions(model: Any) -> Dimensions:
