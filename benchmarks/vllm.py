@@ -4,7 +4,7 @@
 
 ttft_cached95_vs_recompute        prompts of 3,000 tokens: TTFT where a store has 95 % of them, by TTFT without connector
 save_us_per_block                 processor time of the copying thread, per block of 128 tokens: pages to store
-load_us_per_block                 the same of the two threads that fetch, check and copy: store to pages
+load_us_per_block                 the same of the threads that fetch, check and copy: store to pages
 pair_vs_single_throughput         requests/s of a pair with a core each, by those of one engine with both; 1,000 in, 64 out
 connector_off_vs_on_throughput    requests/s of one engine without connector, by those with it; 1,000 in, 16 out
 bf16_same, bf16_gap_max           greedy output of a pair in bfloat16 beside one engine's: share of prompts with the same 24
@@ -194,9 +194,9 @@ def ttft(bench: Bench) -> Figures:
         time.sleep(1.0)
         num_blocks = count * CACHED_TOKENS / BLOCK_TOKENS
         save_us = 1e6 * (writer.thread_s("kv-store") - before) / num_blocks
-        before = reader.thread_s("kv-fetch", "kv-load")
+        before = reader.thread_s("kv-fetch", "kv-load", "kv-ahead")
         cached = ask(reader, prompts, 1, 1)
-        load_us = 1e6 * (reader.thread_s("kv-fetch", "kv-load") - before) / num_blocks
+        load_us = 1e6 * (reader.thread_s("kv-fetch", "kv-load", "kv-ahead") - before) / num_blocks
     with bench.servers(("1", None)) as (alone,):
         computed = ask(alone, prompts, 1, 1)
     emit(measurement="ttft_s_cached95", **spread(cached))

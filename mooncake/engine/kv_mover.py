@@ -149,7 +149,7 @@ class KvMover:
         self._stores = WorkThread("kv-store", on_failure)
 
     def load(self, task: LoadTask) -> None:
-        self._loads.put(lambda: self._load(task))
+        self._loads.put(lambda: self.run_load(task))
 
     def store(self, task: StoreTask) -> None:
         """Store all layers of tokens that are computed already."""
@@ -170,7 +170,8 @@ class KvMover:
 
     # ------------------------------------------------------------------ in the copying threads
 
-    def _load(self, task: LoadTask) -> None:
+    def run_load(self, task: LoadTask) -> None:
+        """What `load` has its thread do, in the caller's."""
         try:
             for layer in range(self._layout.num_layers):
                 if not task.ok:

@@ -25,8 +25,10 @@ def keys(
     return RequestKeys(num_tokens, B[: num_tokens // 8], tail, load, save, save and save_tail, wait)
 
 
-def side(num_tokens: int, num_workers: int = 1, fetched_max: int = 1000, **options: bool) -> SchedulerSide:
-    found = SchedulerSide(SHAPE, WAIT_NS, num_workers, fetched_max)
+def side(
+    num_tokens: int, num_workers: int = 1, overlap_max: int = 1000, fetched_max: int = 1000, **options: bool
+) -> SchedulerSide:
+    found = SchedulerSide(SHAPE, WAIT_NS, num_workers, overlap_max, fetched_max)
     found.add("r", keys(num_tokens, **options))
     return found
 
@@ -82,7 +84,7 @@ def test_nothing_is_promised_before_it_is_at_hand() -> None:
     assert found.match("r", 20, 4, Found(), 0) == 15
     assert found.match("r", 20, 8, Found(), 0) == 11, "vLLM had no pages then, and has more of its own now"
     found.allocated("r", [7, 3, 9, 2, 5, 6], 11)
-    assert found.plan_step([], []) == StepPlans(loads=(LoadPlan(1, 8, 19, (7, 3, 9, 2, 5)),))
+    assert found.plan_step([], []) == StepPlans(loads=(LoadPlan("r", 1, 8, 19, (7, 3, 9, 2, 5), ahead=False),))
     assert step(found, 19, 1, [7, 3, 9, 2, 5], resumed=True) == StepPlans(), "the store has it all"
     assert not found.finished("r") and len(found) == 0
 
@@ -94,6 +96,17 @@ def test_a_fetch_is_there_when_all_workers_have_it_as_far_as_all_have_it() -> No
     assert found.match("r", 20, 0, Found(), 0) is None
     found.fetched([(1, 16), (9, 16)])
     assert found.match("r", 20, 0, Found(), 0) == 8
+
+
+def test_a_load_that_would_stall_the_step_comes_before_it() -> None:
+    found = side(24, overlap_max=15)
+    assert fetch(found, 24, 0, Found(2)) == 16 and found.is_ahead(16) and not found.is_ahead(15)
+    found.allocated("r", [7, 3, 9, 2], 16)
+    assert found.plan_step([], []).loads == (LoadPlan("r", 1, 0, 16, (7, 3, 9, 2), ahead=True),)
+    found.allocated("r", [7, 3, 9, 2, 5, 6], 0)  # when it is loaded
+    assert step(found, 16, 8, [7, 3, 9, 2, 5, 6], resumed=True).saves == (
+        SavePlan("r", 16, 24, 24, B[:3], (7, 3, 9, 2, 5, 6)),
+    )
 
 
 def test_what_is_not_needed_any_more_is_dropped() -> None:
@@ -162,7 +175,7 @@ def test_a_fetch_that_came_short_is_not_tried_again_and_what_is_missing_is_saved
     assert fetch(found, 24, 0, Found(3), came=8) == 8
     found.allocated("r", [1, 2], 8)
     plans = step(found, 8, 16, [1, 2, 3, 4, 5, 6], resumed=True)
-    assert plans.loads == (LoadPlan(1, 0, 8, (1, 2)),)
+    assert plans.loads == (LoadPlan("r", 1, 0, 8, (1, 2), ahead=False),)
     assert plans.saves == (SavePlan("r", 8, 24, 24, B[:3], (1, 2, 3, 4, 5, 6)),)
     assert found.match("r", 24, 0, Found(3), 0) == 0, "preempted"
 

@@ -29,6 +29,10 @@ NUM_PAGES = 12
 WAIT_S = 5.0
 
 
+def plan_of(number: int, start: int, end: int, pages: tuple[int, ...], *, ahead: bool = False) -> LoadPlan:
+    return LoadPlan("r", number, start, end, pages, ahead)
+
+
 class Worker:
     """A worker's side with pages of its own; filled: with numbers that no other has."""
 
@@ -110,7 +114,7 @@ def test_blocks_and_the_tail_arrive_in_other_pages_as_they_were(at: int) -> None
     def act(two: Two) -> None:
         two.save(18, (5, 2, 9, 0, 7))
         assert two.reader.fetch(FetchPlan(1, 0, 18, 18, KEYS)) == 18
-        two.reader.load(LoadPlan(1, 0, 17, (1, 3, 4, 6, 8)))
+        two.reader.load(plan_of(1, 0, 17, (1, 3, 4, 6, 8)))
         assert torch.equal(two.reader.rows(1, 3, 4, 6, 8), two.writer.rows(5, 2, 9, 0, 7))
         assert not two.reader.rows(0, 2, 5, 7, 9, 10, 11).any(), "other pages are as they were"
 
@@ -122,7 +126,7 @@ def test_a_load_may_begin_within_a_block(at: int) -> None:
     def act(two: Two) -> None:
         two.save(16, (5, 2, 9, 0))
         assert two.reader.fetch(FetchPlan(1, 4, 16, 16, KEYS[:2])) == 16
-        two.reader.load(LoadPlan(1, 4, 15, (11, 3, 4, 6)))
+        two.reader.load(plan_of(1, 4, 15, (11, 3, 4, 6)))
         assert torch.equal(two.reader.rows(3, 4, 6), two.writer.rows(2, 9, 0)) and not two.reader.rows(11).any()
 
     with_two(at, act)
@@ -140,7 +144,7 @@ def test_a_damaged_block_ends_a_fetch_and_what_is_before_it_can_be_loaded(at: in
             assert memory is not None
             memory[0] ^= 1
         assert two.reader.fetch(FetchPlan(1, 0, 24, 24, KEYS)) == 8
-        two.reader.load(LoadPlan(1, 0, 8, (6, 7)))
+        two.reader.load(plan_of(1, 0, 8, (6, 7)))
         assert torch.equal(two.reader.rows(6, 7), two.writer.rows(0, 1)) and not two.reader.rows(8, 9, 10, 11).any()
         assert two.client.exists_batch(object_keys(KEYS, SHAPE.shard(0, 0))) == [True, False, True]
         assert two.node.core.metrics()["damaged"] == 1
@@ -167,7 +171,7 @@ def test_a_layer_waits_for_its_own_part_and_the_page_that_the_step_goes_on_writi
     def act(two: Two) -> None:
         two.save(18, (5, 2, 9, 0, 7))
         two.reader.fetch(FetchPlan(1, 0, 18, 18, KEYS))
-        plans = StepPlans(loads=(LoadPlan(1, 0, 17, (1, 3, 4, 6, 8)),))
+        plans = StepPlans(loads=(plan_of(1, 0, 17, (1, 3, 4, 6, 8)),))
         may_go_on, write = threading.Event(), KvPages.write_pages
 
         def slow(self: KvPages, layer: int, *rest: Any) -> None:
@@ -203,7 +207,7 @@ def test_a_load_that_is_not_copied_in_time_stops_the_engine_and_makes_no_token(m
             write(self, *rest)
 
         monkeypatch.setattr(KvPages, "write_pages", never)
-        two.reader.side.start_loads(StepPlans(loads=(LoadPlan(1, 0, 16, (1, 3, 4, 6)),)))
+        two.reader.side.start_loads(StepPlans(loads=(plan_of(1, 0, 16, (1, 3, 4, 6)),)))
         monkeypatch.setattr(kv_mover, "LOAD_TIMEOUT_S", 0.01)
         with pytest.raises(RuntimeError, match=r"tokens \[0, 16\) of a request were not copied into its pages"):
             two.reader.side.wait_layer(0)
@@ -213,13 +217,38 @@ def test_a_load_that_is_not_copied_in_time_stops_the_engine_and_makes_no_token(m
 
 
 @over_both
+def test_a_load_ahead_holds_up_no_step_and_is_told(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(two: Two) -> None:
+        two.save(18, (5, 2, 9, 0, 7))
+        two.reader.fetch(FetchPlan(1, 0, 18, 18, KEYS))
+        two.reader.fetch(FetchPlan(2, 0, 8, 8, KEYS[:1]))
+        may_go_on, write = threading.Event(), KvPages.write_pages
+
+        def slow(self: KvPages, layer: int, pages: Any, *rest: Any) -> None:
+            if pages[0] == 1:
+                assert may_go_on.wait(WAIT_S)
+            write(self, layer, pages, *rest)
+
+        monkeypatch.setattr(KvPages, "write_pages", slow)
+        two.reader.load(plan_of(1, 0, 17, (1, 3, 4, 6, 8), ahead=True))
+        two.reader.load(plan_of(2, 0, 8, (10, 11)))  # a step of its own, meanwhile
+        assert torch.equal(two.reader.rows(10, 11), two.writer.rows(5, 2)) and not two.reader.rows(1, 3, 4, 6, 8).any()
+        assert two.reader.side.take_finished(()) == Finished()
+        may_go_on.set()
+        assert two.reader.until(lambda finished: finished.loaded).loaded == {"r"}
+        assert torch.equal(two.reader.rows(1, 3, 4, 6, 8), two.writer.rows(5, 2, 9, 0, 7))
+
+    with_two(at, act)
+
+
+@over_both
 def test_leases_end_with_the_load_or_when_the_fetch_is_dropped(at: int) -> None:
     def act(two: Two) -> None:
         two.save(16, (5, 2, 9, 0))
         for number in (1, 2):
             two.reader.fetch(FetchPlan(number, 0, 16, 16, KEYS[:2]))
         shard = SHAPE.shard(0, 0)
-        two.reader.load(LoadPlan(1, 0, 16, (1, 3, 4, 6)))
+        two.reader.load(plan_of(1, 0, 16, (1, 3, 4, 6)))
         two.reader.side.begin_step(StepPlans(fetches=(FetchPlan(3, 0, 16, 16, KEYS[:2]),), dropped=(2, 3)))
         assert two.client.remove_batch(object_keys(KEYS[:2], shard)) == [True, True]
         deadline = time.monotonic() + WAIT_S

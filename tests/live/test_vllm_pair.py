@@ -53,9 +53,9 @@ class Pair:
             list(pool.map(VllmServer.until_ready, self.servers))
 
     def replace_prefill(self) -> None:
-        """By a fresh engine that stores and loads, as a shared cache does."""
+        """By a fresh engine that stores and loads, as a shared cache does, and loads all before it computes."""
         self.prefill.kill()
-        self.prefill = self._server(0, "kv_both")
+        self.prefill = self._server(0, "kv_both", overlap_bytes=0)
         self.prefill.until_ready()
 
     def stop(self) -> None:
@@ -78,8 +78,8 @@ class Pair:
         metrics: dict[str, int] = replay_log(log).core.metrics()
         return metrics
 
-    def _server(self, core: int, role: str | None) -> VllmServer:
-        settings = None if role is None else connector(self.stores, role)
+    def _server(self, core: int, role: str | None, **extra: int) -> VllmServer:
+        settings = None if role is None else connector(self.stores, role, **extra)
         server = VllmServer(self.folder, self.model, core, settings)
         self.servers.append(server)
         return server

@@ -84,8 +84,9 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
                 saves_tails=transfer.kv_role == "kv_producer",
                 in_service=options.in_service,
             )
+            overlap_max = options.overlap_bytes // self._shape.worker_token_bytes
             num_workers = self._shape.tp * self._shape.pp
-            side = SchedulerSide(self._geometry, int(options.hand_over_s * 1e9), num_workers)
+            side = SchedulerSide(self._geometry, int(options.hand_over_s * 1e9), num_workers, overlap_max)
             self._scheduler = _Scheduler(store, side, maker, self._shape)
 
     @classmethod
@@ -102,7 +103,8 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
-        return self._scheduler.match(request, num_computed_tokens), False
+        found = self._scheduler.match(request, num_computed_tokens)
+        return found, found is not None and self._scheduler.side.is_ahead(found)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self._scheduler is not None
@@ -170,7 +172,7 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
             return None, None
         finished = self._worker.take_finished(finished_req_ids)
         self._fetched += finished.fetched
-        return set(finished.saved), None
+        return set(finished.saved), set(finished.loaded)
 
     def build_connector_worker_meta(self) -> FetchedMetadata | None:
         fetched, self._fetched = self._fetched, ()

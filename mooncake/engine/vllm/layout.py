@@ -57,6 +57,11 @@ class KvShape(msgspec.Struct, frozen=True):
     pp: int = 1
 
     @property
+    def worker_token_bytes(self) -> int:
+        """Of one token, in all layers of one worker."""
+        return max(1, self.token_bytes * self.layers // (self.tp * self.pp))
+
+    @property
     def name(self) -> str:
         """Readable on purpose: a mismatch is reported with both."""
         return (

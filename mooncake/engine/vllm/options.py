@@ -21,7 +21,8 @@ class ConnectorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cluster and, on the same machine, where the store is. Without it the token comes from MOONCAKE_TOKEN.
     store: data ports of this machine's store node. directory, cluster: a store of many nodes.
     block_tokens: tokens of a block; by default that of the configuration. hand_over_s: how long a request that is to find a
-    hand-over waits for it. deadline_s: of each call of the store. replace_layout: take over a store whose KV of this model was
+    hand-over waits for it. overlap_bytes: loads of so many bytes of a worker at most are copied while their own step computes,
+    larger ones before it. deadline_s: of each call of the store. replace_layout: take over a store whose KV of this model was
     written by engines of another layout, which are gone. in_service: our services drive the engine. Then its requests say which
     keys to use, which nobody else may, and its process ends with its parent."""
 
@@ -31,6 +32,7 @@ class ConnectorOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cluster: str = ""
     block_tokens: Annotated[int, Meta(ge=1, le=4096)] | None = None
     hand_over_s: _Seconds = 5.0
+    overlap_bytes: Annotated[int, Meta(ge=0)] = 64 << 20
     deadline_s: _Seconds = 2.0
     replace_layout: bool = False
     in_service: bool = False

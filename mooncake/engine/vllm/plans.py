@@ -18,12 +18,14 @@ class FetchPlan(msgspec.Struct, frozen=True):
 
 class LoadPlan(msgspec.Struct, frozen=True):
     """Copy tokens [start, end) of what was fetched under that number into the request's pages. pages: from its first token
-    on."""
+    on. ahead: no step computes on top of it before it is told as loaded; else this one does, layer by layer."""
 
+    request: str
     number: int
     start: int
     end: int
     pages: tuple[int, ...]
+    ahead: bool
 
 
 class SavePlan(msgspec.Struct, frozen=True):
@@ -38,7 +40,7 @@ class SavePlan(msgspec.Struct, frozen=True):
 
 
 class StepPlans(msgspec.Struct, frozen=True):
-    """loads: the step computes on top of them. dropped: numbers of fetches that nobody wants any more. preempted: requests
+    """dropped: numbers of fetches that nobody wants any more. preempted: requests
     whose pages may be somebody else's after this."""
 
     fetches: tuple[FetchPlan, ...] = ()

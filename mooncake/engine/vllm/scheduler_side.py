@@ -1,14 +1,16 @@
 """The connector in vLLM's scheduler, decided: what each request fetches, loads and saves.
 
-    known --match--> fetching --fetched--> ready --allocated--> computing --finished--> gone
-       |                                     |                     ^
-       +------- nothing to load -------------+---------------------+
+    known --match--> fetching --fetched--> ready --allocated--> [loading ahead] --> computing --finished--> gone
+       |                                     |                                         ^
+       +------- nothing to load -------------+-----------------------------------------+
 
 Rules:
 * Of what the store has, all is loaded that vLLM's own cache lacks, but for the prompt's last token: its logits give the next.
 * A request is fetched before vLLM gives it pages: objects are leased where they are on this machine, or come over the network,
   and are compared with their checksums. Only what is at hand, and whole, is promised to vLLM. So a load, which copies it into
-  pages layer by layer while the same step computes, cannot fail, and what cannot be had costs no page.
+  pages, cannot fail, and what cannot be had costs no page.
+* A short load is copied layer by layer while the request's own step computes. All others of that step wait along, which a long
+  one would stall: it is loaded ahead, while steps without the request go on.
 * What is fetched and not yet loaded is bounded. Beyond that, requests wait and ask again.
 * A fetch that brings less than the store had is not tried again: the request computes what is missing.
 * All that the store did not have when the request was matched is saved, block by block, as steps compute them, and the tail at
@@ -78,12 +80,16 @@ class _Request:
 
 class SchedulerSide:
     """wait_ns: how long a request waits for a hand-over that it was told of. num_workers: a fetch is there when all have it.
-    fetched_max: how many tokens are fetched ahead of their loads; a request more is begun while there are fewer."""
+    overlap_max: how many tokens are loaded at most while their own step computes. fetched_max: how many are fetched ahead of
+    their loads; a request more is begun while there are fewer."""
 
-    def __init__(self, shape: Geometry, wait_ns: int, num_workers: int = 1, fetched_max: int = 1 << 17) -> None:
+    def __init__(
+        self, shape: Geometry, wait_ns: int, num_workers: int, overlap_max: int, fetched_max: int = 1 << 17
+    ) -> None:
         self._shape = shape
         self._wait_ns = wait_ns
         self._num_workers = num_workers
+        self._overlap_max = overlap_max
         self._fetched_max = fetched_max
         self._requests: dict[str, _Request] = {}
         self._fetching: dict[int, _Request] = {}
@@ -122,6 +128,10 @@ class SchedulerSide:
         state.num_local = num_local
         return max(0, min(state.fetch.end, num_tokens - 1) - num_local)
 
+    def is_ahead(self, num_external: int) -> bool:
+        """Whether a load of so many tokens comes before the step that computes the others."""
+        return num_external > self._overlap_max
+
     def fetched(self, results: Iterable[tuple[int, int]]) -> None:
         """By number of a fetch, up to which token a worker has it."""
         for number, end in results:
@@ -135,8 +145,7 @@ class SchedulerSide:
             fetch.num_missing -= 1
 
     def allocated(self, request: str, pages: Sequence[int], num_external: int) -> None:
-        """vLLM has given the request these pages, the last num_external of its computed tokens to be loaded into them by the
-        step that computes the others."""
+        """vLLM has given the request these pages, the last num_external of its computed tokens to be loaded into them."""
         state = self._requests.get(request)
         if state is None or state.fetch is None:
             return
@@ -145,7 +154,8 @@ class SchedulerSide:
             return
         start = state.num_local
         end = start + num_external
-        self._loads.append(LoadPlan(state.fetch.number, start, end, tuple(pages[: self._shape.num_pages(end)])))
+        used = tuple(pages[: self._shape.num_pages(end)])
+        self._loads.append(LoadPlan(request, state.fetch.number, start, end, used, self.is_ahead(num_external)))
         self._forget(state, state.fetch)
 
     def plan_step(self, scheduled: Iterable[Scheduled], preempted: Iterable[str]) -> StepPlans:

@@ -2,6 +2,7 @@
 
     fetch plan --leased or fetched, checked--> told: up to which token --load plan, or dropped--> gone
     load plan --copied layer by layer, while the step computes--> gone with the step
+    load plan, ahead --copied, while other steps go on--> told: loaded
     save plan --each layer as the step has computed it--> committed when whole --> told: done, once the request has ended
 
 A fetch takes no pages, and whatever can go wrong goes wrong then; a load copies bytes that are at hand and were compared. A
@@ -17,6 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -41,20 +43,22 @@ class MarkedPages(PageAccess, Protocol):
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """saved: requests. fetched: numbers of fetches, with the token up to which each came."""
+    """saved, loaded: requests. fetched: numbers of fetches, with the token up to which each came."""
 
     saved: frozenset[str] = frozenset()
+    loaded: frozenset[str] = frozenset()
     fetched: tuple[tuple[int, int], ...] = ()
 
 
 class _Fetch:
-    """num_loads: load tasks under way."""
+    """num_loads: load tasks under way. tell: the request to tell as loaded when they are done; empty: its step waits."""
 
     def __init__(self, plan: FetchPlan, reader: ObjectReader) -> None:
         self.plan = plan
         self.reader = reader
         self.dropped = False
         self.num_loads = 0
+        self.tell = ""
 
 
 class _Saves:
@@ -77,11 +81,13 @@ class WorkerSide:
         self._num_layers = pages.layout.num_layers
         self._mover = KvMover(pages, shape.block_tokens, self._load_ended, self._save_ended, self._failed)
         self._fetcher = WorkThread("kv-fetch", self._failed)
+        self._ahead = WorkThread("kv-ahead", self._failed)  # its own, as steps wait for the mover's loads
         self._lock = threading.Lock()
         self._next = 0
         self._fetches: dict[int, _Fetch] = {}
         """By number, until they are loaded or dropped."""
         self._fetched: list[tuple[int, int]] = []
+        self._loaded: list[str] = []
         self._loading: dict[int, _Fetch] = {}
         """By the number of each load task under way."""
         self._step_loads: list[LoadTask] = []
@@ -103,14 +109,22 @@ class WorkerSide:
         self._step = [self._begin_save(plan) for plan in plans.saves]
 
     def start_loads(self, plans: StepPlans) -> None:
-        """Returns when all last pages are there."""
+        """Returns when the last pages are there of all that this step computes on."""
         if not plans.loads:
             return
         self._pages.mark_loads()
-        loads = [(plan, self._fetches.pop(plan.number)) for plan in plans.loads]
-        last_pages = [self._load(*each, last_page=True) for each in loads]
-        self._step_loads = [self._load(*each, last_page=False) for each in loads]
+        for plan in plans.loads:
+            if plan.ahead:
+                task = self._load_task(plan, plan.start, self._shape.whole_pages(plan.end))
+                self._ahead.put(partial(self._mover.run_load, task))
+        overlapped = [plan for plan in plans.loads if not plan.ahead]
+        last_pages = [self._load_task(plan, *self._last_page(plan)) for plan in overlapped]
+        self._step_loads = [self._load_task(plan, plan.start, self._last_page(plan)[0]) for plan in overlapped]
+        for each in (*last_pages, *self._step_loads):
+            self._mover.load(each)
         self._await(last_pages, self._num_layers - 1)
+        for plan in plans.loads:
+            del self._fetches[plan.number]
 
     def wait_layer(self, layer: int) -> None:
         """Until that layer of this step's loads is in the pages."""
@@ -155,12 +169,14 @@ class WorkerSide:
             for request in saved:
                 del self._saves[request]
             fetched, self._fetched = self._fetched, []
-        return Finished(frozenset(saved), tuple(fetched))
+            loaded, self._loaded = self._loaded, []
+        return Finished(frozenset(saved), frozenset(loaded), tuple(fetched))
 
     def close(self) -> None:
         for fetch in self._fetches.values():
             self._drop(fetch)
         self._fetcher.close()
+        self._ahead.close()
         self._mover.close()
         self._store.close()
 
@@ -193,17 +209,19 @@ class WorkerSide:
         fetch.dropped = True
         self._fetcher.put(fetch.reader.close)
 
-    def _load(self, plan: LoadPlan, fetch: _Fetch, *, last_page: bool) -> LoadTask:
-        """The page that the load does not fill, if there is one; or all pages before it."""
-        full = max(plan.start, plan.end // self._shape.page_tokens * self._shape.page_tokens)
-        start, end = (full, self._shape.whole_pages(plan.end)) if last_page else (plan.start, full)
+    def _last_page(self, plan: LoadPlan) -> tuple[int, int]:
+        """The tokens of the page that the load does not fill; none if it fills all."""
+        start = max(plan.start, plan.end // self._shape.page_tokens * self._shape.page_tokens)
+        return start, self._shape.whole_pages(plan.end)
+
+    def _load_task(self, plan: LoadPlan, start: int, end: int) -> LoadTask:
+        fetch = self._fetches[plan.number]
         with self._lock:
             self._next += 1
             fetch.num_loads += 1
+            fetch.tell = plan.request if plan.ahead else ""
             self._loading[self._next] = fetch
-        task = LoadTask(self._next, start, end, np.array(plan.pages, dtype=np.int64), fetch.reader)
-        self._mover.load(task)
-        return task
+        return LoadTask(self._next, start, end, np.array(plan.pages, dtype=np.int64), fetch.reader)
 
     def _await(self, tasks: Sequence[LoadTask], layer: int) -> None:
         for task in tasks:
@@ -242,6 +260,11 @@ class WorkerSide:
             is_last = not fetch.num_loads
         if is_last:
             fetch.reader.close()
+        if fetch.tell and not task.ok:
+            raise RuntimeError(f"the KV of {fetch.tell} was not copied into its pages")
+        if fetch.tell:
+            with self._lock:
+                self._loaded.append(fetch.tell)
 
     def _save_ended(self, task: StoreTask) -> None:
         """Commit before anybody hears of it. What is not committed is a miss for whoever wants it."""
