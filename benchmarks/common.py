@@ -185,8 +185,16 @@ class Connection:
     async def __aexit__(self, *_: object) -> None:
         self._writer.close()
 
-    async def complete(self, prompt: list[int], max_tokens: int) -> Answer:
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    async def complete(self, prompt: list[int], max_tokens: int, **more: Any) -> Answer:
+        """more: of the body."""
+        body = {
+            "model": MODEL,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            **more,
+        }
         data = json.dumps(body | {"stream": True, "stream_options": {"include_usage": True}}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(data)}"

@@ -32,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import MODEL, ROOT, Connection, emit, finish, free_port, spread
+from common import MODEL, ROOT, Answer, Connection, emit, finish, free_port, spread
 
 PYTHON = ROOT / ".venv-vllm/bin/python"
 READY_S = 240.0
@@ -77,6 +77,7 @@ class Server:
             *("--model", str(model), "--served-model-name", MODEL, "--dtype", "bfloat16", "--port", str(self.port)),
             *("--enforce-eager", "--distributed-executor-backend", "uni", "--kv-cache-memory-bytes", str(512 << 20)),
             *("--max-model-len", "4096", "--max-num-batched-tokens", "1024", "--max-num-seqs", "16"),
+            "--enable-prompt-tokens-details",
         ]
         if role is not None:
             options += ["--kv-transfer-config", json.dumps(_transfer(store, role))]
@@ -160,10 +161,11 @@ class Bench:
                 server.close()
 
 
-async def complete(server: Server, each: list[int], max_tokens: int) -> float:
-    """TTFT. On a connection of its own: vLLM's server closes those that are idle for 5 s."""
+async def complete(server: Server, each: list[int], max_tokens: int, transfer: str = "") -> Answer:
+    """On a connection of its own: vLLM's server closes those that are idle for 5 s. transfer: what a router of pairs says."""
+    more = {"kv_transfer_params": {transfer: True}} if transfer else {}
     async with Connection(server.port) as connection:
-        return (await connection.complete(each, max_tokens)).ttft_s
+        return await connection.complete(each, max_tokens, **more)
 
 
 def ask(server: Server, prompts: Sequence[list[int]], max_tokens: int, streams: int) -> list[float]:
@@ -172,7 +174,8 @@ def ask(server: Server, prompts: Sequence[list[int]], max_tokens: int, streams: 
 
     async def client() -> None:
         for each in waiting:
-            found.append(await complete(server, each, max_tokens))  # noqa: PERF401
+            answer = await complete(server, each, max_tokens)
+            found.append(answer.ttft_s)
 
     async def run() -> None:
         await asyncio.gather(*(client() for _ in range(streams)))
@@ -217,14 +220,16 @@ def rate(act: Any, count: int) -> float:
 def pair(bench: Bench) -> Figures:
     count = 16 if bench.quick else 48
     prompts = [prompt(1000) for _ in range(count)]
+    computed: list[int] = []
 
     async def through_pair(prefill: Server, decode: Server) -> None:
         waiting = iter(prompts)
 
         async def client() -> None:
             for each in waiting:
-                await complete(prefill, each, 1)
-                await complete(decode, each, 64)
+                await complete(prefill, each, 1, "do_remote_decode")
+                answer = await complete(decode, each, 64, "do_remote_prefill")
+                computed.append(len(each) - answer.num_cached)
 
         await asyncio.gather(*(client() for _ in range(STREAMS)))
 
@@ -233,6 +238,7 @@ def pair(bench: Bench) -> Figures:
     with bench.servers(("0-1", None)) as (alone,):
         of_one = rate(lambda: ask(alone, prompts, 64, STREAMS), count)
     emit(measurement="requests_per_s", pair=round(of_pair, 3), single=round(of_one, 3))
+    emit(measurement="prompt_tokens_computed_by_decode", **spread(computed))
     return {"pair_vs_single_throughput": of_pair / of_one}
 
 
