@@ -68,7 +68,7 @@ class StoreProcess:
 
 
 class Server:
-    """role: None for no connector."""
+    """cores: "0", "1" or "0-1". role: None for no connector."""
 
     def __init__(self, folder: Path, model: Path, cores: str, store: StoreProcess, role: str | None) -> None:
         self.port = free_port()
@@ -85,11 +85,12 @@ class Server:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HOST_IP": "127.0.0.1",
-            "VLLM_CPU_OMP_THREADS_BIND": cores,
+            "OMP_NUM_THREADS": str(1 + cores.count("-")),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         }
         with self._log.open("wb") as log:
-            argv = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *options]
+            # Without workers of their own vLLM heeds no VLLM_CPU_OMP_THREADS_BIND.
+            argv = ["taskset", "-c", cores, str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *options]
             self.process = subprocess.Popen(
                 argv, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environ, start_new_session=True
             )

@@ -27,6 +27,7 @@ READY_S = 180.0
 PAGE_TOKENS = 128
 """vLLM's own default on processors, and our block."""
 KILLED_S = 5.0
+_SERVER = "vllm.entrypoints.openai.api_server"
 _SHOWN_LOG_CHARS = 4000
 
 needs_vllm = pytest.mark.skipif(
@@ -58,11 +59,11 @@ class VllmServer:
         )
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *fixed, *transfer, *options],
+                ["taskset", "-c", str(core), str(PYTHON), "-m", _SERVER, *fixed, *transfer, *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=folder,
-                env=_environment(core),
+                env=_environment(),
                 start_new_session=True,
             )
 
@@ -154,13 +155,13 @@ async def through_pair(
     return first, await decode.complete(prompt, max_tokens, first.params)
 
 
-def _environment(core: int) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     return {
         **clean_environment(),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_CPU_OMP_THREADS_BIND": str(core),
+        "OMP_NUM_THREADS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "MOONCAKE_TOKEN": TOKEN,
     }
