@@ -164,9 +164,12 @@ class Bench:
 
 async def complete(server: Server, each: list[int], max_tokens: int, transfer: str = "") -> Answer:
     """On a connection of its own: vLLM's server closes those that are idle for 5 s. transfer: what a router of pairs says."""
-    more = {"kv_transfer_params": {transfer: True}} if transfer else {}
     async with Connection(server.port) as connection:
-        return await connection.complete(each, max_tokens, **more)
+        return await connection.complete(each, max_tokens, **_told(transfer))
+
+
+def _told(transfer: str) -> dict[str, Any]:
+    return {"kv_transfer_params": {transfer: True}} if transfer else {}
 
 
 def ask(server: Server, prompts: Sequence[list[int]], max_tokens: int, streams: int) -> list[float]:
@@ -261,10 +264,12 @@ def bf16(bench: Bench) -> Figures:
     """Chunks are equal, as prompts fit into one and come one by one."""
     prompts = [prompt(length) for length in (5, 30, 128, 129, 250, 400, 640, 841)]
 
-    def greedy(server: Server, each: list[int], max_tokens: int = 24) -> list[tuple[str, dict[str, float]]]:
+    def greedy(
+        server: Server, each: list[int], max_tokens: int = 24, transfer: str = ""
+    ) -> list[tuple[str, dict[str, float]]]:
         """The tokens, and log probabilities of the best ones at each place."""
         body = {"model": MODEL, "prompt": each, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True,
-                "logprobs": 5, "return_tokens_as_token_ids": True}  # fmt: skip
+                "logprobs": 5, "return_tokens_as_token_ids": True, **_told(transfer)}  # fmt: skip
         url, data = f"http://127.0.0.1:{server.port}/v1/completions", json.dumps(body).encode()
         request = urllib.request.Request(url, data, {"content-type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -274,9 +279,8 @@ def bf16(bench: Bench) -> Figures:
     gaps: list[float] = []
     with bench.servers(("0", "kv_producer"), ("1", "kv_consumer"), ("0", None)) as (prefill, decode, alone):
         for each in prompts:
-            greedy(prefill, each, 1)
-            time.sleep(0.5)  # until it is stored
-            pairs = zip(greedy(decode, each), greedy(alone, each), strict=True)
+            greedy(prefill, each, 1, "do_remote_decode")
+            pairs = zip(greedy(decode, each, transfer="do_remote_prefill"), greedy(alone, each), strict=True)
             parted = ((token, best) for (token, _), (other, best) in pairs if token != other)
             gaps += [max(best.values()) - best[token] for token, best in itertools.islice(parted, 1)]
     emit(measurement="bf16_gaps", gaps=[round(gap, 4) for gap in gaps])

@@ -166,7 +166,18 @@ class SimEngine:
         turn: int,
     ) -> None:
         self._jobs[seq] = job
-        self._call(self._submit, seq, job, source_tokens, ssd_tokens, one_token, store, stored_tokens, turn)
+        self._call(
+            lambda: self.core.submit(
+                seq,
+                job,
+                source_tokens=source_tokens,
+                ssd_tokens=ssd_tokens,
+                one_token=one_token,
+                store=store,
+                stored_tokens=stored_tokens,
+                turn=turn,
+            )
+        )
 
     def load_ahead(self, seq: int, block_keys: tuple[bytes, ...], start: int) -> None:
         self._call(self.core.load_ahead, seq, block_keys, start)
@@ -216,28 +227,6 @@ class SimEngine:
         self.core = core
         self._ends.clear()  # the new core numbers its sequences from the beginning
         on_replaced()
-
-    def _submit(
-        self,
-        seq: int,
-        job: Job,
-        source_tokens: int,
-        ssd_tokens: int,
-        one_token: bool,
-        store: bool,
-        stored_tokens: int,
-        turn: int,
-    ) -> None:
-        self.core.submit(
-            seq,
-            job,
-            source_tokens=source_tokens,
-            ssd_tokens=ssd_tokens,
-            one_token=one_token,
-            store=store,
-            stored_tokens=stored_tokens,
-            turn=turn,
-        )
 
     def _call(self, call: Call, *arguments: Any) -> None:
         self._inbox.append((call, arguments))

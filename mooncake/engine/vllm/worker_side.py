@@ -191,16 +191,16 @@ class WorkerSide:
             sizes[-1] = self._pages.layout.object_bytes(self._shape.whole_pages(rest))
         return sizes
 
-    def _objects(self, start: int, end: int) -> tuple[int, int, int]:
-        """The end of the pages of tokens [start, end), and the range of objects that they are in."""
-        end = self._shape.whole_pages(end)
-        return end, start // self._shape.block_tokens, -(-end // self._shape.block_tokens)
+    def _objects(self, plan: FetchPlan | SavePlan) -> tuple[tuple[bytes, ...], int, list[int], int]:
+        """Those that the plan's tokens are in: keys, the number of the first one, sizes; and up to where all pages go."""
+        first = plan.start // self._shape.block_tokens
+        last = -(-self._shape.whole_pages(plan.end) // self._shape.block_tokens)
+        sizes = self._sizes(plan.num_tokens, len(plan.keys))[first:last]
+        keys = object_keys(plan.keys, self._shard)[first:last]
+        return keys, first, sizes, self._shape.whole_pages(plan.num_tokens)
 
     def _begin_fetch(self, plan: FetchPlan) -> None:
-        _, first, last = self._objects(plan.start, plan.end)
-        sizes = self._sizes(plan.num_tokens, len(plan.keys))[first:last]
-        whole = self._shape.whole_pages(plan.num_tokens)
-        reader = ObjectReader(self._store, object_keys(plan.keys, self._shard)[first:last], first, sizes, whole)
+        reader = ObjectReader(self._store, *self._objects(plan))
         fetch = self._fetches[plan.number] = _Fetch(plan, reader)
         self._fetcher.put(lambda: self._fetch(fetch))
 
@@ -229,10 +229,8 @@ class WorkerSide:
                 raise RuntimeError(f"tokens [{task.start}, {task.end}) of a request were not copied into its pages")
 
     def _begin_save(self, plan: SavePlan) -> StoreTask:
-        end, first, last = self._objects(plan.start, plan.end)
-        sizes = self._sizes(plan.num_tokens, len(plan.keys))[first:last]
-        whole = self._shape.whole_pages(plan.num_tokens)
-        writer = ObjectWriter(self._store, object_keys(plan.keys, self._shard)[first:last], first, sizes, whole)
+        writer = ObjectWriter(self._store, *self._objects(plan))
+        end = self._shape.whole_pages(plan.end)
         with self._lock:
             self._next += 1
             task = StoreTask(self._next, plan.start, end, np.array(plan.pages, dtype=np.int64), writer)
