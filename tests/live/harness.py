@@ -187,7 +187,8 @@ def clean_environment() -> dict[str, str]:
 
 
 class Completion(msgspec.Struct):
-    """What a client got. texts: of each choice. ttft_s: from the request to the first piece of text."""
+    """What a client got. texts: of each choice. ttft_s: from the request to the first piece of text. decode: the instance that
+    the request was first placed at."""
 
     texts: dict[int, str] = {}
     finish: str | None = None
@@ -195,6 +196,7 @@ class Completion(msgspec.Struct):
     num_output: int = 0
     num_cached: int = 0
     ttft_s: float = 0.0
+    decode: str = ""
     error: str = ""
 
     @property
@@ -234,6 +236,7 @@ class Client:
                 if answer.status_code != 200:
                     found.error = f"{answer.status_code} {(await answer.aread()).decode()}"
                     return
+                found.decode = answer.headers.get("x-mooncake-decode", "")
                 async for line in answer.aiter_lines():
                     if not line.startswith("data: ") or line == "data: [DONE]":
                         continue
