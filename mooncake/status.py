@@ -25,11 +25,12 @@ _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger("mooncake")
 
 
-def die_with(parent_pid: int) -> None:
-    """The kernel sends SIGTERM when the parent dies, even by kill -9; a parent that died before is noticed here."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def die_with(parent_pid: int, by: signal.Signals = signal.SIGTERM) -> None:
+    """The kernel sends this signal when the parent dies, even by kill -9; a parent that died before is noticed here. A parent
+    with several threads sends it several times, one right after the other."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, by)
     if os.getppid() != parent_pid:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), by)
 
 
 class Phase(enum.StrEnum):

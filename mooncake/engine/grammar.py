@@ -53,20 +53,46 @@ class Matcher:
 
     def forbid(self, logits: np.ndarray) -> None:
         """Minus infinity for all tokens that may not come next; ends of the text may where the grammar is complete."""
-        if self._inner is None or self.fault:
+        allowed = self.allowed()
+        if allowed is None:
             return
+        bits = np.unpackbits(allowed.view(np.uint8), bitorder="little")[: len(logits)].view(np.bool_)
+        logits[: len(bits)][~bits] = -np.inf
+        logits[len(bits) :] = -np.inf
+
+    def allowed(self) -> np.ndarray | None:
+        """Tokens that may come next, as bits, the lowest first: int32 of shape (ceil(tokens / 32),), good until the next call.
+        None if there is a fault."""
+        if self._inner is None or self.fault:
+            return None
         self._inner.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         if self._inner.is_error():
             self._fail()
-            return
-        allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: len(logits)].view(np.bool_)
-        logits[: len(allowed)][~allowed] = -np.inf
-        logits[len(allowed) :] = -np.inf
-        if not allowed.any():
+            return None
+        if not self._mask.any():
             self.fault = "the grammar allows no token here"
+            return None
+        return self._mask
 
     def advance(self, token: int) -> None:
         if self._inner is not None and not self.fault and not self._inner.consume_token(token):
+            self._fail()
+
+    @property
+    def complete(self) -> bool:
+        """Nothing can come any more but an end of the text."""
+        return self._inner is not None and self._inner.is_stopped()
+
+    def num_valid(self, tokens: Sequence[int]) -> int:
+        """How many of them could come next, one after the other."""
+        if self._inner is None or self.fault:
+            return 0
+        found: int = self._inner.validate_tokens(list(tokens))
+        return found
+
+    def go_back(self, num_tokens: int) -> None:
+        """Forget the last tokens that it advanced by."""
+        if self._inner is not None and not self.fault and not self._inner.rollback(num_tokens):
             self._fail()
 
     def copy(self) -> Matcher:

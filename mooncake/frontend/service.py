@@ -45,7 +45,7 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
     spans = make_spans(config.otlp_endpoint, role.name, config.cluster, model.name)
     backend = _make_backend(config, role, model, Outcomes(settings.default_slo, spans.add))
     backend.dialer = dialer = InstanceDialer(config, role, backend)
-    grammars = Grammars.load(resolved.path) if config.engine == "torch" else None
+    grammars = None if config.engine == "simulated" else Grammars.load(resolved.path)
     door, guard = _door_and_guard(config)
     admin = Admin(config.cluster, role.name, backend, guard)
     app = create_app(

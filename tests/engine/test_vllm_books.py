@@ -77,8 +77,8 @@ def test_a_joint_sequence_draws_first_tokens_of_all_its_choices_at_one_position(
 def test_what_fails_is_told_and_released() -> None:
     found = books()
     found.add(1, make_job(1), one_token=True, has_reader=False)
-    assert found.failed(1, "why") == [SequenceFailed(1, "engine_error", "why"), SequenceReleased(1)]
-    assert found.failed(1, "again") == []
+    assert found.failed(1, "grammar", "why") == [SequenceFailed(1, "grammar", "why"), SequenceReleased(1)]
+    assert found.failed(1, "grammar", "again") == []
 
 
 def test_what_never_fits_is_refused_and_a_sequence_ends_where_the_pages_do() -> None:

@@ -52,8 +52,9 @@ def test_tails_are_saved_by_a_prefill_engine_or_where_a_router_asks_for_it() -> 
 
 
 def test_our_services_say_which_keys_to_use() -> None:
-    told = HandOver(12, BLOCKS[:1], b"p" * 16, save=True, load=True)
+    told = HandOver(12, BLOCKS[:1], b"p" * 16, save=True, load=True, grammar="start: /a/", num_generated=2)
     params = {PARAMS: msgspec.to_builtins(told, builtin_types=(bytes,))}
+    assert HandOver.of(params) == told and HandOver.of(None) == HandOver()
     served = maker(in_service=True)
     assert served.keys(TOKENS, params) == RequestKeys(12, BLOCKS[:1], b"p" * 16, True, True, True, False)
     assert (

@@ -40,7 +40,7 @@ def test_a_choice_has_the_same_text_in_any_company_and_after_a_kill(cluster: Clu
     [five] = ask(cluster, calls[0], n=5, **SEEDED)
     assert {choice: five.texts[choice] for choice in range(3)} == alone[0].texts
     assert [found.texts for found in ask(cluster, *calls, n=3, **SEEDED)] == [found.texts for found in alone]
-    after_kill = ask_and_kill(cluster, "decode-0", *calls, n=3, **SEEDED)
+    after_kill = ask_and_kill(cluster, 2, *calls, n=3, **SEEDED)
     assert [(found.error, found.texts) for found in after_kill] == [("", found.texts) for found in alone]
 
 

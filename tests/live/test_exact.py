@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -18,11 +18,13 @@ from tests.live.models import Reference, save_tiny_model
 
 FLOAT32 = ("--engine", "torch", "--dtype", "float32", "--block-tokens", "32", "--page-tokens", "16")
 NUM_TOKENS = 24
-NUM_CONTINUED = 3
+NUM_LOST = 3
 """Streams that lose their decode instance each time that one is killed."""
 REPORTED_S = 0.2
 """By then an instance that is idle has said so."""
 Expect = Callable[[tuple[int, ...], int], str]
+Call = tuple[tuple[int, ...], int] | tuple[tuple[int, ...], int, dict[str, Any]]
+"""A prompt, the most tokens to generate, and its own options."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def cluster(model: Path) -> Iterator[Cluster]:
 def assert_continued(cluster: Cluster) -> None:
     """Not only were the texts right: two instances were killed, and each left streams that went on elsewhere."""
     ended = cluster.replay_all()["frontend-0"].ended
-    assert sum(each.num_attempts > 1 for each in ended) >= 2 * (NUM_CONTINUED - 1)
+    assert sum(each.num_attempts > 1 for each in ended) >= 2 * (NUM_LOST - 1)
     logs = [path.read_bytes() for path in cluster.event_logs.iterdir() if path.name.startswith("decode")]
     assert sum(log.count(b"LoadBlocks") for log in logs) >= 3, "KV of long prompts was not loaded ahead"
 
@@ -105,38 +107,52 @@ def test_prefix_read_from_the_store_by_an_instance_that_never_saw_it(cluster: Cl
     assert found.num_cached == 2880
 
 
-def ask_and_kill(cluster: Cluster, *calls: tuple[tuple[int, ...], int], **options: Any) -> list[Completion]:
-    """All at once; the decode instance that is the first to be well into NUM_CONTINUED streams is killed."""
+class Killed(NamedTuple):
+    """What clients got, and the instance that was killed meanwhile, with the pid that it had."""
+
+    found: list[Completion]
+    name: str
+    pid: int
+
+
+def kill_under(cluster: Cluster, num_lost: int, *calls: Call, **options: Any) -> Killed:
+    """All calls at once; the decode instance that is the first to be well into num_lost streams is killed."""
     running = defaultdict[str, set[int]](set)
 
     async def follow(client: Client, at: int, victim: asyncio.Future[str]) -> Completion:
         found = Completion()
         num_pieces = 0
-        async for _ in client.stream(list(calls[at][0]), calls[at][1], found, **options):
+        tokens, num_tokens, *own = calls[at]
+        async for _ in client.stream(list(tokens), num_tokens, found, **dict(options, **(own[0] if own else {}))):
             num_pieces += 1
             if num_pieces == 10:
                 running[found.decode].add(at)
-                if len(running[found.decode]) == NUM_CONTINUED and not victim.done():
+                if len(running[found.decode]) == num_lost and not victim.done():
                     victim.set_result(found.decode)
         running[found.decode].discard(at)
         return found
 
-    async def scenario() -> tuple[list[Completion], str, int]:
+    async def scenario() -> Killed:
         victim = asyncio.get_running_loop().create_future()
-        async with Client(cluster) as client:
+        async with Client(cluster, timeout_s=90) as client:
             answers = asyncio.gather(*(follow(client, at, victim) for at in range(len(calls))))
             name = await asyncio.wait_for(victim, 60)
             pid = await asyncio.to_thread(cluster.kill, name)
-            return list(await answers), name, pid
+            return Killed(list(await answers), name, pid)
 
-    found, name, pid = asyncio.run(scenario())
+    return asyncio.run(scenario())
+
+
+def ask_and_kill(cluster: Cluster, num_lost: int, *calls: Call, **options: Any) -> list[Completion]:
+    """As `kill_under`, until the instance is back."""
+    found, name, pid = kill_under(cluster, num_lost, *calls, **options)
     cluster.until_back(name, pid)
     return found
 
 
 def test_continued_after_a_decode_instance_was_killed(cluster: Cluster, expect: Expect) -> None:
     calls = [(prompt(200 + at, 40 + 50 * at), 480) for at in range(8)]
-    for (tokens, num_tokens), found in zip(calls, ask_and_kill(cluster, *calls), strict=True):
+    for (tokens, num_tokens), found in zip(calls, ask_and_kill(cluster, NUM_LOST, *calls), strict=True):
         assert (found.error, found.text) == ("", expect(tokens, num_tokens))
         assert found.num_output == num_tokens
 
@@ -147,7 +163,7 @@ def test_seeded_sampling(cluster: Cluster) -> None:
     calls = [(prompt(300 + at, 30 + 40 * at), 360) for at in range(6)]
     alone = [ask(cluster, call, **sampling)[0].text for call in calls]
     assert [found.text for found in ask(cluster, *calls, **sampling)] == alone
-    assert [found.text for found in ask_and_kill(cluster, *calls, **sampling)] == alone
+    assert [found.text for found in ask_and_kill(cluster, NUM_LOST, *calls, **sampling)] == alone
     other = ask(cluster, calls[0], **sampling | {"seed": 1235})
     assert other[0].text != alone[0]
 

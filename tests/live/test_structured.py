@@ -100,7 +100,7 @@ def test_a_schema_is_followed_where_another_instance_goes_on(cluster: Cluster) -
         numbers = json.loads(found.text)
         assert (found.error, found.finish) == ("", "stop")
         assert len(numbers) == 60 and all(10_000 <= number <= 99_999 for number in numbers)
-    after_kill = ask_and_kill(cluster, "decode-0", *calls, **GUIDED)
+    after_kill = ask_and_kill(cluster, 2, *calls, **GUIDED)
     assert [(found.error, found.text) for found in after_kill] == [("", found.text) for found in alone]
 
 

@@ -6,22 +6,28 @@ What is right are the greedy tokens of plain transformers, and of the torch engi
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from mooncake.core.types import SamplingParams
 from mooncake.engine.base import EngineLimits
+from mooncake.engine.grammar import json_grammar, regex_grammar
 from mooncake.engine.models import resolve_model
 from mooncake.engine.torch.build import build_from_folder
 from tests.engine.tiny_models import generate
 from tests.live.harness import MODEL, Client, Cluster
 from tests.live.models import Reference
+from tests.live.test_exact import Call, ask, kill_under
 from tests.live.vllm_harness import PYTHON, READY_S, needs_vllm
 
 pytestmark = needs_vllm
@@ -34,6 +40,22 @@ TEXTS = ("The capital of France is", "Why is the sky blue? Because " * 5, "Once 
 TORCH_LIMITS = EngineLimits(
     num_pages=256, page_tokens=16, block_tokens=128, max_batch=4, max_step_tokens=512, max_context=2048
 )
+PATTERN = r"([a-z]{2,5}-){20}[a-z]"
+WORDS: dict[str, Any] = {"guided_regex": PATTERN}
+GUIDED: dict[str, Any] = {**WORDS, "temperature": 0, "ignore_eos": False}
+PERSON: dict[str, Any] = {
+    "guided_json": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 20},
+            "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        },
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+}
+END = 2
+"""The default model's end of a text."""
 REPORTED_S = 0.3
 """By then an instance that is idle has said so."""
 
@@ -48,6 +70,7 @@ def cluster() -> Iterator[Cluster]:
     with Cluster("--model", MODEL, *OPTIONS, ready_s=READY_S) as found:
         yield found
         found.stop()
+        assert sum(each.num_attempts > 1 for each in found.replay_all()["frontend-0"].ended) >= 2
         logs = [path.read_bytes() for path in found.event_logs.iterdir() if path.name.startswith(("prefill", "decode"))]
         assert any(b"CacheDelta" in log for log in logs), "vLLM's KV events did not reach the Conductor"
 
@@ -120,6 +143,51 @@ def test_choices_share_one_prefill_and_tell_log_probabilities(cluster: Cluster, 
     checkpoint(cluster)
 
 
+def test_a_grammar_is_followed_as_by_the_torch_engine(cluster: Cluster, reference: Reference) -> None:
+    """The first token comes from the prefill instance, the others from a decode instance, one state of the grammar."""
+    prompt = reference.encode(TEXTS[1])
+    engine = build_from_folder(resolve_model(MODEL).path, "float32", TORCH_LIMITS)
+    for field, grammar in ((PERSON, json_grammar(PERSON["guided_json"], strict=True)), (WORDS, regex_grammar(PATTERN))):
+        greedy = SamplingParams(temperature=0.0, stop_token_ids=(END,), grammar=grammar)
+        [expected] = generate(engine, [prompt], 60, greedy)
+        body = {"model": MODEL, "prompt": prompt, "max_tokens": 60, "temperature": 0, "n": 2, **field}
+        found = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60).json()
+        whole = expected[-1] == END
+        text = reference.decode(expected[:-1] if whole else expected)
+        for choice in found["choices"]:
+            assert (choice["text"], choice["finish_reason"]) == (text, "stop" if whole else "length")
+    checkpoint(cluster)
+
+
+def test_a_call_is_forced_and_drawn_choices_differ(cluster: Cluster) -> None:
+    tools = [{"type": "function", "function": {"name": "greet", "parameters": PERSON["guided_json"]}}]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Who is it?"}], "tools": tools, "max_tokens": 200}
+    body |= {"tool_choice": "required", "parallel_tool_calls": False, "temperature": 1.0, "seed": 4, "n": 3}
+    found = httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=60).json()
+    calls = [call["function"] for choice in found["choices"] for call in choice["message"]["tool_calls"]]
+    assert [call["name"] for call in calls] == ["greet"] * 3
+    people = [json.loads(call["arguments"]) for call in calls]
+    assert all(list(person) == ["name", "age"] and 0 <= person["age"] <= 150 for person in people), people
+    assert len({person["name"] for person in people}) > 1
+    checkpoint(cluster)
+
+
+def test_a_grammar_that_is_lost_on_the_way_ends_its_request_only(cluster: Cluster, reference: Reference) -> None:
+    prompt = reference.encode(TEXTS[0])
+
+    async def run() -> None:
+        async with Client(cluster) as client:
+            lost, other = await asyncio.gather(
+                client.complete(prompt, 50, ignore_eos=False, guided_grammar='start: "x" s{400}\ns: "a" | "a" s'),
+                client.complete(prompt, 24, temperature=0, ignore_eos=True),
+            )
+            assert "grammar_lost" in lost.error and "Too many items" in lost.error
+            assert (other.error, other.text) == ("", reference.text(prompt, 24))
+
+    asyncio.run(run())
+    checkpoint(cluster)
+
+
 def test_clients_that_go_away_leave_nothing(cluster: Cluster, reference: Reference) -> None:
     async def leave(client: Client, at: int) -> None:
         prompt = reference.encode(f"Number {at}. {TEXTS[2]}")
@@ -129,33 +197,31 @@ def test_clients_that_go_away_leave_nothing(cluster: Cluster, reference: Referen
     async def run() -> None:
         async with Client(cluster) as client:
             await asyncio.gather(*(leave(client, at) for at in range(6)))
+            # It comes after the steps that are under way.
+            found = await client.complete(reference.encode(TEXTS[0]), 4, temperature=0, ignore_eos=True)
+            assert found.error == ""
 
     asyncio.run(run())
-    time.sleep(1.0)
     checkpoint(cluster)
 
 
 def test_a_stream_goes_on_elsewhere_when_its_engine_is_killed(cluster: Cluster, reference: Reference) -> None:
-    """The instance with all of vLLM's processes, and vLLM's process alone, which its instance does not survive."""
-    prompt = reference.encode(TEXTS[1])
+    """Guided ones, too. The instance with all its processes, and vLLM's alone, which its instance does not survive."""
+    prompt = tuple(reference.encode(TEXTS[1]))
     before = cluster.pids()
     engines = {name: engine_processes(before[name]) for name in ("decode-0", "decode-1")}
     assert all(len(found) == 1 for found in engines.values())
 
-    async def run() -> None:
-        async with Client(cluster, timeout_s=90) as client:
-            running = [
-                asyncio.create_task(client.complete(prompt, 150, temperature=0, ignore_eos=True)) for _ in range(4)
-            ]
-            await asyncio.sleep(1.0)
-            cluster.kill("decode-0")
-            found = await asyncio.gather(*running)
-            assert [each.error for each in found] == [""] * 4
-            assert [each.text for each in found] == [reference.text(prompt, 150)] * 4
-
-    asyncio.run(run())
-    assert not any(map(lives, engines["decode-0"]))
-    [engine] = engines["decode-1"]
+    [alone] = ask(cluster, (prompt, 150), **GUIDED)
+    assert re.fullmatch(PATTERN, alone.text)
+    guided: Call = (prompt, 150, GUIDED)
+    free: Call = (prompt, 150, {"temperature": 0, "ignore_eos": True})
+    found, killed, _ = kill_under(cluster, 3, guided, free, guided, guided, free, guided)
+    text = reference.text(prompt, 150)
+    assert [each.error for each in found] == [""] * 6
+    assert [each.text for each in found] == [alone.text, text, alone.text, alone.text, text, alone.text]
+    assert not any(map(lives, engines.pop(killed)))
+    [(other, [engine])] = engines.items()
     os.kill(engine, signal.SIGKILL)
-    cluster.until_back("decode-1", before["decode-1"])
+    cluster.until_back(other, before[other])
     checkpoint(cluster)

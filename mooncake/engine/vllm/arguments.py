@@ -30,13 +30,14 @@ def connector_options(config: Config, role: RoleConfig) -> dict[str, Any]:
 
 def engine_arguments(config: Config, role: RoleConfig, endpoints: Sequence[str]) -> Any:
     """A VllmConfig. endpoints: of KV events, and of their replay. Raises ConfigError."""
+    from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
     values: dict[str, Any] = {
         "model": str(resolve_model(config.model).path),
         "dtype": config.dtype,
-        "skip_tokenizer_init": True,
+        "structured_outputs_config": StructuredOutputsConfig(backend="guidance"),
         "block_size": config.page_tokens,
         "max_model_len": config.max_context,
         "max_num_seqs": config.max_batch,
@@ -95,10 +96,14 @@ def _kv_bytes(vllm_config: Any, num_tokens: int) -> int:
     return int(num_tokens * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * head_bytes)
 
 
+_ANY_TEXT = r"(?s:.*)"
+"""What vLLM is told of a grammar, before a `Guide` takes its place."""
+
+
 def sampling_params(job: Job | None, max_tokens: int, transfer: dict[str, Any]) -> Any:
     """Greedy without a job."""
     import vllm
-    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     wanted = SamplingParams(temperature=0.0) if job is None else job.sampling
     num_generated = 0 if job is None else job.num_generated
@@ -117,6 +122,7 @@ def sampling_params(job: Job | None, max_tokens: int, transfer: dict[str, Any]) 
         min_tokens=min(max_tokens, max(0, wanted.min_tokens - num_generated)),
         max_tokens=max_tokens,
         logprobs=wanted.num_logprobs,
+        structured_outputs=StructuredOutputsParams(regex=_ANY_TEXT) if wanted.grammar else None,
         ignore_eos=True,  # stop_token_ids has what ends it
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,

@@ -100,10 +100,10 @@ class SequenceBooks:
         """vLLM has nothing of it any more."""
         return [SequenceReleased(seq)] if self._sequences.pop(seq, None) is not None else []
 
-    def failed(self, seq: int, detail: str) -> list[ServiceOutput]:
+    def failed(self, seq: int, reason: str, detail: str) -> list[ServiceOutput]:
         if seq not in self._sequences:
             return []
-        return [SequenceFailed(seq, "engine_error", detail), *self.ended(seq)]
+        return [SequenceFailed(seq, reason, detail), *self.ended(seq)]
 
     @property
     def load(self) -> EngineLoad:

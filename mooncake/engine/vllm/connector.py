@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -28,11 +29,12 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from mooncake.core.errors import ConfigError, ModelError, StoreError
 from mooncake.core.keys import object_key
 from mooncake.engine.models import adapter_fingerprint, fingerprint, resolve_model
+from mooncake.engine.vllm.guides import Guide, Guides
 from mooncake.engine.vllm.layout import KvShape, geometry
 from mooncake.engine.vllm.options import announce_layout, read_options, resolve
 from mooncake.engine.vllm.pages import KvPages
 from mooncake.engine.vllm.plans import StepPlans
-from mooncake.engine.vllm.requests import KeyMaker, RequestKeys, response_params
+from mooncake.engine.vllm.requests import FAULT, HandOver, KeyMaker, RequestKeys, response_params
 from mooncake.engine.vllm.scheduler_side import Found, Scheduled, SchedulerSide
 from mooncake.engine.vllm.versions import check_version
 from mooncake.engine.vllm.worker_side import WorkerSide
@@ -73,8 +75,11 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             store = self._place.connect("vllm-scheduler")
             if options.in_service:
-                die_with(os.getppid())
-            model = fingerprint(resolve_model(vllm_config.model_config.model).path, _dtype_name(vllm_config))
+                die_with(
+                    os.getppid(), by=signal.SIGKILL
+                )  # vLLM's handler of SIGTERM hangs if a second one interrupts it
+            folder = resolve_model(vllm_config.model_config.model).path
+            model = fingerprint(folder, _dtype_name(vllm_config))
             announce_layout(store, model, self._shape, replace=options.replace_layout)
             maker = KeyMaker(
                 model,
@@ -87,7 +92,8 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
             overlap_max = options.overlap_bytes // self._shape.worker_token_bytes
             num_workers = self._shape.tp * self._shape.pp
             side = SchedulerSide(self._geometry, int(options.hand_over_s * 1e9), num_workers, overlap_max)
-            self._scheduler = _Scheduler(store, side, maker, self._shape)
+            guides = Guides(folder, vllm_config.model_config.get_vocab_size()) if options.in_service else None
+            self._scheduler = _Scheduler(store, side, maker, self._shape, guides)
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -103,6 +109,8 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         assert self._scheduler is not None
+        if not self._scheduler.has_guide(request):
+            return None, False
         found = self._scheduler.match(request, num_computed_tokens)
         return found, found is not None and self._scheduler.side.is_ahead(found)
 
@@ -125,7 +133,7 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         assert self._scheduler is not None
-        return self._scheduler.finished(request.request_id)
+        return self._scheduler.finished(request)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
@@ -186,17 +194,32 @@ _REST_S = 5.0
 
 
 class _Scheduler:
-    """SchedulerSide with a store and a clock."""
+    """SchedulerSide with a store, a clock and guides. guides: None if what vLLM makes of grammars is right as it is."""
 
-    def __init__(self, store: Store, side: SchedulerSide, maker: KeyMaker, shape: KvShape) -> None:
+    def __init__(
+        self, store: Store, side: SchedulerSide, maker: KeyMaker, shape: KvShape, guides: Guides | None
+    ) -> None:
         self.side = side
         self._store = store
         self._maker = maker
         self._shape = shape
         self._shards = shape.shards()
+        self._guides = guides
         self._adapters: dict[str, str] = {}
         self._rests_until = 0.0
         store.deadline_s = min(store.deadline_s, _FIND_S)
+
+    def has_guide(self, request: Any) -> bool:
+        """Whether the request has the guide that it needs, if it needs one."""
+        structured = request.structured_output_request
+        if self._guides is None or structured is None or isinstance(structured.grammar, Guide):
+            return True
+        told = HandOver.of(request.kv_transfer_params)
+        generated = request.prompt_token_ids[request.num_prompt_tokens - told.num_generated :]
+        guide = self._guides.take(request.request_id, told.grammar, generated)
+        if guide is not None:
+            structured.grammar = guide
+        return guide is not None
 
     def match(self, request: Any, num_local: int) -> int | None:
         name = request.request_id
@@ -210,13 +233,21 @@ class _Scheduler:
         found = self._find(keys) if self.side.wants_to_know(name, num_local) else Found()
         return self.side.match(name, request.num_tokens, num_local, found, time.monotonic_ns())
 
-    def finished(self, name: str) -> tuple[bool, dict[str, Any] | None]:
+    def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
+        name = request.request_id
         keys = self.side.keys(name)
         params = None if keys is None else response_params(keys, self._shape.name)
+        if self._guides is not None:
+            self._guides.forget(name)
+            structured = request.structured_output_request
+            guide = None if structured is None else structured.grammar
+            params = {FAULT: guide.fault} if isinstance(guide, Guide) else None
         return self.side.finished(name), params
 
     def close(self) -> None:
         self._store.close()
+        if self._guides is not None:
+            self._guides.close()
 
     def _keys(self, request: Any) -> RequestKeys | None:
         """None for a request that has no tokens to name its KV by."""

@@ -11,7 +11,7 @@ import concurrent.futures
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -32,7 +32,7 @@ from mooncake.engine.vllm.feed import EventFeed
 from mooncake.engine.vllm.layout import KvShape
 from mooncake.engine.vllm.measure import measure
 from mooncake.engine.vllm.options import read_layout, read_options, resolve
-from mooncake.engine.vllm.requests import PARAMS, HandOver
+from mooncake.engine.vllm.requests import FAULT, PARAMS, HandOver
 from mooncake.engine.vllm.versions import check_version
 
 log = logging.getLogger(__name__)
@@ -225,6 +225,8 @@ class VllmEngine:
             async for output in self._generate(seq, job, told):
                 num_cached = output.num_cached_tokens or 0
                 for each in output.outputs:
+                    if each.finish_reason == "error":
+                        raise _Refused(output.kv_transfer_params or {})
                     for tokens in _tokens(each, job):
                         self._tell(self._books.drawn(seq, tokens, num_cached))
             if stored is not None:
@@ -232,12 +234,14 @@ class VllmEngine:
                 self._on_progress(stored)
         except asyncio.CancelledError:
             log.debug("sequence %d is aborted", seq)
+        except _Refused as refused:
+            self._tell(self._books.failed(seq, refused.reason, refused.detail))
         except Exception as error:  # vLLM's errors are of many families
             if self._llm.errored:
                 self._break(error)
             else:
                 log.warning("sequence %d failed", seq, exc_info=True)
-                self._tell(self._books.failed(seq, f"{type(error).__name__}: {error}"))
+                self._tell(self._books.failed(seq, "engine_error", f"{type(error).__name__}: {error}"))
 
     def _generate(self, seq: int, job: Job, told: HandOver) -> AsyncIterator[Any]:
         salt = salt_of(job.block_keys[0]) if job.block_keys else f"alone.{seq}"
@@ -286,12 +290,30 @@ class VllmEngine:
             self._on_failure(error)
 
 
+class _Refused(Exception):
+    """vLLM ended a request that it could not go on with. params: of its answer."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        fault = params.get(FAULT)
+        self.reason = "grammar" if fault else "engine_error"
+        self.detail: str = fault or "vLLM ended the request with an error"
+        super().__init__(self.detail)
+
+
 def _hand_over(job: Job, target: KvSource | None, *, load: bool) -> HandOver:
     """What is to be saved begins with what can be loaded."""
     objects = target or (job.source if load else None)
+    told = HandOver(grammar=job.sampling.grammar, num_generated=job.num_generated)
     if objects is None:
-        return HandOver()
-    return HandOver(objects.num_tokens, objects.block_keys, objects.partial_key, target is not None, load)
+        return told
+    return msgspec.structs.replace(
+        told,
+        num_tokens=objects.num_tokens,
+        keys=objects.block_keys,
+        tail_key=objects.partial_key,
+        save=target is not None,
+        load=load,
+    )
 
 
 def _tokens(output: Any, job: Job) -> list[Tokens]:

@@ -18,17 +18,27 @@ import msgspec
 from mooncake.core.keys import block_keys, root_key, tail_key
 
 PARAMS = "mooncake"
+FAULT = "fault"
+"""In the answer of a guided request of our services: why its grammar could not be followed, or nothing."""
 
 
 class HandOver(msgspec.Struct, frozen=True):
     """What our services say of a request. num_tokens: of the prompt, whose KV is or will be in these objects. keys: of full
-    blocks; tail_key: of what comes after them, or empty."""
+    blocks; tail_key: of what comes after them, or empty. grammar: that the output follows, of which the last num_generated
+    tokens of the prompt are a part; empty: none."""
 
     num_tokens: int = 0
     keys: tuple[bytes, ...] = ()
     tail_key: bytes = b""
     save: bool = False
     load: bool = False
+    grammar: str = ""
+    num_generated: int = 0
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any] | None) -> HandOver:
+        """From the request's `kv_transfer_params`. Raises msgspec.ValidationError."""
+        return msgspec.convert((params or {}).get(PARAMS, {}), cls)
 
 
 class RequestKeys(msgspec.Struct, frozen=True):
@@ -78,7 +88,7 @@ class KeyMaker:
         images and where they are."""
         params = params or {}
         if self._in_service:
-            return _told(msgspec.convert(params.get(PARAMS, {}), HandOver))
+            return _told(HandOver.of(params))
         root = root_key(self._fingerprint, lora=lora, salt=salt, extras=extras)
         blocks = block_keys(root, token_ids, self._block_tokens)
         rest = token_ids[len(blocks) * self._block_tokens :]
