@@ -10,13 +10,13 @@ import asyncio
 import concurrent.futures
 import logging
 import os
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from mooncake.config import Config, RoleConfig, socket_address
+from mooncake.core.clock import monotonic
 from mooncake.core.errors import ProcessError
 from mooncake.core.types import CostModel, Job, KvSource, Role, TokenLogprobs, bytes_to_tokens
 from mooncake.engine.attempts import EngineProgress, KvStored
@@ -106,11 +106,11 @@ class VllmHost:
         async def generate(prompt: Sequence[int], num_tokens: int, salt: str) -> AsyncIterator[int]:
             text = {"prompt_token_ids": list(prompt), "cache_salt": f"measure.{salt}"}
             params = sampling_params(None, num_tokens, {PARAMS: {}})
-            async for output in self._llm.generate(text, params, f"measure.{salt}.{time.monotonic_ns()}"):
+            async for output in self._llm.generate(text, params, f"measure.{salt}.{monotonic()}"):
                 yield len(output.outputs[0].token_ids)
 
         async def calibrate() -> CostModel:
-            cost = await measure(generate, self.limits)
+            cost = await measure(generate, self.limits, monotonic)
             await self._llm.reset_prefix_cache()
             return cost
 
@@ -264,7 +264,7 @@ class VllmEngine:
         added, self._added = tuple(self._added), []
         removed, self._removed = tuple(self._removed), []
         cached, self._cached = self._cached, None
-        now, load = time.monotonic_ns(), self._books.load
+        now, load = monotonic(), self._books.load
         step_ns = now - self._told_at if self._told_at is not None and load.num_running else 0
         self._told_at = now if load.num_running else None
         self._on_progress(EngineProgress(outputs, load, step_ns, added, removed, cached))
