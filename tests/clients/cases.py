@@ -74,7 +74,12 @@ def content(stop: str) -> list[Request]:
         *both(
             "responses",
             "responses",
-            {"input": "What is the capital of France?", "max_output_tokens": 24, "temperature": 0},
+            {
+                "input": "What is the capital of France?",
+                "max_output_tokens": 64,
+                "temperature": 0,
+                "text": {"format": {"type": "json_schema", "name": "output", "schema": SCHEMA}},
+            },
         ),
         {"name": "embeddings", "kind": "embeddings", "stream": False, "body": {"input": "a city"}},
         {"name": "models", "kind": "models", "stream": False, "body": {}},

@@ -19,6 +19,7 @@ from benchmarks.environments import CannotBeHad, node_with, python_with
 from tests.clients import plain
 from tests.clients.cases import CITIES, NUM_CHOICES, NUM_SEEDED, NUM_TOP, Request, content, faults
 from tests.live.harness import MODEL, Cluster, clean_environment
+from tests.live.models import save_tiny_model
 from tests.live.test_exact import FLOAT32
 from tests.live.test_tenants import keys
 
@@ -116,9 +117,11 @@ def site(cluster: Cluster, requests: list[Request], key: str = "none") -> Site:
 
 
 @pytest.fixture(scope="module")
-def talking() -> Iterator[Site]:
-    """Answers with content."""
-    with Cluster(*FLOAT32, "--store-memory", "128MiB") as cluster:
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Answers with content: any words of the real model's vocabulary."""
+    model = save_tiny_model(tmp_path_factory.mktemp("tiny"))
+    named = ("--model", str(model), "--model-name", MODEL)
+    with Cluster(*FLOAT32, *named, "--store-memory", "128MiB") as cluster:
         first = site(cluster, content(stop="Nowhere"))  # from now on all prompts are cached
         yield site(cluster, content(stop=text_of(first.expected["chat"])[20:26]))
 
@@ -176,15 +179,25 @@ def test_streams_say_the_same(talking: Site, refusing: Site) -> None:
             assert facts == found.expected[name.removesuffix(", streamed")], name
 
 
-def test_texts(talking: Site) -> None:
-    chat, stop = talking.expected["chat"], talking.expected["stop"]
+def test_texts() -> None:
+    """The real model's."""
+    with Cluster(*FLOAT32, "--store-memory", "128MiB") as cluster:
+        asked = {request["name"]: request for request in content(stop="is Par")}
+        found = [plain.ask(f"{cluster.url}/v1", MODEL, "none", asked[name]) for name in ("chat", "stop", "text")]
+    chat, stop, text = found
     assert text_of(chat) == "The capital of France is Paris."
-    assert text_of(stop) == text_of(chat)[:20]
+    assert text_of(stop) == "The capital of France "
     assert {facts["choices"][0]["finish"] for facts in (chat, stop)} == {"stop"}
-    text = talking.expected["text"]
     assert text["choices"][0]["finish"] == "length" and text["usage"][1] == NUM_SEEDED
-    prompt, output, cached = chat["usage"]
-    assert prompt > cached >= 32 and output > 6
+    assert chat["usage"][2] < 32 <= stop["usage"][2] < stop["usage"][0] and chat["usage"][1] > 6
+
+
+def test_a_stop_string_ends_the_text(talking: Site) -> None:
+    chat, stop = talking.expected["chat"], talking.expected["stop"]
+    assert text_of(stop) == text_of(chat)[:20]
+    assert [facts["choices"][0]["finish"] for facts in (chat, stop)] == ["length", "stop"]
+    prompt, _, cached = chat["usage"]
+    assert prompt > cached >= 32
 
 
 @pytest.mark.parametrize("name", ["logprobs", "text logprobs"])
