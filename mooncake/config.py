@@ -43,6 +43,8 @@ QUOTAS_MAX = 1024
 STORE_SSD_BYTES_MIN = 16 << 20
 """Less is no tier, and has hardly room for an object."""
 
+_ORIGIN = re.compile(r"https?://[^\s/?#,@]+")
+
 _BYTE_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _BYTE_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
 
@@ -155,6 +157,10 @@ class Config(msgspec.Struct, frozen=True):
     api_keys: Annotated[
         NonEmpty | None, _text("key file of `mooncake keys`; clients must send a key of it; none: open to everybody")
     ] = None
+    cors_origins: Annotated[
+        str,
+        _text("web pages of these origins may use the API, such as https://chat.example, comma-separated; *: of all"),
+    ] = ""
 
     cluster: Annotated[Name, _text("name of the cluster; one of each name runs on a machine")] = "default"
     run_dir: Annotated[str, _text("folder of sockets and logs; empty: one in the user's runtime folder or in /tmp")] = (
@@ -437,6 +443,15 @@ def _suggestion(word: str, words: list[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def parse_origins(text: str) -> tuple[str, ...]:
+    """Of `cors_origins`. Raises ConfigError."""
+    found = tuple([part.strip() for part in text.split(",")]) if text.strip() else ()
+    for origin in found:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ConfigError(f"cors_origins: {origin!r} is no origin; must be * or like https://chat.example:8443")
+    return found
+
+
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, value in values.items():
@@ -463,6 +478,7 @@ def _check(config: Config) -> None:
     if config.store_ssd is not None and config.store_ssd < STORE_SSD_BYTES_MIN:
         raise ConfigError(f"store_ssd = {config.store_ssd}: must be at least {format_bytes(STORE_SSD_BYTES_MIN)}")
     parse_quotas(config.store_quotas)
+    parse_origins(config.cors_origins)
     if config.otlp_endpoint is not None and not config.otlp_endpoint.startswith(("http://", "https://")):
         raise ConfigError(f"otlp_endpoint = {config.otlp_endpoint!r}: must begin with http:// or https://")
     if not os.path.isabs(config.run_dir):

@@ -9,9 +9,11 @@ from typing import Any, cast
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from mooncake.engine.grammar import Grammars
 from mooncake.frontend.answer import FAULT
@@ -67,6 +69,11 @@ _PAGES = ("tokenize", "detokenize", "openapi.json", "health", "ready", "metrics"
 _PATHS = {path: kind.name for path, kind in GENERATING.items()} | {f"/{page}": page for page in _PAGES}
 _PREFIXES = {"/v1/models": "models", "/v1/embeddings": "embeddings", "/dashboard/": "dashboard", "/admin/": "admin"}
 """What requests are counted by."""
+_SHOWN_HEADERS = (
+    *("x-request-id", "retry-after", "retry-after-ms", "x-mooncake-predicted-ttft-ms", "x-mooncake-actual-ttft-ms"),
+    *("x-mooncake-cached-tokens", "x-mooncake-prefill", "x-mooncake-decode"),
+)
+"""Of answers, to web pages of other origins."""
 
 
 def create_app(
@@ -78,10 +85,12 @@ def create_app(
     rng: random.Random | None = None,
     door: Door | None = None,
     grammars: Grammars | None = None,
+    origins: Sequence[str] = (),
     more_routes: Sequence[Route] = (),
 ) -> App:
     """registry: where /metrics reads, for a process that has metrics of its own. rng: draws seeds and ids. door: who may come
-    in; everybody if not given. grammars: None if the engines follow none. more_routes: the operator's."""
+    in; everybody if not given. grammars: None if the engines follow none. origins: whose web pages may read answers, or `*`.
+    more_routes: the operator's."""
     registry = registry or Registry()
     instruments = Instruments(registry, backend.status)
     settings, rng = settings or Settings(), rng or random.Random()
@@ -111,7 +120,7 @@ def create_app(
     }
     rest = Starlette(routes=routes, exception_handlers=handlers)
     rest.router.redirect_slashes = False  # a redirect names a scheme and a host that only the client knows
-    return App(generating, rest, door or OpenDoor(), instruments, rng)
+    return App(generating, rest, door or OpenDoor(), instruments, rng, origins)
 
 
 class App:
@@ -125,17 +134,32 @@ class App:
         door: Door,
         instruments: Instruments,
         rng: random.Random,
+        origins: Sequence[str] = (),
     ) -> None:
         self._generating = generating
         self._rest = rest
         self._door = door
         self._instruments = instruments
         self._rng = rng
+        # ASGI's types are not nameable: each library has its own.
+        self._for_pages = _cross_origin(cast(Any, self._answer), origins) if origins else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._rest(scope, receive, cast(Any, send))  # ASGI's types are not nameable: each library has its own
+            await self._rest(scope, receive, cast(Any, send))
             return
+        if self._for_pages is None:
+            await self._answer(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if b"origin" not in headers:
+            await self._answer(scope, receive, send)
+        elif scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+            await self._answer_by(self._for_pages, scope, receive, send)  # a browser asks without the page's key
+        else:
+            await self._for_pages(scope, receive, cast(Any, send))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, headers = scope["path"], dict(scope["headers"])
         try:
             scope[CALLER] = self._door.admit(path, headers)
@@ -146,12 +170,15 @@ class App:
         if scope["method"] == "POST" and path in self._generating:
             await self._generating[path](scope, receive, send)
             return
-        answer = PageAnswer(send, read_request_id(headers, self._rng))
+        await self._answer_by(self._rest, scope, receive, send)
+
+    async def _answer_by(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = PageAnswer(send, read_request_id(dict(scope["headers"]), self._rng))
         try:
-            await self._rest(scope, receive, cast(Any, answer))
+            await app(scope, receive, cast(Any, answer))
         finally:
             if answer.status is not None:
-                self._count(path, answer.status)
+                self._count(scope["path"], answer.status)
 
     def not_http(self, status: int) -> str:
         """Something came that is no request, and is answered so by the server. The id of the answer."""
@@ -160,6 +187,13 @@ class App:
 
     def _count(self, path: str, status: int) -> None:
         self._instruments.requests.add(1, _endpoint_name(path), str(status))
+
+
+def _cross_origin(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Keys come in headers that the page sets itself, never in cookies."""
+    return CORSMiddleware(
+        app, allow_origins=origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=_SHOWN_HEADERS
+    )
 
 
 def _endpoint_name(path: str) -> str:

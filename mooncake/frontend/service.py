@@ -7,7 +7,7 @@ import random
 import time
 from pathlib import Path
 
-from mooncake.config import Config, RoleConfig
+from mooncake.config import Config, RoleConfig, parse_origins
 from mooncake.core.messages import CONDUCTOR
 from mooncake.core.types import NANOS_PER_S, InstanceInfo, Slo
 from mooncake.engine.build import model_fingerprint
@@ -56,6 +56,7 @@ async def run(config: Config, role: RoleConfig, status: Status, registry: Regist
         rng=random.Random(),
         door=door,
         grammars=grammars,
+        origins=parse_origins(config.cors_origins),
         more_routes=[*admin.routes(), *dashboard_routes()],
     )
     server = HttpServer(app, config.host, config.port, tls=config.tls, grace_s=config.timeouts.drain_s)

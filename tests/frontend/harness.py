@@ -7,7 +7,7 @@ import contextlib
 import json
 import random
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -77,12 +77,15 @@ async def site(
     step_s: float = 0.0,
     grammars: Grammars | None = None,
     door: Door | None = None,
+    origins: Sequence[str] = (),
     **settings: Any,
 ) -> AsyncIterator[Site]:
     model = ModelInfo("tiny", max_context, tokenizer.vocab_size, "fp_tiny", 1_700_000_000)
     backend = EchoBackend(model, step_s=step_s)
     settings_here = msgspec.structs.replace(Settings(), **settings)
-    app = create_app(backend, tokenizer, settings_here, rng=random.Random(1), grammars=grammars, door=door)
+    app = create_app(
+        backend, tokenizer, settings_here, rng=random.Random(1), grammars=grammars, door=door, origins=origins
+    )
     server = HttpServer(app, "127.0.0.1", 0, grace_s=0.1)
     task = asyncio.create_task(server.run())
     async with httpx.AsyncClient(base_url=server.url, timeout=10) as client:

@@ -6,8 +6,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from selenium.webdriver.common.by import By
 from tests.live.chromium import open_browser, set_screen
 from tests.live.harness import Client, Cluster
 
-OPTIONS = ("--engine", "simulated", "--prefill", "1", "--decode", "2", "--slo-ttft-s", "5")
+OPTIONS = ("--engine", "simulated", "--prefill", "1", "--decode", "2", "--slo-ttft-s", "5", "--cors-origins", "*")
 WAIT_S = 30.0
 
 
@@ -99,6 +102,36 @@ def test_the_page_shows_what_the_cluster_says(browser: Chrome, cluster: Cluster)
         labels = [each.text for each in browser.find_elements(By.CSS_SELECTOR, f"#{chart} text")]
         assert "now" in labels and "−5 min" in labels and len(labels) == 11, chart
     assert errors(browser) == []
+
+
+_ASK = """
+const [url, done] = arguments;
+const body = {model: "MODEL", prompt: "Hello", max_tokens: 8, stream: true, ignore_eos: true};
+const asked = {method: "POST", headers: {"content-type": "application/json"}, body: JSON.stringify(body)};
+(async () => {
+  const answer = await fetch(`${url}/v1/completions`, asked);
+  const text = await answer.text();
+  const admin = await fetch(`${url}/admin/status`);
+  done([answer.status, answer.headers.get("x-mooncake-decode"), text.trim().split("\\n\\n").length, admin.status]);
+})().catch(error => done([String(error)]));
+"""
+
+
+def test_a_page_of_another_origin_may_generate_and_not_operate(
+    browser: Chrome, cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "page.html").write_text("elsewhere")
+    elsewhere = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+    try:
+        browser.get(f"http://127.0.0.1:{elsewhere.server_port}/page.html")
+        script = _ASK.replace("MODEL", cluster.config["model_name"])
+        status, decode, num_events, admin = browser.execute_async_script(script, cluster.url)
+    finally:
+        elsewhere.shutdown()
+        elsewhere.server_close()
+    assert (status, admin) == (200, 403) and decode.startswith("decode-") and num_events >= 3
+    browser.get_log("browser")  # it notes the 403
 
 
 def test_it_follows_an_instance_that_is_drained(browser: Chrome, cluster: Cluster) -> None:
