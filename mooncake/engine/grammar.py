@@ -78,11 +78,6 @@ class Matcher:
         if self._inner is not None and not self.fault and not self._inner.consume_token(token):
             self._fail()
 
-    @property
-    def complete(self) -> bool:
-        """Nothing can come any more but an end of the text."""
-        return self._inner is not None and self._inner.is_stopped()
-
     def num_valid(self, tokens: Sequence[int]) -> int:
         """How many of them could come next, one after the other."""
         if self._inner is None or self.fault:

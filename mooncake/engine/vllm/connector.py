@@ -75,9 +75,8 @@ class MooncakeKvConnector(KVConnectorBase_V1, SupportsHMA):
         if role is KVConnectorRole.SCHEDULER:
             store = self._place.connect("vllm-scheduler")
             if options.in_service:
-                die_with(
-                    os.getppid(), by=signal.SIGKILL
-                )  # vLLM's handler of SIGTERM hangs if a second one interrupts it
+                # vLLM's handler of SIGTERM hangs if a second one interrupts it.
+                die_with(os.getppid(), by=signal.SIGKILL)
             folder = resolve_model(vllm_config.model_config.model).path
             model = fingerprint(folder, _dtype_name(vllm_config))
             announce_layout(store, model, self._shape, replace=options.replace_layout)
@@ -235,9 +234,10 @@ class _Scheduler:
 
     def finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
         name = request.request_id
-        keys = self.side.keys(name)
-        params = None if keys is None else response_params(keys, self._shape.name)
-        if self._guides is not None:
+        if self._guides is None:
+            keys = self.side.keys(name)
+            params = None if keys is None else response_params(keys, self._shape.name)
+        else:
             self._guides.forget(name)
             structured = request.structured_output_request
             guide = None if structured is None else structured.grammar
