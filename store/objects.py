@@ -69,7 +69,7 @@ class Objects:
         self.idle_bytes = 0
         self.num_evictions = 0
         self.num_lost = 0
-        """Evictions of objects that were not in the tier below."""
+        """Evictions for room, not for a quota, of objects that were not in the tier below."""
         self.evicted_bytes = 0
         self.saved: Container[bytes] | None = None
         self.ready: OrderedDict[int, None] = OrderedDict()
@@ -488,8 +488,6 @@ class Objects:
             row = next(iter(tenant.idle))
             self.num_evictions += 1
             self.evicted_bytes += self.extents[row]
-            if self.saved is not None:
-                self.num_lost += self.keys[row] not in self.saved
             tenant.num_evictions += 1
             self.remove(row)
 

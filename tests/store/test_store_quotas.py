@@ -67,6 +67,7 @@ from tests.store.helpers import (
     running_node,
     ten_objects,
 )
+from tests.store.ssd import tiered
 from tests.store.test_store_directory import cluster
 
 ALICE, BOB, NOBODY = 1, 2, 3
@@ -123,6 +124,16 @@ def test_leased_objects_stay_and_what_exceeds_the_quota_is_refused() -> None:
     assert put(drive, NOBODY, *range(10, 17)) == ["RESERVED"] * 7, "others have what is left"
     bob = drive.core.tenants()[1]
     assert (bob.num_refused, bob.num_evictions) == (4, 1)
+
+
+def test_what_goes_for_a_quota_is_not_counted_as_gone_for_room() -> None:
+    drive = tiered(10, 8, quotas={"bob": 3 * UNIT})
+    drive(ClientTenant(BOB, "bob"))
+    assert put(drive, BOB, 1, 2) + put(drive, BOB, 3, 4) + put(drive, BOB, 5) == ["RESERVED"] * 5
+    [bob] = drive.core.tenants()
+    metrics = drive.core.metrics()
+    assert (metrics["evictions"], bob.num_evictions, metrics["ssd_objects"]) == (2, 2, 0)
+    assert metrics["lost_evictions"] == 0
 
 
 def test_what_others_need_takes_a_tenants_objects_too_and_gives_the_bytes_back() -> None:
