@@ -315,6 +315,15 @@ def parse_bytes(text: str) -> int | None:
     return int(float(match[1]) * _BYTE_UNITS[match[2]]) if match else None
 
 
+def parse_origins(text: str) -> tuple[str, ...]:
+    """Of `cors_origins`. Raises ConfigError."""
+    found = tuple([part.strip() for part in text.split(",")]) if text.strip() else ()
+    for origin in found:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ConfigError(f"cors_origins: {origin!r} is no origin; must be * or like https://chat.example:8443")
+    return found
+
+
 def parse_quotas(text: str) -> dict[str, int]:
     """Bytes by tenant, of TENANT=BYTES,TENANT=BYTES. Raises ConfigError."""
     quotas: dict[str, int] = {}
@@ -441,15 +450,6 @@ def _from_environment(environ: Environment) -> dict[str, str]:
 def _suggestion(word: str, words: list[str]) -> str:
     close = difflib.get_close_matches(word, words, 1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def parse_origins(text: str) -> tuple[str, ...]:
-    """Of `cors_origins`. Raises ConfigError."""
-    found = tuple([part.strip() for part in text.split(",")]) if text.strip() else ()
-    for origin in found:
-        if origin != "*" and not _ORIGIN.fullmatch(origin):
-            raise ConfigError(f"cors_origins: {origin!r} is no origin; must be * or like https://chat.example:8443")
-    return found
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

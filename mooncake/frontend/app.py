@@ -134,7 +134,7 @@ class App:
         door: Door,
         instruments: Instruments,
         rng: random.Random,
-        origins: Sequence[str] = (),
+        origins: Sequence[str],
     ) -> None:
         self._generating = generating
         self._rest = rest

@@ -117,6 +117,6 @@ def test_a_request_that_ended_early_leaves_nothing(guides: Guides) -> None:
     assert guides.take("a", choice_grammar(["yes"]), []) is None
     guides.forget("a")
     made(guides, "b", choice_grammar(["no"]))
-    assert not guides._ready and not guides._asked and guides._made.empty()
+    assert not guides._made
     guide = made(guides, "a", choice_grammar(["no"]))
     assert {text[0] for text in texts(allowed(guide))} == {"n"}

@@ -28,6 +28,7 @@ from tests.engine.tiny_models import generate
 from tests.live.harness import MODEL, Client, Cluster
 from tests.live.models import Reference
 from tests.live.test_exact import Call, ask, kill_under
+from tests.live.test_structured import PERSON
 from tests.live.vllm_harness import PYTHON, READY_S, needs_vllm
 
 pytestmark = needs_vllm
@@ -43,17 +44,6 @@ TORCH_LIMITS = EngineLimits(
 PATTERN = r"([a-z]{2,5}-){20}[a-z]"
 WORDS: dict[str, Any] = {"guided_regex": PATTERN}
 GUIDED: dict[str, Any] = {**WORDS, "temperature": 0, "ignore_eos": False}
-PERSON: dict[str, Any] = {
-    "guided_json": {
-        "type": "object",
-        "properties": {
-            "name": {"type": "string", "maxLength": 20},
-            "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        },
-        "required": ["name", "age"],
-        "additionalProperties": False,
-    }
-}
 END = 2
 """The default model's end of a text."""
 REPORTED_S = 0.3
@@ -147,7 +137,10 @@ def test_a_grammar_is_followed_as_by_the_torch_engine(cluster: Cluster, referenc
     """The first token comes from the prefill instance, the others from a decode instance, one state of the grammar."""
     prompt = reference.encode(TEXTS[1])
     engine = build_from_folder(resolve_model(MODEL).path, "float32", TORCH_LIMITS)
-    for field, grammar in ((PERSON, json_grammar(PERSON["guided_json"], strict=True)), (WORDS, regex_grammar(PATTERN))):
+    for field, grammar in (
+        ({"guided_json": PERSON}, json_grammar(PERSON, strict=True)),
+        (WORDS, regex_grammar(PATTERN)),
+    ):
         greedy = SamplingParams(temperature=0.0, stop_token_ids=(END,), grammar=grammar)
         [expected] = generate(engine, [prompt], 60, greedy)
         body = {"model": MODEL, "prompt": prompt, "max_tokens": 60, "temperature": 0, "n": 2, **field}
@@ -160,7 +153,7 @@ def test_a_grammar_is_followed_as_by_the_torch_engine(cluster: Cluster, referenc
 
 
 def test_a_call_is_forced_and_drawn_choices_differ(cluster: Cluster) -> None:
-    tools = [{"type": "function", "function": {"name": "greet", "parameters": PERSON["guided_json"]}}]
+    tools = [{"type": "function", "function": {"name": "greet", "parameters": PERSON}}]
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Who is it?"}], "tools": tools, "max_tokens": 200}
     body |= {"tool_choice": "required", "parallel_tool_calls": False, "temperature": 1.0, "seed": 4, "n": 3}
     found = httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=60).json()

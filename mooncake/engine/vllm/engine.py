@@ -303,17 +303,11 @@ class _Refused(Exception):
 def _hand_over(job: Job, target: KvSource | None, *, load: bool) -> HandOver:
     """What is to be saved begins with what can be loaded."""
     objects = target or (job.source if load else None)
-    told = HandOver(grammar=job.sampling.grammar, num_generated=job.num_generated)
+    grammar, generated = job.sampling.grammar, job.num_generated
     if objects is None:
-        return told
-    return msgspec.structs.replace(
-        told,
-        num_tokens=objects.num_tokens,
-        keys=objects.block_keys,
-        tail_key=objects.partial_key,
-        save=target is not None,
-        load=load,
-    )
+        return HandOver(grammar=grammar, num_generated=generated)
+    keys, tail = objects.block_keys, objects.partial_key
+    return HandOver(objects.num_tokens, keys, tail, target is not None, load, grammar, generated)
 
 
 def _tokens(output: Any, job: Job) -> list[Tokens]:

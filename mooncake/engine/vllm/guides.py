@@ -8,13 +8,12 @@ as with our torch engine. Guides only tell which tokens may come next, which vLL
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mooncake.engine.grammar import Grammars, Matcher
-from mooncake.engine.threads import WorkThread
 
 
 class Guide:
@@ -57,9 +56,6 @@ class Guide:
         """Never: where nothing else may come, the ends of the text still have to be asked for."""
         return False
 
-    def reset(self) -> None:
-        raise NotImplementedError("no request begins its grammar anew")
-
 
 class Guides:
     """Makes guides, in a thread of their own: a large grammar takes longer than a step. Used by vLLM's scheduler, which has no
@@ -69,42 +65,33 @@ class Guides:
         self._folder = folder
         self._num_tokens = num_tokens
         self._grammars: Grammars | None = None
-        self._fault = ""
-        self._asked: set[str] = set()
-        self._made: queue.SimpleQueue[tuple[str, Guide]] = queue.SimpleQueue()
-        self._ready: dict[str, Guide] = {}
-        self._thread = WorkThread("grammars", self._failed)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._made: dict[str, Future[Guide]] = {}
 
     def take(self, request: str, grammar: str, generated: Sequence[int]) -> Guide | None:
-        """Once for each request; names do not come again. generated: the tokens at the end of its prompt that follow the
-        grammar already. None: ask again."""
-        if self._fault:
-            return Guide(Matcher(None, self._num_tokens, self._fault), ())
-        if request not in self._asked:
-            self._asked.add(request)
-            self._thread.put(lambda: self._make(request, grammar, generated))
-        while not self._made.empty():
-            name, guide = self._made.get()
-            if name in self._asked:
-                self._ready[name] = guide
-        found = self._ready.pop(request, None)
-        if found is not None:
-            self._asked.remove(request)
-        return found
+        """generated: the tokens at the end of the request's prompt that follow the grammar already. None: ask again."""
+        made = self._made.get(request)
+        if made is None:
+            made = self._made[request] = self._thread.submit(self._make, grammar, generated)
+        if not made.done():
+            return None
+        del self._made[request]
+        error = made.exception()
+        if error is not None:
+            return Guide(Matcher(None, self._num_tokens, f"no grammar can be followed here: {error}"), ())
+        return made.result()
 
     def forget(self, request: str) -> None:
         """It ended, perhaps before it had a guide."""
-        self._asked.discard(request)
-        self._ready.pop(request, None)
+        made = self._made.pop(request, None)
+        if made is not None:
+            made.cancel()
 
     def close(self) -> None:
-        self._thread.close()
+        self._thread.shutdown(cancel_futures=True)
 
-    def _make(self, request: str, grammar: str, generated: Sequence[int]) -> None:
+    def _make(self, grammar: str, generated: Sequence[int]) -> Guide:
         """Raises ModelError."""
         if self._grammars is None:
             self._grammars = Grammars.load(self._folder, self._num_tokens)
-        self._made.put((request, Guide(self._grammars.matcher(grammar), generated)))
-
-    def _failed(self, error: BaseException) -> None:
-        self._fault = f"no grammar can be followed here: {error}"
+        return Guide(self._grammars.matcher(grammar), generated)
